@@ -1,0 +1,132 @@
+"""Draw a task's ticket from the searched coefficients (Algorithm 2, lines 1-6): prune the least important heads and
+neurons of all layers together, keep at least one head a layer.
+
+    python draw.py --task sst2             the paper's ratios for SST-2
+    python draw.py --task mine --tau-ffn 0.25
+
+It needs no data and no model: the coefficients' file knows the model's sizes. All tasks share the coefficients and
+differ in the ratio alone.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import torch
+
+import runtime
+import weights
+from bert import Config, count_parameters
+from gates import draw_masks
+from runtime import BadInput, option
+
+# task -> (tau_ffn, classes): section 3.5 and Table 2 for the paper's five; 0.2 for the others
+TASKS = {
+    "sst2": (0.2, 2),
+    "qqp": (0.2, 2),
+    "qnli": (0.3, 2),
+    "imdb": (0.3, 2),
+    "agnews": (0.3, 4),
+    "rt": (0.2, 2),
+    "bbc": (0.2, 5),
+}
+
+
+@dataclass
+class Options:
+    task: str = option("sst2", f"gives the ratios: {', '.join(TASKS)}; another name needs --tau-ffn")
+    model: str = option("minilm", "the model that was searched")
+    output: str = option("runs", "folder that search.py wrote to; the ticket goes to OUTPUT/MODEL/TASK")
+    coefficients: str = option(None, "a coefficients file elsewhere")
+    tau_head: float = option(1 / 6, "pruning ratio of the heads, the same for all tasks", at_least=0, below=1)
+    tau_ffn: float = option(None, "pruning ratio of the FFN neurons, instead of the task's", at_least=0, below=1)
+
+
+def main():
+    options = runtime.parse(Options, __doc__)
+    if options.task not in TASKS and options.tau_ffn is None:
+        raise BadInput(f"unknown task {options.task!r}: give one of {', '.join(TASKS)}, or --tau-ffn as well")
+    tau_ffn, classes = TASKS.get(options.task, (options.tau_ffn, 2))
+    tau_ffn = tau_ffn if options.tau_ffn is None else options.tau_ffn
+    folder = runtime.output_folder(options.output, options.model) / options.task
+    path = Path(options.coefficients or folder.parent / "coefficients.safetensors")
+    if not path.exists():
+        raise BadInput(f"{path} is not there: python search.py makes it")
+    head, ffn, notes = read_coefficients(path)
+    searched = notes["settings"]["model"]
+    if searched != options.model:
+        raise BadInput(f"{path} are the coefficients of model {searched}: --model {searched} draws from them")
+
+    head_mask, ffn_mask = draw_masks(head, ffn, options.tau_head, tau_ffn)
+    made_by = {
+        "script": "draw.py",
+        "settings": {"task": options.task, "tau_head": options.tau_head, "tau_ffn": tau_ffn},
+        "model_sha256": notes["model_sha256"],
+        "coefficients_sha256": weights.sha256(path),
+        "coefficients_made_by": {key: notes[key] for key in ("settings", "corpus_sha256", "versions")},
+        "versions": runtime.versions(),
+    }
+    ticket = folder / "ticket.safetensors"
+    weights.write_safetensors(ticket, {"head": head_mask, "ffn": ffn_mask}, made_by)
+    title = f"{searched}, ticket for {options.task}: tau_H = {options.tau_head:.3g}, tau_F = {tau_ffn:.3g}"
+    heat_map(head, ffn, head_mask, ffn_mask, title, folder / "ticket.png")
+
+    config = Config(**{**notes["config"], "num_labels": classes, "heads": None, "neurons": None})
+    before, after = count_parameters(config), count_parameters(config, head_mask, ffn_mask)
+    print(f"{title}")
+    print(f"  kept in layer   {'  '.join(f'{i + 1:5}' for i in range(len(head)))}    of each   in all")
+    for name, mask in (("heads", head_mask), ("neurons", ffn_mask)):
+        row = "  ".join(f"{kept:5,}" for kept in mask.sum(1).tolist())
+        print(f"  {name:15s} {row}    {mask.shape[1]:7,}   {int(mask.sum()):,} of {mask.numel():,}")
+    print(f"parameters with {classes} classes: {before:,} before, {after:,} after ({after / before:.1%})")
+    print(f"ticket: {ticket}, heat map: {folder / 'ticket.png'}")
+
+
+def read_coefficients(path):
+    """(c_H (layers, heads), c_F (layers, neurons), notes) of a file that search.py wrote.
+
+    Raises BadInput where the file is something else, or where a coefficient is not a number.
+    """
+    tensors, notes = weights.read_notes(path)
+    if notes.get("script") != "search.py" or not {"head", "ffn"} <= tensors.keys():
+        raise BadInput(f"{path} holds no coefficients: give a file that search.py wrote")
+    for name in ("head", "ffn"):
+        if not torch.isfinite(tensors[name]).all():
+            raise BadInput(f"{path}: {name} has coefficients that are no numbers: the search diverged")
+    return tensors["head"], tensors["ffn"], notes
+
+
+def heat_map(head, ffn, head_mask, ffn_mask, title, picture):
+    """What survives of each layer, after Figure 1: every head with its coefficient, and the share of the neurons."""
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    layers, heads = head.shape
+    figure, (left, right) = pyplot.subplots(
+        1, 2, figsize=(10, 1.6 + 0.36 * layers), width_ratios=(heads, 8), layout="constrained"
+    )
+    shown = left.imshow(head.masked_fill(~head_mask, math.nan).numpy(), cmap="viridis", aspect="auto", origin="lower")
+    for layer, number in (~head_mask).nonzero().tolist():
+        left.text(number, layer, "x", color="firebrick", ha="center", va="center")
+    left.set(xlabel="head (x: pruned)", ylabel="layer", title="attention heads: coefficient c_H")
+    left.set_xticks(range(heads), range(1, heads + 1))
+    bar = figure.colorbar(shown, ax=left, pad=0.02)
+    bar.formatter.set_useOffset(False)
+
+    kept = ffn_mask.float().mean(1).tolist()
+    right.barh(range(layers), 1, color="lightgray")
+    right.barh(range(layers), kept, color="steelblue")
+    for layer, share in enumerate(kept):
+        color = "white" if share > 0.3 else "black"
+        right.text(0.02, layer, f"{share:.0%} of {ffn.shape[1]:,}", va="center", color=color)
+    right.set(xlabel="share of the neurons kept", xlim=(0, 1), ylim=left.get_ylim(), title="FFN neurons")
+    for axes in (left, right):
+        axes.set_yticks(range(layers), range(1, layers + 1))
+    figure.suptitle(title)
+    with runtime.replacing(picture) as beside:
+        figure.savefig(beside, dpi=150, format="png")
+
+
+if __name__ == "__main__":
+    runtime.run(main)

@@ -1,0 +1,211 @@
+"""Fine-tune a ticket on a task at ordinary cost (Algorithm 2, lines 7-10), or a baseline to compare it with.
+
+    python finetune.py --task rt                      the ticket that draw.py drew for rt
+    python finetune.py --task rt --ticket none        the full model
+    python finetune.py --task rt --ticket random      as many heads and neurons as the ticket, at random
+    python finetune.py --task rt --method freelb      with adversarial training on top
+
+Fine-tuning starts from the pre-trained weights, theta_0, not from those of the search; what the ticket prunes is
+physically gone. The epoch with the best accuracy on a held-out tenth of the training rows is kept, and only that
+one sees the test rows, once. Killed and typed again, the command goes on after the last whole epoch.
+"""
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import data
+import runtime
+import weights
+from bert import Bert
+from freelb import freelb
+from gates import draw_masks
+from runtime import BadInput, option
+
+
+@dataclass
+class Options:
+    task: str = option("rt", f"{', '.join(data.TASKS)}: a fixed tenth of the rows is the test set")
+    model: str = option("minilm", "minilm, or a folder with config.json, model.safetensors and a vocabulary")
+    ticket: str = option("drawn", "drawn: the one of draw.py --task TASK; none: the full model; random; or a file")
+    method: str = option("vanilla", "vanilla, or freelb: adversarial training", choices=("vanilla", "freelb"))
+    output: str = option("runs", "folder for what is made; this script writes below OUTPUT/MODEL/TASK")
+    seed: int = option(0, "of the classifier, batches, dropout, perturbations and the random ticket", at_least=0)
+    epochs: int = option(10, "passes over the training rows", at_least=1)
+    batch_size: int = option(32, "rows a step", at_least=1)
+    max_length: int = option(None, "tokens a text is cut to, instead of the task's", at_least=3)
+    learning_rate: float = option(5e-5, "eta, AdamW's, at its peak", above=0)
+    warmup: float = option(0.1, "share of all steps in which the learning rate rises", at_least=0, below=1)
+    weight_decay: float = option(0.01, "AdamW's, on matrices", at_least=0)
+    clip_norm: float = option(1.0, "largest norm of the whole gradient", above=0)
+    adv_steps: int = option(3, "K, FreeLB's ascent steps", at_least=1)
+    adv_lr: float = option(0.03, "size of an ascent step", at_least=0)
+    adv_init_mag: float = option(0.05, "magnitude of the initial perturbation", at_least=0)
+    adv_max_norm: float = option(0.2, "the perturbation's largest L2 norm per example; 0: no bound", at_least=0)
+    precision: str = option("auto", "of matrix products; auto: bf16 where it is fast", choices=("auto", "bf16", "fp32"))
+    overwrite: bool = option(False, "replace a model that other settings made in the same folder")
+
+
+def main():
+    options = runtime.parse(Options, __doc__)
+    runtime.keep_memory()
+    device = runtime.pick_device()
+    dtype = runtime.pick_precision(device, options.precision)
+    task = data.find_task(options.task)
+    source, model_sha256 = data.find_model(options.model)
+    folder = runtime.output_folder(options.output, options.model) / options.task
+    masks, ticket_sha256 = find_ticket(options, folder / "ticket.safetensors", model_sha256)
+    folder = folder / f"{Path(options.ticket).stem}-{options.method}"
+    splits = data.load_task(task)
+    tokenizer = data.load_tokenizer(source)
+    rows = ", ".join(f"{len(split):,} {name}" for name, split in splits.items())
+    machine = f"{runtime.describe(device)} in {runtime.precision_name(dtype)}"
+    print(f"model {options.model} on {machine}, ticket: {options.ticket}")
+    print(f"task {options.task}: {rows} rows; the test rows are a fixed tenth of what the package holds")
+
+    settings = asdict(options)
+    for name in ("output", "overwrite"):
+        del settings[name]
+    made_by = {
+        "script": "finetune.py",
+        "settings": settings | {"precision": runtime.precision_name(dtype)},
+        "model_sha256": model_sha256,
+        "ticket_sha256": ticket_sha256,
+        "versions": runtime.versions(),
+    }
+    finished = folder / "model.safetensors"
+    if not weights.made_before(finished, made_by, options.overwrite):
+        torch.manual_seed(options.seed)
+        model = Bert.load(source, num_labels=len(task.labels))
+        if masks is not None:
+            model = model.pruned(*masks)
+        max_length = min(options.max_length or task.max_length, model.config.max_position_embeddings)
+        sets = {name: Rows(tokenizer, split, max_length, device) for name, split in splits.items()}
+        finetune(options, made_by, model.to(device), sets, folder, source, task, dtype)
+    metrics = runtime.read_json(folder / "metrics.json")
+    print(
+        f"best of {options.epochs} epochs by the held-out rows: epoch {metrics['best_epoch']}, "
+        f"{metrics['validation_accuracy']:.2%} there, {metrics['test_accuracy']:.2%} on the test rows"
+    )
+    print(f"{metrics['parameters']:,} parameters, {metrics['seconds']:.0f} s of training; model: {folder}")
+
+
+def find_ticket(options, drawn, model_sha256):
+    """((head mask, FFN mask), sha256 of the ticket's file) as --ticket says; (None, None) for the full model.
+
+    Raises BadInput where the ticket is not there, is no ticket, or was drawn from another model.
+    """
+    if options.ticket == "none":
+        return None, None
+    path = drawn if options.ticket in ("drawn", "random") else Path(options.ticket)
+    if not path.exists():
+        remedy = f"python draw.py --task {options.task} makes it"
+        raise BadInput(f"the ticket {path} is not there: {remedy if path == drawn else 'give drawn, random or none'}")
+    tensors, notes = weights.read_notes(path)
+    if notes.get("script") != "draw.py" or not {"head", "ffn"} <= tensors.keys():
+        raise BadInput(f"{path} is no ticket: give a file that draw.py wrote")
+    if notes["model_sha256"] != model_sha256:
+        raise BadInput(f"{path} was drawn for another model than {options.model} (sha256 {notes['model_sha256'][:12]})")
+    masks = tensors["head"], tensors["ffn"]
+    if options.ticket == "random":
+        torch.manual_seed(options.seed)
+        ratios = notes["settings"]["tau_head"], notes["settings"]["tau_ffn"]
+        masks = draw_masks(*(torch.rand(mask.shape) for mask in masks), *ratios)
+    return masks, weights.sha256(path)
+
+
+class Rows:
+    """A split as token ids: `batches` yields (ids (B, T), mask (B, T) or None, labels (B,)) of like lengths."""
+
+    def __init__(self, tokenizer, rows, max_length, device):
+        self.ids = data.encode(tokenizer, [text for text, _ in rows], max_length)
+        self.labels, self.device = torch.tensor([label for _, label in rows]), device
+        self.pad_id = tokenizer.token_to_id("[PAD]")
+
+    def batches(self, batch_size, generator=None):
+        for chosen in data.batches([len(ids) for ids in self.ids], batch_size, generator):
+            ids, mask = data.collate([self.ids[i] for i in chosen], self.pad_id)
+            mask = None if mask is None else mask.to(self.device)
+            yield ids.to(self.device), mask, self.labels[chosen].to(self.device)
+
+
+def finetune(options, made_by, model, sets, folder, source, task, dtype):
+    """Algorithm 2, lines 7-9. Writes the best epoch's model and metrics.json into `folder`."""
+    groups = runtime.decay_groups(model, options.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=options.learning_rate, fused=True)
+    adversary = {"steps": options.adv_steps, "lr": options.adv_lr}
+    adversary |= {"init_mag": options.adv_init_mag, "max_norm": options.adv_max_norm}
+    if options.method == "vanilla":
+        adversary = {"steps": 1, "lr": 0.0, "init_mag": 0.0, "max_norm": 0.0}
+    state, best_path = folder / "finetune.state.safetensors", folder / "best.state.safetensors"
+    seconds, scores = 0.0, []  # the validation accuracy of each epoch
+    if weights.made_before(state, made_by, options.overwrite):
+        tensors, notes = weights.read_notes(state)
+        weights.restore(tensors, optimizer, model=model)
+        seconds, scores = notes["seconds"], notes["scores"]
+    steps_per_epoch = -(-len(sets["train"].ids) // options.batch_size)
+    steps = options.epochs * steps_per_epoch
+    step = len(scores) * steps_per_epoch
+    bar = runtime.progress(steps, step, "fine-tune")
+    for epoch in range(len(scores), options.epochs):
+        start, losses = time.perf_counter(), []
+        generator = np.random.Generator(np.random.PCG64([options.seed, epoch]))
+        model.train()
+        for ids, mask, labels in sets["train"].batches(options.batch_size, generator):
+            runtime.seed_step(options.seed, step)
+
+            def loss_of(delta):
+                return F.cross_entropy(model.class_logits(ids, mask, delta=delta).float(), labels)
+
+            with runtime.autocast(ids.device, dtype):
+                tokens = torch.ones_like(ids) if mask is None else mask
+                losses.append(freelb(loss_of, tokens, model.config.hidden_size, **adversary))
+            torch.nn.utils.clip_grad_norm_(model.parameters(), options.clip_norm)
+            runtime.set_learning_rate(optimizer, options.learning_rate, step, steps, options.warmup)
+            optimizer.step()
+            optimizer.zero_grad()
+            step += 1
+            bar.update()
+        seconds += time.perf_counter() - start
+        scores.append(accuracy(model, sets["validation"], options.batch_size, dtype))
+        if scores[-1] > max(scores[:-1], default=-1.0):
+            weights.write_safetensors(best_path, model.state_dict(), made_by)
+        notes = made_by | {"seconds": seconds, "scores": scores}
+        weights.write_safetensors(state, weights.training_state(optimizer, model=model), notes)
+        bar.set_postfix_str(f"loss {torch.stack(losses).mean():.3f}, held-out accuracy {scores[-1]:.2%}")
+    bar.close()
+    model.load_state_dict(weights.read_safetensors(best_path)[0])
+    best = scores.index(max(scores))
+    metrics = {
+        "best_epoch": best + 1,
+        "validation_accuracy": scores[best],
+        "validation_accuracy_by_epoch": scores,
+        "test_accuracy": accuracy(model, sets["test"], options.batch_size, dtype),
+        "test_rows": len(sets["test"].ids),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "seconds": seconds,
+    }
+    runtime.write_json(folder / "metrics.json", made_by | metrics)
+    data.copy_vocabulary(source, folder)
+    model.save(folder, task.labels, made_by)  # last: where it is, the run is complete
+    best_path.unlink()
+    state.unlink()
+
+
+@torch.inference_mode()
+def accuracy(model, rows, batch_size, dtype):
+    """The share of rows that the model classifies as labelled, without dropout."""
+    model.eval()
+    right = 0
+    for ids, mask, labels in rows.batches(4 * batch_size):
+        with runtime.autocast(ids.device, dtype):
+            right += (model.class_logits(ids, mask).argmax(1) == labels).sum().item()
+    return right / len(rows.ids)
+
+
+if __name__ == "__main__":
+    runtime.run(main)

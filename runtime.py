@@ -1,0 +1,230 @@
+"""What every script needs and no concept owns: errors, files, seeds, the device and its precision, options."""
+
+import argparse
+import contextlib
+import ctypes
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+
+class BadInput(Exception):
+    """Something the user gave cannot be used. The message is one line: the thing, its value, the remedy."""
+
+
+def run(main):
+    """Run a script's main(): bad input is one line and exit code 2, Ctrl-C one line and 130."""
+    script = os.path.basename(sys.argv[0])
+    try:
+        main()
+    except BadInput as error:
+        code, line = 2, f"{script}: error: {error}"
+    except OSError as error:
+        if error.filename is None:
+            raise
+        code, line = 2, f"{script}: error: {error.filename}: {error.strerror}"
+    except KeyboardInterrupt:
+        code, line = 130, f"\n{script}: interrupted; the same command goes on from the last checkpoint"
+    else:
+        return
+    print(line, file=sys.stderr)
+    sys.exit(code)
+
+
+# ---------------------------------------------------------------------------------------------------- options
+
+
+def option(default, help, at_least=None, above=None, below=None, choices=None, positional=False):
+    """A field of a script's Options: its default, the sentence that --help shows, and what values it takes."""
+    limits = {"at_least": at_least, "above": above, "below": below}
+    metadata = {"help": help, "choices": choices, "positional": positional, **limits}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but an error is one line."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}; see --help\n")
+
+
+def parse(options, description):
+    """The command line as an instance of the dataclass `options`: a flag for each field, dashes for underscores."""
+    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    for field in dataclasses.fields(options):
+        flag, kind = "--" + field.name.replace("_", "-"), field.type
+        shown = f"{field.default:.4g}" if isinstance(field.default, float) else field.default
+        help = field.metadata["help"].replace("%", "%%")
+        if kind is bool:
+            parser.add_argument(flag, action="store_true", help=help)
+            continue
+        if field.metadata["positional"]:
+            flag, more = field.name, {"nargs": "?"}
+        else:
+            more = {"metavar": None if field.metadata["choices"] else field.name.split("_")[-1].upper()}
+        parser.add_argument(
+            flag,
+            type=lambda text, field=field: within(field, text),
+            default=field.default,
+            choices=field.metadata["choices"],
+            **more,
+            help=help if field.default is None else f"{help} [{shown}]",
+        )
+    return options(**vars(parser.parse_args()))
+
+
+def within(field, text):
+    """`text` as the field's type, inside the field's limits; argparse shows the error."""
+    try:
+        value = field.type(text)
+        if math.isinf(value if field.type is float else 0):
+            raise ValueError
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not {'a number' if field.type is float else 'an integer'}")
+    limits = field.metadata
+    for name, wrong in (
+        ("at_least", lambda bound: not value >= bound),
+        ("above", lambda bound: not value > bound),
+        ("below", lambda bound: not value < bound),
+    ):
+        if limits[name] is not None and wrong(limits[name]):
+            raise argparse.ArgumentTypeError(f"{text} must be {name.replace('_', ' ')} {limits[name]}")
+    return value
+
+
+# ---------------------------------------------------------------------------------------------------- files
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """A path to write to, renamed to `path` when the block ends well and removed when it does not.
+
+    Raises BadInput with the operating system's reason where it cannot be written, as on a full disk.
+    """
+    beside = f"{path}.{os.getpid()}.part"
+    try:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        yield beside
+        os.replace(beside, path)
+    except OSError as error:
+        raise BadInput(f"cannot write {path}: {error.strerror or error}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            os.remove(beside)
+
+
+def write_json(path, value):
+    with replacing(path) as beside, open(beside, "w", encoding="utf8") as file:
+        json.dump(value, file, indent=2, sort_keys=True)
+        file.write("\n")
+
+
+def read_json(path):
+    try:
+        with open(path, encoding="utf8") as file:
+            return json.load(file)
+    except ValueError as error:
+        raise BadInput(f"{path} is not JSON: {error}") from None
+
+
+def output_folder(root, model):
+    """ROOT/MODEL, made and tried at once: a run of minutes must not end at a folder that cannot be written."""
+    folder = Path(root) / Path(model).resolve().name
+    probe = folder / "writable"
+    with replacing(probe) as beside:
+        Path(beside).touch()
+    probe.unlink()
+    return folder
+
+
+def digest(array):
+    """sha256 of a numpy array's bytes."""
+    return hashlib.sha256(array.tobytes()).hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------------- machine
+
+
+def keep_memory():
+    """Let glibc keep the memory that tensors free. By default it hands every large block back to the kernel, which
+    then zeroes it page by page at the next use: about a third of a CPU training step."""
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block of its own mapping
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
+def pick_device():
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def pick_precision(device, precision):
+    """torch.bfloat16 or torch.float32 from 'auto', 'bf16' or 'fp32'; auto: bfloat16 where the hardware multiplies it"""
+    if precision == "auto":
+        if device.type == "cuda":
+            fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        precision = "bf16" if fast else "fp32"
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def precision_name(dtype):
+    return {torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
+
+
+def describe(device):
+    """The machine in a few words, for a script's first line."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU with {torch.get_num_threads()} threads"
+
+
+def autocast(device, dtype):
+    """The parameters stay float32; matrix products run in `dtype`."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+def seed_step(*numbers):
+    """Seed torch from these integers alone. Each training step seeds itself from (seed, step), so that a run that
+    was killed and resumed draws what one that was never killed draws."""
+    seed = 0
+    for number in numbers:
+        seed = (seed * 6364136223846793005 + number + 1442695040888963407) % 2**63
+    torch.manual_seed(seed)
+
+
+def set_learning_rate(optimizer, peak, step, steps, warmup):
+    """BERT's schedule: linearly up to `peak` over warmup x steps, then linearly down to 0."""
+    rise = max(1, round(warmup * steps))
+    for group in optimizer.param_groups:
+        group["lr"] = peak * min((step + 1) / rise, (steps - step) / max(1, steps - rise))
+
+
+def decay_groups(model, weight_decay):
+    """AdamW's two groups: matrices decay, biases and LayerNorms do not."""
+    parameters = list(model.parameters())
+    return [
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+
+
+def progress(total, initial=0, description=""):
+    """A tqdm bar with rate and remaining time, silent where standard error is no terminal."""
+    return tqdm(total=total, initial=initial, desc=description, disable=None, dynamic_ncols=True, unit="step")
+
+
+def versions():
+    """Of what can change a number: written into everything that a script makes."""
+    packages = {name: importlib.metadata.version(name) for name in ("torch", "tokenizers", "numpy")}
+    return {"python": platform.python_version(), **packages}

