@@ -52,18 +52,23 @@ class Config:
         """The Config in the config.json at `path`. Raises BadInput where it is not a BERT that this file can run."""
         try:
             with open(path, encoding="utf8") as file:
-                published = json.load(file)
-            config = Config(**{f.name: published[f.name] for f in fields(Config)[:12] if f.name in published})
+                published = dict(json.load(file))
         except FileNotFoundError:
             raise BadInput(f"{path} is not there: a model folder holds config.json beside its weights") from None
-        except (ValueError, AttributeError) as error:
+        except (ValueError, TypeError) as error:
             raise BadInput(f"{path} is not a model configuration: {error}") from None
         for name, expected in (("model_type", "bert"), ("hidden_act", "gelu"), ("position_embedding_type", "absolute")):
             if published.get(name, expected) != expected:
                 raise BadInput(f"{path} has {name} {published[name]!r}; bert.py runs {expected!r}")
-        sizes = [getattr(config, f.name) for f in fields(Config)[:7]]
-        if not all(type(size) is int and size > 0 for size in sizes) or config.hidden_size % config.num_attention_heads:
-            raise BadInput(f"{path}: sizes must be positive integers, hidden_size a multiple of num_attention_heads")
+        named = {f.name: f.type for f in fields(Config) if f.name not in ("num_labels", "heads", "neurons")}
+        config = Config(**{name: published[name] for name in named if name in published})
+        for name, kind in named.items():
+            value = getattr(config, name)
+            least = 0 if kind is float or name == "pad_token_id" else 1
+            if type(value) not in (int, kind) or not value >= least:
+                raise BadInput(f"{path}: {name} {value!r} is no size that a model can have")
+        if config.hidden_size % config.num_attention_heads:
+            raise BadInput(f"{path}: hidden_size {config.hidden_size} is no multiple of num_attention_heads")
         return config
 
 
@@ -270,18 +275,17 @@ class Bert(nn.Module):
             neurons=tuple(neurons),
             num_labels=found_labels if num_labels is None else num_labels,
         )
+        with torch.device("meta"):  # shapes without memory: a configuration that lies cannot fill the machine
+            expected = {name: parameter.shape for name, parameter in Bert(config, mlm).state_dict().items()}
+        for name, shape in expected.items():
+            if name not in tensors and not name.startswith(("mlm_head.", "classifier.", "pooler.")):
+                raise BadInput(f"{path} has no tensor for {name}")
+            if name in tensors and tensors[name].shape != shape:
+                found = tuple(tensors[name].shape)
+                raise BadInput(f"{path}: {name} has shape {found}, config.json says {tuple(shape)}")
         model = Bert(config, mlm)
-        optional = ("mlm_head.", "classifier.", "pooler.")
-        for name, parameter in model.state_dict().items():
-            if name not in tensors:
-                if not name.startswith(optional):
-                    raise BadInput(f"{path} has no tensor for {name}")
-            elif tensors[name].shape != parameter.shape:
-                found, expected = tuple(tensors[name].shape), tuple(parameter.shape)
-                raise BadInput(f"{path}: {name} has shape {found}, config.json says {expected}")
-            else:
-                parameter.copy_(tensors[name])
-        model.initialized = sorted({n.split(".")[0] for n in model.state_dict() if n not in tensors})
+        model.load_state_dict({name: tensors[name] for name in expected if name in tensors}, strict=False)
+        model.initialized = sorted({name.split(".")[0] for name in expected if name not in tensors})
         return model
 
 

@@ -86,6 +86,8 @@ def main():
         max_length = min(options.max_length or task.max_length, model.config.max_position_embeddings)
         sets = {name: Rows(tokenizer, split, max_length, device) for name, split in splits.items()}
         finetune(options, made_by, model.to(device), sets, folder, source, task, dtype)
+    for leftover in folder.glob("*.state.safetensors"):
+        leftover.unlink()
     metrics = runtime.read_json(folder / "metrics.json")
     print(
         f"best of {options.epochs} epochs by the held-out rows: epoch {metrics['best_epoch']}, "
@@ -192,8 +194,6 @@ def finetune(options, made_by, model, sets, folder, source, task, dtype):
     runtime.write_json(folder / "metrics.json", made_by | metrics)
     data.copy_vocabulary(source, folder)
     model.save(folder, task.labels, made_by)  # last: where it is, the run is complete
-    best_path.unlink()
-    state.unlink()
 
 
 @torch.inference_mode()

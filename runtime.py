@@ -110,7 +110,7 @@ def replacing(path):
 
     Raises BadInput with the operating system's reason where it cannot be written, as on a full disk.
     """
-    beside = f"{path}.{os.getpid()}.part"
+    beside = f"{path}.part"  # always the same name: what a killed run left half written is written over
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         yield beside

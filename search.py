@@ -20,7 +20,7 @@ import weights
 from bert import Bert
 from freelb import freelb
 from gates import Coefficients, EarlyStopping
-from runtime import option
+from runtime import BadInput, option
 
 
 @dataclass
@@ -78,6 +78,7 @@ def main():
     path = output / "coefficients.safetensors"
     if not weights.made_before(path, made_by, options.overwrite):
         search(options, made_by, folder, tokenizer, blocks, output, device, dtype)
+    (output / "search.state.safetensors").unlink(missing_ok=True)
     plot(path, output / "search.png")
     report(path, options)
 
@@ -86,10 +87,16 @@ def search(options, made_by, folder, tokenizer, blocks, output, device, dtype):
     """Algorithm 1. Writes coefficients.safetensors into `output`, and search.state.safetensors while it runs."""
     torch.manual_seed(options.seed)
     model = Bert.load(folder, mlm=True)
+    config = model.config
+    if min(config.heads) < config.num_attention_heads or min(config.neurons) < config.intermediate_size:
+        raise BadInput(f"{options.model} is pruned already: search the full model")
+    if options.block > config.max_position_embeddings:
+        raise BadInput(
+            f"--block {options.block}: {options.model} reads at most {config.max_position_embeddings} tokens"
+        )
     if "mlm_head" in model.initialized:
         fit_mlm_head(options, made_by, model.to(device), tokenizer, blocks, output, dtype)
     model.to(device).train()  # line 1: theta <- theta_0, c <- 1
-    config = model.config
     c = Coefficients(config.num_hidden_layers, config.num_attention_heads, config.intermediate_size).to(device)
     groups = [*runtime.decay_groups(model, options.weight_decay), {"params": c.parameters(), "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=options.learning_rate, fused=True)
@@ -112,7 +119,7 @@ def search(options, made_by, folder, tokenizer, blocks, output, device, dtype):
             stopping.update(head, ffn)
         step = ends[len(trace["trace.loss"]) - 1]
 
-    losses = []
+    losses, status = [], ""
     bar = runtime.progress(steps, step, "search")
     while step < steps and not stopping.over:  # line 2
         epoch, batch = divmod(step, steps_per_epoch)
@@ -132,6 +139,8 @@ def search(options, made_by, folder, tokenizer, blocks, output, device, dtype):
         optimizer.step()  # lines 3 and 4
         optimizer.zero_grad()
         step += 1
+        if not bar.disable:
+            bar.set_postfix_str(f"loss {losses[-1]:.3f}{status}", refresh=False)
         bar.update()
         if step in ends:
             head, ffn = c.head.detach().cpu().clone(), c.ffn.detach().cpu().clone()
@@ -141,16 +150,12 @@ def search(options, made_by, folder, tokenizer, blocks, output, device, dtype):
             losses = []
             stacked = {name: torch.stack(series) for name, series in trace.items()}
             weights.write_safetensors(state, weights.training_state(optimizer, model=model, c=c) | stacked, made_by)
-            bar.set_postfix_str(
-                f"loss {trace['trace.loss'][-1]:.3f}, distance of heads {distances[0]:.3f}, "
-                f"of neurons {distances[1]:.3f}, streak {stopping.streak}"
-            )
+            status = f", distance heads {distances[0]:.3f}, neurons {distances[1]:.3f}, streak {stopping.streak}"
     bar.close()
     final = {"head": trace["trace.head"][-1], "ffn": trace["trace.ffn"][-1]}
     final |= {name: torch.stack(series) for name, series in trace.items()}
     notes = made_by | {"config": asdict(config), "stopped_early": stopping.over, "mini_epochs_at_most": len(ends)}
     weights.write_safetensors(output / "coefficients.safetensors", final, notes)
-    state.unlink()
 
 
 def fit_mlm_head(options, made_by, model, tokenizer, blocks, output, dtype):

@@ -828,7 +828,7 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_file(tiny, corpus, tmp_path)
         (lambda folder: (folder / "config.json").write_text("{"), "is not a model configuration"),
         (lambda folder: (folder / "config.json").unlink(), "config.json is not there"),
         (lambda folder: change(folder, hidden_act="relu"), "hidden_act 'relu'; bert.py runs 'gelu'"),
-        (lambda folder: change(folder, hidden_size=0), "sizes must be positive integers"),
+        (lambda folder: change(folder, hidden_size=0), "hidden_size 0 is no size that a model can have"),
         (lambda folder: change(folder, hidden_size=48), "has shape"),
         (
             lambda folder: change(folder, num_hidden_layers=3),

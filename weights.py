@@ -109,7 +109,7 @@ def made_before(path, made_by, overwrite):
     if not os.path.exists(path):
         return False
     _, notes = read_notes(path)
-    differs = [key for key in ("script", "model_sha256", "corpus_sha256") if notes.get(key) != made_by.get(key)]
+    differs = [f"another {key}" for key in made_by if key.endswith("sha256") and notes.get(key) != made_by[key]]
     old, new = notes.get("settings", {}), made_by["settings"]
     differs += [f"{key} {old.get(key)!r}, not {new.get(key)!r}" for key in new if old.get(key) != new.get(key)]
     if differs and not overwrite:
