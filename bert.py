@@ -55,7 +55,7 @@ class Config:
                 published = dict(json.load(file))
         except FileNotFoundError:
             raise BadInput(f"{path} is not there: a model folder holds config.json beside its weights") from None
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise BadInput(f"{path} is not a model configuration: {error}") from None
         for name, expected in (("model_type", "bert"), ("hidden_act", "gelu"), ("position_embedding_type", "absolute")):
             if published.get(name, expected) != expected:
@@ -65,8 +65,9 @@ class Config:
         for name, kind in named.items():
             value = getattr(config, name)
             least = 0 if kind is float or name == "pad_token_id" else 1
-            if type(value) not in (int, kind) or not value >= least:
-                raise BadInput(f"{path}: {name} {value!r} is no size that a model can have")
+            most = 1 if name.endswith("dropout_prob") else math.inf
+            if type(value) not in (int, kind) or not least <= value < most:
+                raise BadInput(f"{path}: {name} {value!r} is nothing that a model can have")
         if config.hidden_size % config.num_attention_heads:
             raise BadInput(f"{path}: hidden_size {config.hidden_size} is no multiple of num_attention_heads")
         return config
@@ -87,7 +88,7 @@ class Dropout(nn.Module):
         words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
         draws = words.view(torch.int16)[: x.numel()].view(x.shape)  # uniform on -32768 ... 32767
         keep = torch.ge(draws, round(self.p * 65536) - 32768, out=torch.empty_like(x, requires_grad=False))
-        return x * keep * (1 / (1 - self.p))
+        return x * keep.mul_(1 / (1 - self.p))
 
 
 class Linear(nn.Linear):
@@ -211,7 +212,7 @@ class Bert(nn.Module):
             F.cross_entropy(rows.float() + self.mlm_head.bias, wanted, reduction="sum")
             for rows, wanted in zip(products.split(32), labels.split(32))
         ]
-        return torch.stack(losses).sum() / len(labels)
+        return torch.stack(losses).sum() / max(1, len(labels))
 
     def class_logits(self, ids, mask=None, segments=None, gates=None, delta=None):
         """(B, T) -> (B, labels), from the pooled state of the first token; arguments as `forward`."""
@@ -266,6 +267,9 @@ class Bert(nn.Module):
         tensors = weights.from_published(weights.read_safetensors(path)[0], config.num_hidden_layers, path)
         widths = [len(tensors[f"layers.{i}.query_key_value.bias"]) for i in range(config.num_hidden_layers)]
         neurons = [len(tensors[f"layers.{i}.intermediate.bias"]) for i in range(config.num_hidden_layers)]
+        full = config.num_attention_heads * config.head_size
+        if max(widths) > 3 * full or max(neurons) > config.intermediate_size:
+            raise BadInput(f"{path} has layers wider than config.json says: {max(widths) // 3} and {max(neurons)}")
         found_labels = len(tensors.get("classifier.bias", ()))
         if num_labels not in (None, found_labels):
             tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("classifier.")}

@@ -18,6 +18,7 @@ import torch
 from tokenizers import BertWordPieceTokenizer, Tokenizer
 from tokenizers.models import WordPiece
 
+from bert import Config
 from runtime import BadInput, replacing
 from weights import sha256
 
@@ -62,8 +63,11 @@ def find_model(name):
 
 
 def load_tokenizer(folder):
-    """The tokenizer in a model folder, from tokenizer.json or vocab.txt; it neither pads nor truncates."""
-    folder = Path(folder)
+    """The tokenizer in a model folder, from tokenizer.json or vocab.txt; it neither pads nor truncates.
+
+    Raises BadInput where there is none, it lacks one of BERT's special tokens, or it knows more than the model does.
+    """
+    folder, vocab_size = Path(folder), Config.read(Path(folder) / "config.json").vocab_size
     try:
         if (folder / "tokenizer.json").is_file():
             tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -78,6 +82,14 @@ def load_tokenizer(folder):
         raise
     except Exception as error:  # the library raises bare Exception
         raise BadInput(f"the vocabulary in {folder} cannot be read: {error}") from None
+    for token in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"):
+        if tokenizer.token_to_id(token) is None:
+            raise BadInput(f"the vocabulary in {folder} has no {token}: it is not BERT's")
+    if tokenizer.get_vocab_size() > vocab_size:
+        size = tokenizer.get_vocab_size()
+        raise BadInput(
+            f"the vocabulary in {folder} has {size} tokens, the model {vocab_size}: they do not belong together"
+        )
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
@@ -133,12 +145,11 @@ def find_task(name):
 
 
 def load_task(task):
-    """{'train', 'validation', 'test'} -> [(text, label)]: of every ten rows in a fixed random order the first is a
-    test row; of the other nine tenths, one tenth likewise is held out for validation."""
+    """{'train', 'validation', 'test'} -> [(text, label)]: of every ten rows the first is a test row, and of every ten
+    of the others the first is held out for validation. The packages sort by label, so the classes keep their shares."""
     rows = list(task.load())
-    rows = [rows[i] for i in np.random.Generator(np.random.PCG64(0)).permutation(len(rows))]
-    test, rest = rows[::10], [row for i, row in enumerate(rows) if i % 10]
-    return {"train": [r for i, r in enumerate(rest) if i % 10], "validation": rest[::10], "test": test}
+    rest = [row for i, row in enumerate(rows) if i % 10]
+    return {"train": [row for i, row in enumerate(rest) if i % 10], "validation": rest[::10], "test": rows[::10]}
 
 
 def load_corpus(name):
@@ -184,9 +195,9 @@ def mask_tokens(ids, tokenizer, share=0.15):
     """BERT's masking of ids (B, T): of the tokens that are not special, `share` are to be predicted; 80 % of those
     become [MASK], 10 % a random token, 10 % stay. Returns (masked ids (B, T), positions (n,) into the B T tokens,
     labels (n,)). Draws from torch's random numbers."""
-    names = ("[CLS]", "[SEP]", "[PAD]", "[MASK]")
-    special = torch.tensor([tokenizer.token_to_id(n) for n in names if tokenizer.token_to_id(n) is not None])
-    chosen = (torch.rand(ids.shape) < share) & ~torch.isin(ids, special)
+    special = torch.tensor([tokenizer.token_to_id(name) for name in ("[CLS]", "[SEP]", "[PAD]", "[MASK]")])
+    draws = torch.rand(ids.shape).masked_fill_(torch.isin(ids, special), 1)
+    chosen = (draws <= max(share, draws.min())) & (draws < 1)  # even of a tiny batch at least one
     positions = chosen.flatten().nonzero().flatten()
     labels = ids.flatten()[positions]
     fate = torch.rand(labels.shape)

@@ -49,13 +49,13 @@ def main():
         raise BadInput(f"unknown task {options.task!r}: give one of {', '.join(TASKS)}, or --tau-ffn as well")
     tau_ffn, classes = TASKS.get(options.task, (options.tau_ffn, 2))
     tau_ffn = tau_ffn if options.tau_ffn is None else options.tau_ffn
-    folder = runtime.output_folder(options.output, options.model) / options.task
+    folder = runtime.model_folder(options.output, options.model) / options.task
     path = Path(options.coefficients or folder.parent / "coefficients.safetensors")
-    if not path.exists():
-        raise BadInput(f"{path} is not there: python search.py makes it")
+    if not path.is_file():
+        raise BadInput(f"{path} is not there: python search.py{runtime.flags(options, 'model', 'output')} makes it")
     head, ffn, notes = read_coefficients(path)
     searched = notes["settings"]["model"]
-    if searched != options.model:
+    if runtime.model_folder("", searched) != runtime.model_folder("", options.model):
         raise BadInput(f"{path} are the coefficients of model {searched}: --model {searched} draws from them")
 
     head_mask, ffn_mask = draw_masks(head, ffn, options.tau_head, tau_ffn)
@@ -72,9 +72,9 @@ def main():
     title = f"{searched}, ticket for {options.task}: tau_H = {options.tau_head:.3g}, tau_F = {tau_ffn:.3g}"
     heat_map(head, ffn, head_mask, ffn_mask, title, folder / "ticket.png")
 
-    config = Config(**{**notes["config"], "num_labels": classes, "heads": None, "neurons": None})
+    config = Config(**notes["config"] | {"num_labels": classes, "heads": None, "neurons": None})
     before, after = count_parameters(config), count_parameters(config, head_mask, ffn_mask)
-    print(f"{title}")
+    print(title)
     print(f"  kept in layer   {'  '.join(f'{i + 1:5}' for i in range(len(head)))}    of each   in all")
     for name, mask in (("heads", head_mask), ("neurons", ffn_mask)):
         row = "  ".join(f"{kept:5,}" for kept in mask.sum(1).tolist())
@@ -86,14 +86,23 @@ def main():
 def read_coefficients(path):
     """(c_H (layers, heads), c_F (layers, neurons), notes) of a file that search.py wrote.
 
-    Raises BadInput where the file is something else, or where a coefficient is not a number.
+    Raises BadInput where the file is something else, or its shapes are not those of its model.
     """
     tensors, notes = weights.read_notes(path)
-    if notes.get("script") != "search.py" or not {"head", "ffn"} <= tensors.keys():
+    try:
+        config = Config(**notes["config"] | {"heads": None, "neurons": None})
+        known = notes["script"] == "search.py" and all(
+            key in notes for key in ("model_sha256", "corpus_sha256", "versions")
+        )
+        known = known and isinstance(notes["settings"]["model"], str)
+    except (KeyError, TypeError):
+        known = False
+    if not known or not {"head", "ffn"} <= tensors.keys():
         raise BadInput(f"{path} holds no coefficients: give a file that search.py wrote")
-    for name in ("head", "ffn"):
-        if not torch.isfinite(tensors[name]).all():
-            raise BadInput(f"{path}: {name} has coefficients that are no numbers: the search diverged")
+    for name, width in (("head", config.num_attention_heads), ("ffn", config.intermediate_size)):
+        expected, found = (config.num_hidden_layers, width), tensors[name]
+        if found.shape != expected or found.dtype != torch.float32 or not torch.isfinite(found).all():
+            raise BadInput(f"{path}: {name} is not a finite float32 for each of {expected}: search again")
     return tensors["head"], tensors["ffn"], notes
 
 

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 import data
 import runtime
 import weights
-from bert import Bert
+from bert import Bert, Config
 from freelb import freelb
 from gates import draw_masks
 from runtime import BadInput, option
@@ -34,11 +34,11 @@ class Options:
     ticket: str = option("drawn", "drawn: the one of draw.py --task TASK; none: the full model; random; or a file")
     method: str = option("vanilla", "vanilla, or freelb: adversarial training", choices=("vanilla", "freelb"))
     output: str = option("runs", "folder for what is made; this script writes below OUTPUT/MODEL/TASK")
-    seed: int = option(0, "of the classifier, batches, dropout, perturbations and the random ticket", at_least=0)
+    seed: int = option(0, "of all that is random; each seed has a folder of its own", at_least=0, below=2**63)
     epochs: int = option(10, "passes over the training rows", at_least=1)
     batch_size: int = option(32, "rows a step", at_least=1)
     max_length: int = option(None, "tokens a text is cut to, instead of the task's", at_least=3)
-    learning_rate: float = option(5e-5, "eta, AdamW's, at its peak", above=0)
+    learning_rate: float = option(1e-4, "eta, AdamW's, at its peak", above=0)
     warmup: float = option(0.1, "share of all steps in which the learning rate rises", at_least=0, below=1)
     weight_decay: float = option(0.01, "AdamW's, on matrices", at_least=0)
     clip_norm: float = option(1.0, "largest norm of the whole gradient", above=0)
@@ -58,8 +58,9 @@ def main():
     task = data.find_task(options.task)
     source, model_sha256 = data.find_model(options.model)
     folder = runtime.output_folder(options.output, options.model) / options.task
-    masks, ticket_sha256 = find_ticket(options, folder / "ticket.safetensors", model_sha256)
-    folder = folder / f"{Path(options.ticket).stem}-{options.method}"
+    config = Config.read(source / "config.json")
+    masks, ticket_sha256 = find_ticket(options, folder / "ticket.safetensors", model_sha256, config)
+    folder = folder / f"{Path(options.ticket).stem}-{options.method}-seed{options.seed}"
     splits = data.load_task(task)
     tokenizer = data.load_tokenizer(source)
     rows = ", ".join(f"{len(split):,} {name}" for name, split in splits.items())
@@ -96,7 +97,7 @@ def main():
     print(f"{metrics['parameters']:,} parameters, {metrics['seconds']:.0f} s of training; model: {folder}")
 
 
-def find_ticket(options, drawn, model_sha256):
+def find_ticket(options, drawn, model_sha256, config):
     """((head mask, FFN mask), sha256 of the ticket's file) as --ticket says; (None, None) for the full model.
 
     Raises BadInput where the ticket is not there, is no ticket, or was drawn from another model.
@@ -104,15 +105,20 @@ def find_ticket(options, drawn, model_sha256):
     if options.ticket == "none":
         return None, None
     path = drawn if options.ticket in ("drawn", "random") else Path(options.ticket)
-    if not path.exists():
-        remedy = f"python draw.py --task {options.task} makes it"
+    if not path.is_file():
+        remedy = f"python draw.py --task {options.task}{runtime.flags(options, 'model', 'output')} makes it"
         raise BadInput(f"the ticket {path} is not there: {remedy if path == drawn else 'give drawn, random or none'}")
     tensors, notes = weights.read_notes(path)
     if notes.get("script") != "draw.py" or not {"head", "ffn"} <= tensors.keys():
         raise BadInput(f"{path} is no ticket: give a file that draw.py wrote")
-    if notes["model_sha256"] != model_sha256:
-        raise BadInput(f"{path} was drawn for another model than {options.model} (sha256 {notes['model_sha256'][:12]})")
+    if notes.get("model_sha256") != model_sha256:
+        raise BadInput(f"{path} was drawn for another model than {options.model} ")
     masks = tensors["head"], tensors["ffn"]
+    for mask, width in zip(masks, (config.num_attention_heads, config.intermediate_size)):
+        if mask.dtype != torch.bool or mask.shape != (config.num_hidden_layers, width):
+            raise BadInput(f"{path} has a mask that does not fit the model: draw it again")
+    if not masks[0].any(1).all():
+        raise BadInput(f"{path} leaves a layer without a head: draw it again")
     if options.ticket == "random":
         torch.manual_seed(options.seed)
         ratios = notes["settings"]["tau_head"], notes["settings"]["tau_ffn"]
@@ -145,6 +151,7 @@ def finetune(options, made_by, model, sets, folder, source, task, dtype):
         adversary = {"steps": 1, "lr": 0.0, "init_mag": 0.0, "max_norm": 0.0}
     state, best_path = folder / "finetune.state.safetensors", folder / "best.state.safetensors"
     seconds, scores = 0.0, []  # the validation accuracy of each epoch
+    weights.made_before(best_path, made_by, options.overwrite)
     if weights.made_before(state, made_by, options.overwrite):
         tensors, notes = weights.read_notes(state)
         weights.restore(tensors, optimizer, model=model)
@@ -173,6 +180,8 @@ def finetune(options, made_by, model, sets, folder, source, task, dtype):
             step += 1
             bar.update()
         seconds += time.perf_counter() - start
+        if not torch.isfinite(torch.stack(losses)).all():
+            raise BadInput(f"training diverged in epoch {epoch + 1}: lower --learning-rate {options.learning_rate:g}")
         scores.append(accuracy(model, sets["validation"], options.batch_size, dtype))
         if scores[-1] > max(scores[:-1], default=-1.0):
             weights.write_safetensors(best_path, model.state_dict(), made_by)

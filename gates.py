@@ -43,7 +43,7 @@ def draw_mask(coefficients, tau, at_least_one=False):
         if count > layers * (n - 1):
             raise BadInput(
                 f"tau {tau:.4g} prunes {count} of {layers * n} heads, but each of the {layers} layers keeps one: "
-                f"choose at most {1 - 1 / n:.4g}"
+                f"choose at most {n - 1}/{n}"
             )
         rank = torch.empty_like(order)
         rank[order] = torch.arange(len(order))

@@ -10,7 +10,9 @@ import json
 import math
 import os
 import platform
+import shlex
 import sys
+from fractions import Fraction
 from pathlib import Path
 
 import torch
@@ -26,14 +28,13 @@ def run(main):
     script = os.path.basename(sys.argv[0])
     try:
         main()
+        sys.stdout.flush()
     except BadInput as error:
         code, line = 2, f"{script}: error: {error}"
     except OSError as error:
-        if error.filename is None:
-            raise
-        code, line = 2, f"{script}: error: {error.filename}: {error.strerror}"
+        code, line = 2, f"{script}: error: {error.filename or 'output'}: {error.strerror or error}"
     except KeyboardInterrupt:
-        code, line = 130, f"\n{script}: interrupted; the same command goes on from the last checkpoint"
+        code, line = 130, f"\n{script}: interrupted; the same command goes on where it can"
     else:
         return
     print(line, file=sys.stderr)
@@ -43,9 +44,9 @@ def run(main):
 # ---------------------------------------------------------------------------------------------------- options
 
 
-def option(default, help, at_least=None, above=None, below=None, choices=None, positional=False):
+def option(default, help, at_least=None, above=None, below=None, at_most=None, choices=None, positional=False):
     """A field of a script's Options: its default, the sentence that --help shows, and what values it takes."""
-    limits = {"at_least": at_least, "above": above, "below": below}
+    limits = {"at_least": at_least, "above": above, "below": below, "at_most": at_most}
     metadata = {"help": help, "choices": choices, "positional": positional, **limits}
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -62,7 +63,9 @@ def parse(options, description):
     parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     for field in dataclasses.fields(options):
         flag, kind = "--" + field.name.replace("_", "-"), field.type
-        shown = f"{field.default:.4g}" if isinstance(field.default, float) else field.default
+        shown = field.default
+        if isinstance(shown, float):  # 0.1 and 2e-05, but 1/6
+            shown = f"{shown:.4g}" if float(f"{shown:.4g}") == shown else Fraction(shown).limit_denominator(100)
         help = field.metadata["help"].replace("%", "%%")
         if kind is bool:
             parser.add_argument(flag, action="store_true", help=help)
@@ -83,22 +86,29 @@ def parse(options, description):
 
 
 def within(field, text):
-    """`text` as the field's type, inside the field's limits; argparse shows the error."""
+    """`text` as the field's type, inside the field's limits; a number may be a fraction. argparse shows the error."""
     try:
-        value = field.type(text)
-        if math.isinf(value if field.type is float else 0):
+        value = float(Fraction(text)) if field.type is float and "/" in text else field.type(text)
+        if field.type is float and math.isinf(value):
             raise ValueError
-    except ValueError:
+    except (ValueError, ZeroDivisionError, OverflowError):
         raise argparse.ArgumentTypeError(f"{text!r} is not {'a number' if field.type is float else 'an integer'}")
     limits = field.metadata
     for name, wrong in (
         ("at_least", lambda bound: not value >= bound),
         ("above", lambda bound: not value > bound),
         ("below", lambda bound: not value < bound),
+        ("at_most", lambda bound: not value <= bound),
     ):
         if limits[name] is not None and wrong(limits[name]):
             raise argparse.ArgumentTypeError(f"{text} must be {name.replace('_', ' ')} {limits[name]}")
     return value
+
+
+def flags(options, *names):
+    """Those of the named options that are not at their defaults, as they are typed: for the command to type next."""
+    changed = [name for name in names if getattr(options, name) != getattr(type(options), name)]
+    return "".join(f" --{name} {shlex.quote(str(getattr(options, name)))}" for name in changed)
 
 
 # ---------------------------------------------------------------------------------------------------- files
@@ -136,9 +146,14 @@ def read_json(path):
         raise BadInput(f"{path} is not JSON: {error}") from None
 
 
+def model_folder(root, model):
+    """ROOT/MODEL, by the last part of the model's path."""
+    return Path(root) / Path(model).resolve().name
+
+
 def output_folder(root, model):
-    """ROOT/MODEL, made and tried at once: a run of minutes must not end at a folder that cannot be written."""
-    folder = Path(root) / Path(model).resolve().name
+    """`model_folder`, made and tried at once: a run of minutes must not end at a folder that cannot be written."""
+    folder = model_folder(root, model)
     probe = folder / "writable"
     with replacing(probe) as beside:
         Path(beside).touch()

@@ -19,7 +19,7 @@ import runtime
 import weights
 from bert import Bert
 from freelb import freelb
-from gates import Coefficients, EarlyStopping
+from gates import Coefficients, EarlyStopping, draw_masks
 from runtime import BadInput, option
 
 
@@ -28,7 +28,7 @@ class Options:
     model: str = option("minilm", "minilm, or a folder with config.json, model.safetensors and a vocabulary")
     corpus: str = option("bbc", "bbc, or a text file with one document a line (the paper: wikitext-2-raw-v1)")
     output: str = option("runs", "folder for what is made; this script writes below OUTPUT/MODEL")
-    seed: int = option(0, "of masking, batches, dropout and perturbations", at_least=0)
+    seed: int = option(0, "of masking, batches, dropout and perturbations", at_least=0, below=2**63)
     epochs: int = option(1, "at most so many passes over the corpus", at_least=1)
     block: int = option(128, "tokens a training example, [CLS] and [SEP] included", at_least=4)
     batch_size: int = option(32, "examples a step", at_least=1)
@@ -44,11 +44,11 @@ class Options:
     lambda_ffn: float = option(1e-4, "lambda_F of eq. 5", at_least=0)
     tau_head: float = option(1 / 6, "pruning ratio of the heads in the masks that are compared", at_least=0, below=1)
     tau_ffn: float = option(0.3, "pruning ratio of the neurons in the masks that are compared", at_least=0, below=1)
-    mini_epoch: float = option(0.05, "epochs between two comparisons of the masks", above=0, below=1.0001)
+    mini_epoch: float = option(0.05, "epochs between two comparisons of the masks", at_least=1e-4, at_most=1)
     gamma: float = option(0.1, "normalized Hamming distance below which masks count as unchanged", above=0)
     patience: int = option(5, "mini-epochs in a row below gamma that end the search", at_least=1)
     head_steps: int = option(200, "steps to fit an MLM head where the model comes without one", at_least=1)
-    head_learning_rate: float = option(1e-3, "of that head", above=0)
+    head_learning_rate: float = option(3e-3, "of that head", above=0)
     precision: str = option("auto", "of matrix products; auto: bf16 where it is fast", choices=("auto", "bf16", "fp32"))
     overwrite: bool = option(False, "replace the coefficients of another search in the same folder")
 
@@ -89,15 +89,16 @@ def search(options, made_by, folder, tokenizer, blocks, output, device, dtype):
     model = Bert.load(folder, mlm=True)
     config = model.config
     if min(config.heads) < config.num_attention_heads or min(config.neurons) < config.intermediate_size:
-        raise BadInput(f"{options.model} is pruned already: search the full model")
+        raise BadInput(f"{options.model} has narrower layers than its config.json: search the model before pruning")
     if options.block > config.max_position_embeddings:
         raise BadInput(
             f"--block {options.block}: {options.model} reads at most {config.max_position_embeddings} tokens"
         )
+    c = Coefficients(config.num_hidden_layers, config.num_attention_heads, config.intermediate_size).to(device)
+    draw_masks(*c.gates, options.tau_head, options.tau_ffn)  # ratios that cannot be had are refused now
     if "mlm_head" in model.initialized:
         fit_mlm_head(options, made_by, model.to(device), tokenizer, blocks, output, dtype)
     model.to(device).train()  # line 1: theta <- theta_0, c <- 1
-    c = Coefficients(config.num_hidden_layers, config.num_attention_heads, config.intermediate_size).to(device)
     groups = [*runtime.decay_groups(model, options.weight_decay), {"params": c.parameters(), "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=options.learning_rate, fused=True)
     adversary = {"steps": options.adv_steps, "lr": options.adv_lr}
@@ -106,7 +107,9 @@ def search(options, made_by, folder, tokenizer, blocks, output, device, dtype):
     steps_per_epoch = -(-len(blocks) // options.batch_size)
     steps = options.epochs * steps_per_epoch
     mini_epochs = math.ceil(options.epochs / options.mini_epoch - 1e-9)
-    ends = sorted({min(steps, math.ceil((i + 1) * options.mini_epoch * steps_per_epoch)) for i in range(mini_epochs)})
+    ends = sorted(
+        {min(steps, math.ceil((i + 1) * options.mini_epoch * steps_per_epoch - 1e-9)) for i in range(mini_epochs)}
+    )
     stopping = EarlyStopping(options.tau_head, options.tau_ffn, options.gamma, options.patience)
     trace = {"trace.head": [], "trace.ffn": [], "trace.distances": [], "trace.loss": []}  # an entry a mini-epoch
     state = output / "search.state.safetensors"
@@ -144,8 +147,11 @@ def search(options, made_by, folder, tokenizer, blocks, output, device, dtype):
         bar.update()
         if step in ends:
             head, ffn = c.head.detach().cpu().clone(), c.ffn.detach().cpu().clone()
+            mean_loss = torch.stack(losses).mean().cpu()
+            if not all(torch.isfinite(number).all() for number in (head, ffn, mean_loss)):
+                raise BadInput(f"the search diverged by step {step}: lower --learning-rate {options.learning_rate:g}")
             distances = torch.tensor(stopping.update(head, ffn))
-            for series, value in zip(trace.values(), (head, ffn, distances, torch.stack(losses).mean().cpu())):
+            for series, value in zip(trace.values(), (head, ffn, distances, mean_loss)):
                 series.append(value)
             losses = []
             stacked = {name: torch.stack(series) for name, series in trace.items()}
@@ -164,7 +170,9 @@ def fit_mlm_head(options, made_by, model, tokenizer, blocks, output, dtype):
     Its bias starts at the log frequencies of the corpus's tokens, so that the head need not learn them.
     """
     path, head, device = output / "mlm_head.safetensors", model.mlm_head, model.mlm_head.bias.device
-    if weights.made_before(path, made_by, options.overwrite):
+    matters = ("seed", "block", "batch_size", "warmup", "head_steps", "head_learning_rate", "precision")
+    made_by = made_by | {"settings": {name: made_by["settings"][name] for name in matters}}
+    if weights.made_before(path, made_by, overwrite=True):  # it costs a minute, and nobody shares it
         head.load_state_dict(weights.read_safetensors(path)[0])
         return
     print(f"{options.model} comes without an MLM head: fitting one with the encoder frozen, {path} keeps it")
@@ -174,7 +182,7 @@ def fit_mlm_head(options, made_by, model, tokenizer, blocks, output, dtype):
     bar = runtime.progress(options.head_steps, description="MLM head")
     for step in range(options.head_steps):
         runtime.seed_step(options.seed, 3, step)
-        rows = torch.randint(len(blocks), (options.batch_size,))
+        rows = torch.randint(len(blocks), (min(options.batch_size, len(blocks)),))
         ids, positions, labels = (t.to(device) for t in data.mask_tokens(blocks[rows], tokenizer))
         with runtime.autocast(device, dtype):
             with torch.no_grad():
@@ -222,9 +230,7 @@ def report(path, options):
         why = "that was all of them; the masks had not settled"
     print(f"searched {ran} of {most} mini-epochs: {why}")
     print(f"coefficients: {path}, distances: {path.parent / 'search.png'}")
-    changed = [name for name in ("model", "output") if getattr(options, name) != getattr(Options, name)]
-    flags = "".join(f" --{name} {getattr(options, name)}" for name in changed)
-    print(f"next: python draw.py --task sst2{flags}")
+    print(f"next: python draw.py --task sst2{runtime.flags(options, 'model', 'output')}")
 
 
 if __name__ == "__main__":

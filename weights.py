@@ -61,7 +61,7 @@ def read_safetensors(path):
     for offsets, name, dtype, shape in entries:
         if not isinstance(dtype, str) or dtype not in DTYPES:
             raise bad(f"{name} has dtype {dtype!r}, known are {', '.join(DTYPES)}")
-        if not (isinstance(shape, list) and all(type(n) is int and n >= 0 for n in shape)):
+        if not (isinstance(shape, list) and all(type(n) is int and 0 <= n < 2**63 for n in shape)):
             raise bad(f"{name} has shape {shape}")
         count = math.prod(shape)
         end = start + count * DTYPES[dtype].itemsize
@@ -97,24 +97,34 @@ def read_notes(path):
     tensors, metadata = read_safetensors(path)
     try:
         return tensors, {key: json.loads(value) for key, value in metadata.items() if key != "format"}
-    except (ValueError, TypeError, AttributeError):
+    except (ValueError, TypeError, AttributeError, RecursionError):
         raise BadInput(f"{path} was not written by this project: its notes cannot be read") from None
 
 
 def made_before(path, made_by, overwrite):
     """Whether the file at `path` was made with exactly the settings `made_by`, so that it need not be made again.
 
-    Raises BadInput where it was made with others, unless they may be overwritten.
+    Where it was made with others, or cannot be read, it is removed if it may be overwritten; else raises BadInput.
+    Model and corpus count by their sha256, not by how their paths are spelled.
     """
     if not os.path.exists(path):
         return False
-    _, notes = read_notes(path)
+    try:
+        _, notes = read_notes(path)
+    except BadInput as error:
+        if not overwrite:
+            raise BadInput(f"{error}: delete it, or --overwrite") from None
+        notes = {}
     differs = [f"another {key}" for key in made_by if key.endswith("sha256") and notes.get(key) != made_by[key]]
     old, new = notes.get("settings", {}), made_by["settings"]
-    differs += [f"{key} {old.get(key)!r}, not {new.get(key)!r}" for key in new if old.get(key) != new.get(key)]
-    if differs and not overwrite:
+    compared = [key for key in new if key not in ("model", "corpus")]
+    differs += [f"{key} {old.get(key)!r}, not {new[key]!r}" for key in compared if old.get(key) != new[key]]
+    if not differs:
+        return True
+    if not overwrite:
         raise BadInput(f"{path} was made with other settings ({', '.join(differs)}): --overwrite, or another --output")
-    return not differs
+    os.remove(path)
+    return False
 
 
 def training_state(optimizer, **modules):
@@ -174,20 +184,24 @@ def from_published(tensors, layers, path):
 
     Raises BadInput that names a tensor which every layer has and this file has not. `path` is for the message.
     """
-    found = {}
-    for name, tensor in tensors.items():
-        stem, _, kind = name.removeprefix("bert.").rpartition(".")
+    found, bare = {}, {name.removeprefix("bert."): tensor for name, tensor in tensors.items()}
+    for name, tensor in bare.items():
+        stem, _, kind = name.rpartition(".")
         number = re.search(r"(?<=\.layer\.)\d+", stem)
+        if number and int(number[0]) >= layers:
+            raise BadInput(f"{path} has a tensor {name}, config.json {layers} layers")
         ours = NAMES.get(re.sub(r"(?<=\.layer\.)\d+", "{}", stem))
         if ours:
+            kind = {"gamma": "weight", "beta": "bias"}.get(kind, kind)  # LayerNorm's names in TensorFlow's days
             found[f"{ours.format(number and number[0])}.{kind}"] = tensor.float()
-    bare = {name.removeprefix("bert."): tensor for name, tensor in tensors.items()}
     for i in range(layers):
-        for kind in ("weight", "bias"):
+        for kind, dimensions in (("weight", 2), ("bias", 1)):
             names = [f"encoder.layer.{i}.attention.self.{part}.{kind}" for part in PARTS]
             for name in [*names, f"encoder.layer.{i}.intermediate.dense.{kind}"]:
                 if name not in bare:
                     raise BadInput(f"{path} has no tensor {name}")
+                if bare[name].dim() != dimensions or name in names and bare[name].shape != bare[names[0]].shape:
+                    raise BadInput(f"{path}: {name} has shape {tuple(bare[name].shape)}, which fits no model")
             found[f"layers.{i}.query_key_value.{kind}"] = torch.cat([bare[name].float() for name in names])
     return found
 
