@@ -98,6 +98,13 @@ class Linear(nn.Linear):
         pass
 
 
+class Embedding(nn.Embedding):
+    """Likewise."""
+
+    def reset_parameters(self):
+        pass
+
+
 class Layer(nn.Module):
     """One post-norm Transformer block with `heads` attention heads and `neurons` FFN neurons, either may be 0."""
 
@@ -157,9 +164,9 @@ class Bert(nn.Module):
         self.config, d = config, config.hidden_size
         heads = config.heads or (config.num_attention_heads,) * config.num_hidden_layers
         neurons = config.neurons or (config.intermediate_size,) * config.num_hidden_layers
-        self.word_embeddings = nn.Embedding(config.vocab_size, d)
-        self.position_embeddings = nn.Embedding(config.max_position_embeddings, d)
-        self.segment_embeddings = nn.Embedding(config.type_vocab_size, d)
+        self.word_embeddings = Embedding(config.vocab_size, d)
+        self.position_embeddings = Embedding(config.max_position_embeddings, d)
+        self.segment_embeddings = Embedding(config.type_vocab_size, d)
         self.embedding_norm = nn.LayerNorm(d, eps=config.layer_norm_eps)
         self.dropout = Dropout(config.hidden_dropout_prob)
         self.layers = nn.ModuleList(Layer(config, h, n) for h, n in zip(heads, neurons))
@@ -170,8 +177,9 @@ class Bert(nn.Module):
 
     def initialize(self, module):
         """BERT's own initialization: normal with initializer_range, zero biases; a LayerNorm is born as it should."""
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            module.weight.data.normal_(0, self.config.initializer_range)
+        if not isinstance(module, (nn.Linear, nn.Embedding)) or module.weight.is_meta:
+            return
+        module.weight.data.normal_(0, self.config.initializer_range)
         if isinstance(module, nn.Linear):
             module.bias.data.zero_()
 

@@ -180,8 +180,11 @@ def pack(tokenizer, documents, block):
     The tokens left at the end, fewer than a block, are dropped. Raises BadInput where there is not one block.
     """
     cls, sep = (tokenizer.token_to_id(token) for token in ("[CLS]", "[SEP]"))
-    encoded = tokenizer.encode_batch(documents, add_special_tokens=False)
-    stream = np.concatenate([np.array([*e.ids, sep], dtype=np.int32) for e in encoded] or [np.zeros(0, np.int32)])
+    pieces = [np.zeros(0, np.int32)]
+    for start in range(0, len(documents), 100):  # a few at a time: an encoding takes a hundred times its ids' memory
+        encoded = tokenizer.encode_batch(documents[start : start + 100], add_special_tokens=False)
+        pieces += [np.array([*e.ids, sep], dtype=np.int32) for e in encoded]
+    stream = np.concatenate(pieces)
     count = len(stream) // (block - 2)
     if count == 0:
         raise BadInput(f"the corpus has {len(stream)} tokens, not enough for one block of {block}")
@@ -196,9 +199,10 @@ def mask_tokens(ids, tokenizer, share=0.15):
     become [MASK], 10 % a random token, 10 % stay. Returns (masked ids (B, T), positions (n,) into the B T tokens,
     labels (n,)). Draws from torch's random numbers."""
     special = torch.tensor([tokenizer.token_to_id(name) for name in ("[CLS]", "[SEP]", "[PAD]", "[MASK]")])
-    draws = torch.rand(ids.shape).masked_fill_(torch.isin(ids, special), 1)
-    chosen = (draws <= max(share, draws.min())) & (draws < 1)  # even of a tiny batch at least one
-    positions = chosen.flatten().nonzero().flatten()
+    draws = torch.rand(ids.shape).masked_fill_(torch.isin(ids, special), 2).flatten()
+    candidates = int((draws < 2).sum())
+    count = min(candidates, max(1, round(share * candidates)))  # the same for every batch of full blocks, so that
+    positions = draws.argsort()[:count].sort().values  # the processor's kernels are compiled once
     labels = ids.flatten()[positions]
     fate = torch.rand(labels.shape)
     other = torch.randint(tokenizer.get_vocab_size(), labels.shape)
