@@ -94,11 +94,12 @@ def search(options, made_by, folder, tokenizer, blocks, output, device, dtype):
         raise BadInput(
             f"--block {options.block}: {options.model} reads at most {config.max_position_embeddings} tokens"
         )
-    c = Coefficients(config.num_hidden_layers, config.num_attention_heads, config.intermediate_size).to(device)
+    c = Coefficients(config.num_hidden_layers, config.num_attention_heads, config.intermediate_size)
     draw_masks(*c.gates, options.tau_head, options.tau_ffn)  # ratios that cannot be had are refused now
     if "mlm_head" in model.initialized:
         fit_mlm_head(options, made_by, model.to(device), tokenizer, blocks, output, dtype)
     model.to(device).train()  # line 1: theta <- theta_0, c <- 1
+    c.to(device)
     groups = [*runtime.decay_groups(model, options.weight_decay), {"params": c.parameters(), "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=options.learning_rate, fused=True)
     adversary = {"steps": options.adv_steps, "lr": options.adv_lr}
