@@ -1,8 +1,8 @@
 """BERT (Devlin et al. 2019) written out by hand, with a coefficient on every attention head and every FFN neuron.
 
 The encoder is the published one: token, position and segment embeddings, post-norm blocks, exact GELU, a pooler, an
-MLM head tied to the token embeddings and a classifier head; its numbers equal those of `transformers`. Two things
-are added for ORTicket: `gates`, which scale heads and neurons (eq. 3 and 4 of the paper), and `pruned`, which
+MLM head tied to the token embeddings and a classifier head; its numbers equal those of `transformers`. RoBERTa (Liu
+et al. 2019) is the same but for its tensors' names, its first position and a dropout. Two things are added for ORTicket: `gates`, which scale heads and neurons (eq. 3 and 4 of the paper), and `pruned`, which
 cuts them away for good and leaves layers of uneven width.
 
 Not here: decoding, cross attention, next-sentence prediction, relative positions, activations other than GELU.
@@ -19,14 +19,19 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import published
 import weights
 from runtime import BadInput, write_json
+
+
+KNOWN = {"model_type": ("bert", "roberta"), "hidden_act": ("gelu",), "position_embedding_type": ("absolute",)}
 
 
 @dataclass(frozen=True)
 class Config:
     """The sizes of a BERT, by the names of its published config.json, and what pruning left of each layer."""
 
+    model_type: str = "bert"  # or "roberta"
     vocab_size: int = 30522
     hidden_size: int = 768
     num_hidden_layers: int = 12
@@ -39,6 +44,7 @@ class Config:
     attention_probs_dropout_prob: float = 0.1
     initializer_range: float = 0.02
     pad_token_id: int = 0
+    tie_word_embeddings: bool = True  # the MLM head multiplies by the token embeddings; else by a matrix of its own
     num_labels: int = 0  # of the classifier head; 0: no such head
     heads: tuple | None = None  # heads kept in each layer; None: all
     neurons: tuple | None = None  # neurons kept in each layer; None: all
@@ -47,9 +53,24 @@ class Config:
     def head_size(self):
         return self.hidden_size // self.num_attention_heads
 
+    @property
+    def first_position(self):
+        """RoBERTa counts its tokens from the padding's number plus one."""
+        return self.pad_token_id + 1 if self.model_type == "roberta" else 0
+
+    @property
+    def max_length(self):
+        """Tokens that a text may have."""
+        return self.max_position_embeddings - self.first_position
+
     @staticmethod
     def read(path):
-        """The Config in the config.json at `path`. Raises BadInput where it is not a BERT that this file can run."""
+        """The Config of the model at `path`, its folder or a file of its weights: config.json or, as Google names it,
+        bert_config.json. Raises BadInput where it is not a BERT or RoBERTa that this file can run."""
+        folder = path if os.path.isdir(path) else os.path.dirname(path)
+        path = os.path.join(folder, "config.json")
+        if not os.path.isfile(path) and os.path.isfile(os.path.join(folder, "bert_config.json")):
+            path = os.path.join(folder, "bert_config.json")
         try:
             with open(path, encoding="utf8") as file:
                 published = dict(json.load(file))
@@ -57,19 +78,24 @@ class Config:
             raise BadInput(f"{path} is not there: a model folder holds config.json beside its weights") from None
         except (ValueError, TypeError, RecursionError) as error:
             raise BadInput(f"{path} is not a model configuration: {error}") from None
-        for name, expected in (("model_type", "bert"), ("hidden_act", "gelu"), ("position_embedding_type", "absolute")):
-            if published.get(name, expected) != expected:
-                raise BadInput(f"{path} has {name} {published[name]!r}; bert.py runs {expected!r}")
-        named = {f.name: f.type for f in fields(Config) if f.name not in ("num_labels", "heads", "neurons")}
-        config = Config(**{name: published[name] for name in named if name in published})
+        for name, known in KNOWN.items():
+            if published.get(name, known[0]) not in known:
+                raise BadInput(f"{path} has {name} {published[name]!r}; bert.py runs {' and '.join(map(repr, known))}")
+        if published.get("model_type") == "roberta":
+            published.setdefault("pad_token_id", 1)
+        not_sizes = ("model_type", "num_labels", "heads", "neurons")
+        named = {f.name: f.type for f in fields(Config) if f.name not in not_sizes}
+        config = Config(**{name: published[name] for name in ("model_type", *named) if name in published})
         for name, kind in named.items():
             value = getattr(config, name)
-            least = 0 if kind is float or name == "pad_token_id" else 1
+            least = 1 if kind is int and name != "pad_token_id" else 0
             most = 1 if name.endswith("dropout_prob") else math.inf
             if type(value) not in (int, kind) or not least <= value < most:
                 raise BadInput(f"{path}: {name} {value!r} is nothing that a model can have")
         if config.hidden_size % config.num_attention_heads:
             raise BadInput(f"{path}: hidden_size {config.hidden_size} is no multiple of num_attention_heads")
+        if config.max_length < 1:
+            raise BadInput(f"{path}: max_position_embeddings {config.max_position_embeddings} leaves no position")
         return config
 
 
@@ -157,7 +183,7 @@ class Layer(nn.Module):
 
 
 class Bert(nn.Module):
-    """The encoder with its pooler, its MLM head where `mlm`, and a classifier head where the config has labels."""
+    """The encoder, with an MLM head where `mlm`, with a pooler and a classifier where the configuration has labels."""
 
     def __init__(self, config, mlm=False):
         super().__init__()
@@ -170,18 +196,21 @@ class Bert(nn.Module):
         self.embedding_norm = nn.LayerNorm(d, eps=config.layer_norm_eps)
         self.dropout = Dropout(config.hidden_dropout_prob)
         self.layers = nn.ModuleList(Layer(config, h, n) for h, n in zip(heads, neurons))
-        self.pooler = Linear(d, d)
         self.mlm_head = MLMHead(config) if mlm else None
+        self.pooler = Linear(d, d) if config.num_labels else None
         self.classifier = Linear(d, config.num_labels) if config.num_labels else None
         self.apply(self.initialize)
 
     def initialize(self, module):
-        """BERT's own initialization: normal with initializer_range, zero biases; a LayerNorm is born as it should."""
-        if not isinstance(module, (nn.Linear, nn.Embedding)) or module.weight.is_meta:
+        """BERT's own initialization: normal with initializer_range, zero biases, LayerNorms that only normalize."""
+        if any(parameter.is_meta for parameter in module.parameters(recurse=False)):
             return
-        module.weight.data.normal_(0, self.config.initializer_range)
-        if isinstance(module, nn.Linear):
-            module.bias.data.zero_()
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, 0, self.config.initializer_range)
+        if isinstance(module, nn.LayerNorm):
+            module.reset_parameters()
+        if isinstance(module, (nn.Linear, MLMHead)) and module.bias is not None:
+            nn.init.zeros_(module.bias)
 
     def forward(self, ids, mask=None, segments=None, keep=None, gates=None, delta=None):
         """The last layer's hidden states.
@@ -195,7 +224,8 @@ class Bert(nn.Module):
         if delta is not None:
             words = words + delta
         segments = self.segment_embeddings.weight[0] if segments is None else self.segment_embeddings(segments)
-        x = words + self.position_embeddings.weight[: ids.shape[1]] + segments  # (B, T, d)
+        positions = self.position_embeddings.weight[self.config.first_position :][: ids.shape[1]]
+        x = words + positions + segments  # (B, T, d)
         x = self.dropout(self.embedding_norm(x))
         bias = None
         if mask is not None:
@@ -208,14 +238,19 @@ class Bert(nn.Module):
 
     def mlm_logits(self, states):
         """states (n, d) of the positions asked for -> (n, V)."""
-        return F.linear(self.mlm_head(states), self.word_embeddings.weight, self.mlm_head.bias)
+        return F.linear(self.mlm_head(states), self.decoder, self.mlm_head.bias)
+
+    @property
+    def decoder(self):
+        """The matrix (V, d) before the MLM head's softmax."""
+        return (self.mlm_head.decoder or self.word_embeddings).weight
 
     def mlm_loss(self, states, labels):
         """The mean cross entropy of `mlm_logits(states)` against labels (n,), in float32 whatever the autocast.
 
         The softmax takes 32 rows of V at a time: they stay in the processor's cache, where all of them would not.
         """
-        products = F.linear(self.mlm_head(states), self.word_embeddings.weight)  # (n, V)
+        products = F.linear(self.mlm_head(states), self.decoder)  # (n, V)
         losses = [
             F.cross_entropy(rows.float() + self.mlm_head.bias, wanted, reduction="sum")
             for rows, wanted in zip(products.split(32), labels.split(32))
@@ -225,8 +260,20 @@ class Bert(nn.Module):
     def class_logits(self, ids, mask=None, segments=None, gates=None, delta=None):
         """(B, T) -> (B, labels), from the pooled state of the first token; arguments as `forward`."""
         first = torch.arange(0, ids.numel(), ids.shape[1], device=ids.device)
-        pooled = torch.tanh(self.pooler(self(ids, mask, segments, first, gates, delta)))
+        states = self(ids, mask, segments, first, gates, delta)  # (B, d)
+        if self.config.model_type == "roberta":
+            states = self.dropout(states)
+        pooled = torch.tanh(self.pooler(states))
         return self.classifier(self.dropout(pooled))
+
+    @property
+    def remarks(self):
+        """Of a loaded model, what was missing and what was left out, in a line each; search.py speaks of the MLM head."""
+        initialized = ", ".join(name for name in self.initialized if name != "mlm_head")
+        unused = sorted({name.rpartition(".")[0] or name for name in self.unused})
+        more = f" and {len(unused) - 6} more" if len(unused) > 6 else ""
+        lines = {"newly initialized": initialized, "left out": ", ".join(unused[:6]) + more}
+        return [f"{what}: {names}" for what, names in lines.items() if names]
 
     def pruned(self, head_mask, ffn_mask):
         """A smaller Bert without the heads and neurons that the masks, (layers, H) and (layers, F) bool, call false.
@@ -236,48 +283,61 @@ class Bert(nn.Module):
         """
         config = replace(self.config, heads=tuple(head_mask.sum(1).tolist()), neurons=tuple(ffn_mask.sum(1).tolist()))
         state = self.state_dict()
-        for i, (heads, neurons) in enumerate(zip(head_mask.bool(), ffn_mask.bool())):
-            width = heads.repeat_interleave(config.head_size)  # (H s,)
-            for name, kept in ((f"layers.{i}.query_key_value", width.repeat(3)), (f"layers.{i}.intermediate", neurons)):
-                state[f"{name}.weight"] = state[f"{name}.weight"][kept]
-                state[f"{name}.bias"] = state[f"{name}.bias"][kept]
-            for name, kept in ((f"layers.{i}.attention_output.weight", width), (f"layers.{i}.output.weight", neurons)):
-                state[name] = state[name][:, kept]
-        small = Bert(config, mlm=self.mlm_head is not None)
-        small.load_state_dict(state)
-        return small.to(self.word_embeddings.weight.device)
+        for name, kept, dimension in cuts(head_mask, ffn_mask, config.head_size):
+            state[name] = state[name].index_select(dimension, kept.nonzero().flatten().to(state[name].device))
+        return self.with_state(config, state)
+
+    def dense(self, head_mask, ffn_mask):
+        """The full-sized Bert that equals this one, which `pruned` made with these masks: zeros where that cut."""
+        state = self.state_dict()
+        for name, kept, dimension in cuts(head_mask, ffn_mask, self.config.head_size):
+            tensor, shape = state[name], list(state[name].shape)
+            shape[dimension] = len(kept)
+            kept = kept.nonzero().flatten().to(tensor.device)
+            state[name] = tensor.new_zeros(shape).index_copy(dimension, kept, tensor)
+        return self.with_state(replace(self.config, heads=None, neurons=None), state)
+
+    def with_state(self, config, state):
+        """A Bert of another configuration with these tensors."""
+        with torch.device("meta"):
+            model = Bert(config, mlm=self.mlm_head is not None)
+        model.load_state_dict(state, assign=True)
+        return model
 
     def save(self, folder, labels, notes):
         """Write config.json (the published names, `labels` the classes' names) and model.safetensors, with published
         tensor names and the JSON values `notes`, how it was made, in its header."""
         config = {k: v for k, v in asdict(self.config).items() if k not in ("num_labels", "heads", "neurons")}
-        config |= {"architectures": ["BertForSequenceClassification"], "model_type": "bert", "hidden_act": "gelu"}
+        name = {"bert": "Bert", "roberta": "Roberta"}[self.config.model_type]
+        config |= {"architectures": [f"{name}ForSequenceClassification"], "hidden_act": "gelu"}
         config |= {
             "num_labels": len(labels),
             "id2label": dict(enumerate(labels)),
             "label2id": {name: i for i, name in enumerate(labels)},
         }
         write_json(os.path.join(folder, "config.json"), config)
-        tensors = weights.to_published(self.state_dict())
+        tensors = published.to_published(self.state_dict(), self.config.model_type)
         weights.write_safetensors(os.path.join(folder, "model.safetensors"), tensors, notes)
 
     @staticmethod
-    def load(folder, mlm=False, num_labels=None):
-        """The model in `folder`, as published or as `save` wrote it; the widths of its layers are the tensors' own.
+    def load(path, mlm=False, num_labels=None):
+        """The model at `path`, as published or as `save` wrote it; the widths of its layers are the tensors' own.
 
-        mlm: with an MLM head, newly initialized where the folder has none. num_labels: with a classifier head of so
-        many classes, likewise, also where the folder's has another number; None: as in the folder.
-        `model.initialized` names what had to be initialized.
+        path: its folder, or a file of its weights. mlm: with an MLM head. num_labels: with a classifier of so many
+        classes; None: as at `path`. What is wanted and not there, or is a classifier of another size, is newly
+        initialized: `model.initialized` names it. `model.unused` names the tensors that bert.py has no use for.
+        The parameters are views of the file where that can be: it must not change while the model is in use.
         Raises BadInput that names the tensor which is missing or has another shape than the configuration says.
         """
-        config = Config.read(os.path.join(folder, "config.json"))
-        path = os.path.join(folder, "model.safetensors")
-        tensors = weights.from_published(weights.read_safetensors(path)[0], config.num_hidden_layers, path)
+        config = Config.read(path)
+        mapped = published.read_weights(path)
+        tensors, unused = published.from_published(mapped, config.model_type, config.num_hidden_layers, path)
+        mapped.release()  # what was copied
         widths = [len(tensors[f"layers.{i}.query_key_value.bias"]) for i in range(config.num_hidden_layers)]
         neurons = [len(tensors[f"layers.{i}.intermediate.bias"]) for i in range(config.num_hidden_layers)]
         full = config.num_attention_heads * config.head_size
         if max(widths) > 3 * full or max(neurons) > config.intermediate_size:
-            raise BadInput(f"{path} has layers wider than config.json says: {max(widths) // 3} and {max(neurons)}")
+            raise BadInput(f"{path} has layers wider than its configuration: {max(widths) // 3} and {max(neurons)}")
         found_labels = len(tensors.get("classifier.bias", ()))
         if num_labels not in (None, found_labels):
             tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("classifier.")}
@@ -288,17 +348,35 @@ class Bert(nn.Module):
             num_labels=found_labels if num_labels is None else num_labels,
         )
         with torch.device("meta"):  # shapes without memory: a configuration that lies cannot fill the machine
-            expected = {name: parameter.shape for name, parameter in Bert(config, mlm).state_dict().items()}
+            model = Bert(config, mlm)
+        expected = {name: parameter.shape for name, parameter in model.state_dict().items()}
         for name, shape in expected.items():
             if name not in tensors and not name.startswith(("mlm_head.", "classifier.", "pooler.")):
                 raise BadInput(f"{path} has no tensor for {name}")
             if name in tensors and tensors[name].shape != shape:
                 found = tuple(tensors[name].shape)
-                raise BadInput(f"{path}: {name} has shape {found}, config.json says {tuple(shape)}")
-        model = Bert(config, mlm)
-        model.load_state_dict({name: tensors[name] for name in expected if name in tensors}, strict=False)
-        model.initialized = sorted({name.split(".")[0] for name in expected if name not in tensors})
+                raise BadInput(f"{path}: {name} has shape {found}, its configuration says {tuple(shape)}")
+        model.initialized, model.unused = (
+            sorted({name.split(".")[0] for name in expected if name not in tensors}),
+            unused,
+        )
+        for name in model.initialized:
+            tensors = {key: tensor for key, tensor in tensors.items() if key.split(".")[0] != name}
+            model.get_submodule(name).to_empty(device="cpu").apply(model.initialize)
+        tensors = {name: tensors[name].contiguous() for name in expected if name in tensors}
+        model.load_state_dict(tensors, strict=False, assign=True)
         return model
+
+
+def cuts(head_mask, ffn_mask, head_size):
+    """(name of a tensor, mask of what is kept, in which dimension) of all that pruning by these masks cuts."""
+    for i, (heads, neurons) in enumerate(zip(head_mask, ffn_mask)):
+        width = heads.repeat_interleave(head_size)  # (H s,)
+        for kind in ("weight", "bias"):
+            yield f"layers.{i}.query_key_value.{kind}", width.repeat(3), 0
+            yield f"layers.{i}.intermediate.{kind}", neurons, 0
+        yield f"layers.{i}.attention_output.weight", width, 1
+        yield f"layers.{i}.output.weight", neurons, 1
 
 
 class MLMHead(nn.Module):
@@ -308,6 +386,8 @@ class MLMHead(nn.Module):
         super().__init__()
         self.dense = Linear(config.hidden_size, config.hidden_size)
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        tied = config.tie_word_embeddings
+        self.decoder = None if tied else Linear(config.hidden_size, config.vocab_size, bias=False)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
     def forward(self, states):

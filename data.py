@@ -9,17 +9,19 @@ import csv
 import importlib.util
 import json
 import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import tokenizers
 import torch
-from tokenizers import BertWordPieceTokenizer, Tokenizer
+from tokenizers import AddedToken
 from tokenizers.models import WordPiece
+from tokenizers.processors import RobertaProcessing
 
 from bert import Config
-from runtime import BadInput, replacing
+from published import identity, unpack
+from runtime import BadInput, one_line, replacing, write_json
 from weights import sha256
 
 # ------------------------------------------------------------------------------------------------------- models
@@ -43,64 +45,118 @@ def package_folder(package):
 
 
 def find_model(name):
-    """(folder, sha256 of its weights) of an embedded model or of a folder on disk.
+    """(path, sha256 of its weights) of an embedded model, or of one on disk: its folder, a file of its weights or a
+    zip archive as Google publishes them.
 
     Raises BadInput for an unknown name, and where an embedded model's weights are not the published ones.
     """
-    folder = Path(name)
+    path = Path(name)
     if name in EMBEDDED:
         package, inner, expected = EMBEDDED[name]
-        folder = package_folder(package) / inner
-    elif not folder.is_dir():
-        raise BadInput(f"unknown model {name!r}: give {', '.join(EMBEDDED)} or a folder with model.safetensors")
-    path = folder / "model.safetensors"
-    if not path.is_file():
-        raise BadInput(f"{path} is not there: a model folder holds config.json, model.safetensors and a vocabulary")
-    found = sha256(path)
-    if name in EMBEDDED and found != expected:
-        raise BadInput(f"{path} has sha256 {found}, not {expected}: reinstall the package {package}")
-    return folder, found
+        path = package_folder(package) / inner
+        found = sha256(path / "model.safetensors")
+        if found != expected:
+            raise BadInput(f"{path} has sha256 {found}, not {expected}: reinstall the package {package}")
+        return path, found
+    if path.suffix == ".zip" and path.is_file():
+        path = unpack(path)
+    elif not path.exists() and not Path(f"{path}.index").is_file():
+        raise BadInput(f"unknown model {name!r}: give {', '.join(EMBEDDED)}, a model's folder or a file of its weights")
+    return path, identity(path)
 
 
-def load_tokenizer(folder):
-    """The tokenizer in a model folder, from tokenizer.json or vocab.txt; it neither pads nor truncates.
+# ---------------------------------------------------------------------------------------------------- tokenizers
 
-    Raises BadInput where there is none, it lacks one of BERT's special tokens, or it knows more than the model does.
+# the special tokens of each family: padding, unknown, before a text, after it, masked
+SPECIAL = {
+    "bert": ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"),
+    "roberta": ("<pad>", "<unk>", "<s>", "</s>", "<mask>"),
+}
+
+
+class Tokenizer:
+    """WordPiece or byte-level BPE from a model's own files: texts <-> token ids.
+
+    `pad`, `cls`, `sep` and `mask` are the ids of the special tokens, `size` how many tokens there are. It takes what
+    is there of tokenizer.json, vocab.txt (BERT), vocab.json with merges.txt (RoBERTa).
+    Raises BadInput where there is none, it lacks a special token, or it knows more tokens than the model.
     """
-    folder, vocab_size = Path(folder), Config.read(Path(folder) / "config.json").vocab_size
-    try:
-        if (folder / "tokenizer.json").is_file():
-            tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        elif (folder / "vocab.txt").is_file():
-            settings = folder / "tokenizer_config.json"
-            lowercase = not settings.is_file() or json.loads(settings.read_text("utf8")).get("do_lower_case", True)
-            vocabulary = WordPiece.read_file(str(folder / "vocab.txt"))
-            tokenizer = BertWordPieceTokenizer(vocabulary, lowercase=lowercase)
+
+    def __init__(self, path):
+        """path: of the model, its folder or a file of its weights."""
+        self.folder, self.config = path if path.is_dir() else path.parent, Config.read(path)
+        self.library = self.read()
+        self.size = self.library.get_vocab_size()
+        special = SPECIAL[self.config.model_type]
+        for token in special:
+            if self.library.token_to_id(token) is None:
+                raise BadInput(f"the vocabulary in {self.folder} has no {token}: it is no {self.config.model_type}'s")
+        self.pad, _, self.cls, self.sep, self.mask = (self.library.token_to_id(token) for token in special)
+        if self.size > self.config.vocab_size:
+            raise BadInput(
+                f"the vocabulary in {self.folder} has {self.size} tokens, the model {self.config.vocab_size}: "
+                "they do not belong together"
+            )
+        self.library.no_padding()
+        self.library.no_truncation()
+
+    def read(self):
+        """The tokenizers library's object."""
+        have = {name for name in ("tokenizer.json", "vocab.txt", "vocab.json") if (self.folder / name).is_file()}
+        settings = self.folder / "tokenizer_config.json"
+        try:
+            settings = dict(json.loads(settings.read_text("utf8"))) if settings.is_file() else {}
+            if "tokenizer.json" in have:
+                return tokenizers.Tokenizer.from_file(str(self.folder / "tokenizer.json"))
+            if "vocab.json" in have:
+                return byte_level_bpe(self.folder, settings)
+            if "vocab.txt" in have:
+                return word_piece(self.folder, settings)
+        except Exception as error:  # the library raises bare Exception
+            raise BadInput(f"the vocabulary in {self.folder} cannot be read: {one_line(error)}") from None
+        raise BadInput(f"{self.folder} has no vocabulary: tokenizer.json, vocab.txt or vocab.json with merges.txt")
+
+    def save(self, folder):
+        """tokenizer.json, and tokenizer_config.json so that transformers makes the same of it."""
+        parts = json.loads(self.library.to_str())
+        settings = {"model_max_length": self.config.max_length}
+        if self.config.model_type == "bert":
+            normalizer = parts.get("normalizer") or {}
+            settings |= {"tokenizer_class": "BertTokenizer", "do_lower_case": normalizer.get("lowercase", True)}
+            settings |= {"strip_accents": normalizer.get("strip_accents")}
+            settings |= {"tokenize_chinese_chars": normalizer.get("handle_chinese_chars", True)}
         else:
-            raise BadInput(f"{folder} has no vocabulary: neither tokenizer.json nor vocab.txt")
-    except BadInput:
-        raise
-    except Exception as error:  # the library raises bare Exception
-        raise BadInput(f"the vocabulary in {folder} cannot be read: {error}") from None
-    for token in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"):
-        if tokenizer.token_to_id(token) is None:
-            raise BadInput(f"the vocabulary in {folder} has no {token}: it is not BERT's")
-    if tokenizer.get_vocab_size() > vocab_size:
-        size = tokenizer.get_vocab_size()
-        raise BadInput(
-            f"the vocabulary in {folder} has {size} tokens, the model {vocab_size}: they do not belong together"
-        )
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
+            splitter = parts.get("pre_tokenizer") or {}
+            settings |= {"tokenizer_class": "RobertaTokenizer"}
+            settings |= {"add_prefix_space": splitter.get("add_prefix_space", False)}
+        write_json(Path(folder) / "tokenizer_config.json", settings)
+        with replacing(Path(folder) / "tokenizer.json") as beside:
+            Path(beside).write_text(self.library.to_str(pretty=True), "utf8")
+
+
+def word_piece(folder, settings):
+    """BERT's tokenizer from vocab.txt. Where no tokenizer_config.json says whether it is cased, as in Google's own
+    archives, the vocabulary does: an uncased one has no capital letter outside its special tokens."""
+    vocabulary = WordPiece.read_file(str(folder / "vocab.txt"))
+    uncased = all(token == token.lower() for token in vocabulary if token[:1] != "[")
+    return tokenizers.BertWordPieceTokenizer(
+        vocabulary,
+        lowercase=settings.get("do_lower_case", uncased),
+        strip_accents=settings.get("strip_accents"),
+        handle_chinese_chars=settings.get("tokenize_chinese_chars", True),
+    )
+
+
+def byte_level_bpe(folder, settings):
+    """RoBERTa's tokenizer from vocab.json and merges.txt."""
+    spaced = settings.get("add_prefix_space", False)
+    files = str(folder / "vocab.json"), str(folder / "merges.txt")
+    tokenizer = tokenizers.ByteLevelBPETokenizer.from_file(*files, add_prefix_space=spaced, trim_offsets=True)
+    *plain, mask = SPECIAL["roberta"]
+    tokenizer.add_special_tokens([*plain, AddedToken(mask, lstrip=True)])
+    cls, sep = ((token, tokenizer.token_to_id(token)) for token in ("<s>", "</s>"))
+    tokenizer._tokenizer.post_processor = RobertaProcessing(sep, cls, trim_offsets=True, add_prefix_space=spaced)
     return tokenizer
-
-
-def copy_vocabulary(source, folder):
-    """The tokenizer's files of one model folder into another."""
-    for name in ("vocab.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
-        if (Path(source) / name).is_file():
-            with replacing(Path(folder) / name) as beside:
-                shutil.copyfile(Path(source) / name, beside)
 
 
 # -------------------------------------------------------------------------------------------------------- texts
@@ -167,11 +223,11 @@ def load_corpus(name):
 
 def encode(tokenizer, texts, max_length):
     """Texts -> a list of int32 id arrays, each [CLS] ... [SEP] and at most max_length long."""
-    tokenizer.enable_truncation(max_length)
+    tokenizer.library.enable_truncation(max_length)
     try:
-        return [np.array(e.ids, dtype=np.int32) for e in tokenizer.encode_batch(texts)]
+        return [np.array(e.ids, dtype=np.int32) for e in tokenizer.library.encode_batch(texts)]
     finally:
-        tokenizer.no_truncation()
+        tokenizer.library.no_truncation()
 
 
 def pack(tokenizer, documents, block):
@@ -179,18 +235,17 @@ def pack(tokenizer, documents, block):
 
     The tokens left at the end, fewer than a block, are dropped. Raises BadInput where there is not one block.
     """
-    cls, sep = (tokenizer.token_to_id(token) for token in ("[CLS]", "[SEP]"))
     pieces = [np.zeros(0, np.int32)]
     for start in range(0, len(documents), 100):  # a few at a time: an encoding takes a hundred times its ids' memory
-        encoded = tokenizer.encode_batch(documents[start : start + 100], add_special_tokens=False)
-        pieces += [np.array([*e.ids, sep], dtype=np.int32) for e in encoded]
+        encoded = tokenizer.library.encode_batch(documents[start : start + 100], add_special_tokens=False)
+        pieces += [np.array([*e.ids, tokenizer.sep], dtype=np.int32) for e in encoded]
     stream = np.concatenate(pieces)
     count = len(stream) // (block - 2)
     if count == 0:
         raise BadInput(f"the corpus has {len(stream)} tokens, not enough for one block of {block}")
-    blocks = np.full((count, block), cls, dtype=np.int64)
+    blocks = np.full((count, block), tokenizer.cls, dtype=np.int64)
     blocks[:, 1:-1] = stream[: count * (block - 2)].reshape(count, block - 2)
-    blocks[:, -1] = sep
+    blocks[:, -1] = tokenizer.sep
     return torch.from_numpy(blocks)
 
 
@@ -198,16 +253,16 @@ def mask_tokens(ids, tokenizer, share=0.15):
     """BERT's masking of ids (B, T): of the tokens that are not special, `share` are to be predicted; 80 % of those
     become [MASK], 10 % a random token, 10 % stay. Returns (masked ids (B, T), positions (n,) into the B T tokens,
     labels (n,)). Draws from torch's random numbers."""
-    special = torch.tensor([tokenizer.token_to_id(name) for name in ("[CLS]", "[SEP]", "[PAD]", "[MASK]")])
+    special = torch.tensor([tokenizer.cls, tokenizer.sep, tokenizer.pad, tokenizer.mask])
     draws = torch.rand(ids.shape).masked_fill_(torch.isin(ids, special), 2).flatten()
     candidates = int((draws < 2).sum())
     count = min(candidates, max(1, round(share * candidates)))  # the same for every batch of full blocks, so that
     positions = draws.argsort()[:count].sort().values  # the processor's kernels are compiled once
     labels = ids.flatten()[positions]
     fate = torch.rand(labels.shape)
-    other = torch.randint(tokenizer.get_vocab_size(), labels.shape)
+    other = torch.randint(tokenizer.size, labels.shape)
     masked = ids.flatten().clone()
-    masked[positions] = torch.where(fate < 0.8, tokenizer.token_to_id("[MASK]"), torch.where(fate < 0.9, other, labels))
+    masked[positions] = torch.where(fate < 0.8, tokenizer.mask, torch.where(fate < 0.9, other, labels))
     return masked.view(ids.shape), positions, labels
 
 

@@ -47,6 +47,9 @@ class Options:
     adv_init_mag: float = option(0.05, "magnitude of the initial perturbation", at_least=0)
     adv_max_norm: float = option(0.2, "the perturbation's largest L2 norm per example; 0: no bound", at_least=0)
     precision: str = option("auto", "of matrix products; auto: bf16 where it is fast", choices=("auto", "bf16", "fp32"))
+    export_hf: str = option(
+        None, "also write a dense copy, zeros where pruned, that transformers loads, to this folder"
+    )
     overwrite: bool = option(False, "replace a model that other settings made in the same folder")
 
 
@@ -58,18 +61,18 @@ def main():
     task = data.find_task(options.task)
     source, model_sha256 = data.find_model(options.model)
     folder = runtime.output_folder(options.output, options.model) / options.task
-    config = Config.read(source / "config.json")
+    config = Config.read(source)
     masks, ticket_sha256 = find_ticket(options, folder / "ticket.safetensors", model_sha256, config)
     folder = folder / f"{Path(options.ticket).stem}-{options.method}-seed{options.seed}"
     splits = data.load_task(task)
-    tokenizer = data.load_tokenizer(source)
+    tokenizer = data.Tokenizer(source)
     rows = ", ".join(f"{len(split):,} {name}" for name, split in splits.items())
     machine = f"{runtime.describe(device)} in {runtime.precision_name(dtype)}"
     print(f"model {options.model} on {machine}, ticket: {options.ticket}")
     print(f"task {options.task}: {rows} rows; the test rows are a fixed tenth of what the package holds")
 
     settings = asdict(options)
-    for name in ("output", "overwrite"):
+    for name in ("output", "overwrite", "export_hf"):
         del settings[name]
     made_by = {
         "script": "finetune.py",
@@ -78,15 +81,17 @@ def main():
         "ticket_sha256": ticket_sha256,
         "versions": runtime.versions(),
     }
-    finished = folder / "model.safetensors"
+    finished, exported = folder / "model.safetensors", Path(options.export_hf or ".") / "model.safetensors"
     if not weights.made_before(finished, made_by, options.overwrite):
         torch.manual_seed(options.seed)
         model = Bert.load(source, num_labels=len(task.labels))
+        max_length = min(options.max_length or task.max_length, model.config.max_length)
+        sets = {name: Rows(tokenizer, split, max_length, device) for name, split in splits.items()}
+        for remark in model.remarks:
+            print(remark)
         if masks is not None:
             model = model.pruned(*masks)
-        max_length = min(options.max_length or task.max_length, model.config.max_position_embeddings)
-        sets = {name: Rows(tokenizer, split, max_length, device) for name, split in splits.items()}
-        finetune(options, made_by, model.to(device), sets, folder, source, task, dtype)
+        finetune(options, made_by, model.to(device), sets, folder, tokenizer, task, dtype)
     for leftover in folder.glob("*.state.safetensors"):
         leftover.unlink()
     metrics = runtime.read_json(folder / "metrics.json")
@@ -95,6 +100,10 @@ def main():
         f"{metrics['validation_accuracy']:.2%} there, {metrics['test_accuracy']:.2%} on the test rows"
     )
     print(f"{metrics['parameters']:,} parameters, {metrics['seconds']:.0f} s of training; model: {folder}")
+    if options.export_hf and not weights.made_before(exported, made_by, options.overwrite):
+        export(exported.parent, folder, masks, tokenizer, task, made_by)
+    if options.export_hf:
+        print(f"for transformers, with zeros where the ticket pruned: {exported.parent}")
 
 
 def find_ticket(options, drawn, model_sha256, config):
@@ -132,7 +141,7 @@ class Rows:
     def __init__(self, tokenizer, rows, max_length, device):
         self.ids = data.encode(tokenizer, [text for text, _ in rows], max_length)
         self.labels, self.device = torch.tensor([label for _, label in rows]), device
-        self.pad_id = tokenizer.token_to_id("[PAD]")
+        self.pad_id = tokenizer.pad
 
     def batches(self, batch_size, generator=None):
         for chosen in data.batches([len(ids) for ids in self.ids], batch_size, generator):
@@ -141,7 +150,7 @@ class Rows:
             yield ids.to(self.device), mask, self.labels[chosen].to(self.device)
 
 
-def finetune(options, made_by, model, sets, folder, source, task, dtype):
+def finetune(options, made_by, model, sets, folder, tokenizer, task, dtype):
     """Algorithm 2, lines 7-9. Writes the best epoch's model and metrics.json into `folder`."""
     groups = runtime.decay_groups(model, options.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=options.learning_rate, fused=True)
@@ -201,8 +210,41 @@ def finetune(options, made_by, model, sets, folder, source, task, dtype):
         "seconds": seconds,
     }
     runtime.write_json(folder / "metrics.json", made_by | metrics)
-    data.copy_vocabulary(source, folder)
+    tokenizer.save(folder)
     model.save(folder, task.labels, made_by)  # last: where it is, the run is complete
+
+
+def export(target, folder, masks, tokenizer, task, made_by):
+    """Write the model in `folder` to `target` as users of transformers know one: dense, with tokenizer and model card."""
+    model = Bert.load(folder)
+    if masks is not None:
+        model = model.dense(*masks)
+    tokenizer.save(target)
+    with runtime.replacing(target / "README.md") as beside:
+        Path(beside).write_text(model_card(runtime.read_json(folder / "metrics.json"), task), "utf8")
+    model.save(target, task.labels, made_by)
+
+
+def model_card(metrics, task):
+    """How the model was made, for whoever finds it on the hub."""
+    settings = metrics["settings"]
+    rows = {
+        "task": f"{settings['task']}: {', '.join(task.labels)}",
+        "pre-trained model": f"{settings['model']}, sha256 {metrics['model_sha256']}",
+        "ticket": f"{settings['ticket']}, sha256 {metrics['ticket_sha256']}",
+        "method": f"{settings['method']}, seed {settings['seed']}, {settings['epochs']} epochs",
+        "test accuracy": f"{metrics['test_accuracy']:.2%} of {metrics['test_rows']:,} rows",
+        "parameters that are not pruned": f"{metrics['parameters']:,}",
+        "packages": ", ".join(f"{name} {version}" for name, version in metrics["versions"].items()),
+    }
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    return (
+        "---\nlibrary_name: transformers\npipeline_tag: text-classification\n---\n\n"
+        f"# {Path(settings['model']).name} fine-tuned on {settings['task']}\n\n"
+        "Made by orticket's `finetune.py`, after *ORTicket: Let One Robust BERT Ticket Transfer across Different Tasks*\n"
+        "(LREC-COLING 2024). The weights are dense: what the ticket pruned is zero, and stays in the sizes.\n\n"
+        f"| | |\n|---|---|\n{table}\n\nAll settings are in the header of `model.safetensors`.\n"
+    )
 
 
 @torch.inference_mode()

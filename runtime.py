@@ -11,6 +11,7 @@ import math
 import os
 import platform
 import shlex
+import shutil
 import sys
 from fractions import Fraction
 from pathlib import Path
@@ -21,6 +22,11 @@ from tqdm import tqdm
 
 class BadInput(Exception):
     """Something the user gave cannot be used. The message is one line: the thing, its value, the remedy."""
+
+
+def one_line(error):
+    """The beginning of what a library says, in one line."""
+    return f"{type(error).__name__} {str(error).strip()}".strip().splitlines()[0][:200]
 
 
 def run(main):
@@ -116,7 +122,7 @@ def flags(options, *names):
 
 @contextlib.contextmanager
 def replacing(path):
-    """A path to write to, renamed to `path` when the block ends well and removed when it does not.
+    """A path to write to, a file or a folder, renamed to `path` when the block ends well and else removed.
 
     Raises BadInput with the operating system's reason where it cannot be written, as on a full disk.
     """
@@ -128,6 +134,8 @@ def replacing(path):
     except OSError as error:
         raise BadInput(f"cannot write {path}: {error.strerror or error}") from None
     finally:
+        if os.path.isdir(beside):
+            shutil.rmtree(beside, ignore_errors=True)
         with contextlib.suppress(OSError):
             os.remove(beside)
 
@@ -147,8 +155,17 @@ def read_json(path):
 
 
 def model_folder(root, model):
-    """ROOT/MODEL, by the last part of the model's path."""
-    return Path(root) / Path(model).resolve().name
+    """ROOT/MODEL, by the last part of the model's name; of a file, by its folder or its archive."""
+    path = Path(model).resolve()
+    if path.suffix == ".zip":
+        return Path(root) / path.stem
+    inside = path.is_file() or path.with_name(f"{path.name}.index").is_file()  # bert_model.ckpt
+    return Path(root) / (path.parent.name if inside else path.name)
+
+
+def cache_folder():
+    """For what can be made again: $XDG_CACHE_HOME/orticket, or ~/.cache/orticket."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "orticket"
 
 
 def output_folder(root, model):

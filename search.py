@@ -60,7 +60,7 @@ def main():
     dtype = runtime.pick_precision(device, options.precision)
     folder, model_sha256 = data.find_model(options.model)
     output = runtime.output_folder(options.output, options.model)
-    tokenizer = data.load_tokenizer(folder)
+    tokenizer = data.Tokenizer(folder)
     blocks = data.pack(tokenizer, data.load_corpus(options.corpus), options.block)
     print(f"model {options.model} on {runtime.describe(device)} in {runtime.precision_name(dtype)}")
     print(f"corpus {options.corpus}: {len(blocks):,} blocks of {options.block} tokens")
@@ -90,12 +90,12 @@ def search(options, made_by, folder, tokenizer, blocks, output, device, dtype):
     config = model.config
     if min(config.heads) < config.num_attention_heads or min(config.neurons) < config.intermediate_size:
         raise BadInput(f"{options.model} has narrower layers than its config.json: search the model before pruning")
-    if options.block > config.max_position_embeddings:
-        raise BadInput(
-            f"--block {options.block}: {options.model} reads at most {config.max_position_embeddings} tokens"
-        )
+    if options.block > config.max_length:
+        raise BadInput(f"--block {options.block}: {options.model} reads at most {config.max_length} tokens")
     c = Coefficients(config.num_hidden_layers, config.num_attention_heads, config.intermediate_size)
     draw_masks(*c.gates, options.tau_head, options.tau_ffn)  # ratios that cannot be had are refused now
+    for remark in model.remarks:
+        print(remark)
     if "mlm_head" in model.initialized:
         fit_mlm_head(options, made_by, model.to(device), tokenizer, blocks, output, dtype)
     model.to(device).train()  # line 1: theta <- theta_0, c <- 1

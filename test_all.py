@@ -6,16 +6,22 @@ The slow ones train for real, some ten minutes each: python -m pytest -q test_al
 
 import json
 import math
+import pickle
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import unittest.mock
+import zipfile
 from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import pytest
 import safetensors.torch
+import tokenizers
 import torch
 import torch.nn.functional as F
 import transformers
@@ -25,8 +31,10 @@ import draw
 import finetune
 import freelb
 import gates
+import published
 import runtime
 import search
+import tensorflow1
 import weights
 from bert import Bert, Config, Dropout, count_parameters
 from runtime import BadInput
@@ -42,20 +50,43 @@ def seeded():
     torch.manual_seed(0)
 
 
-def hf_config(**sizes):
-    """A small random BERT's configuration, attention written out so that every mask is honoured."""
-    defaults = {"vocab_size": len(VOCABULARY), "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3}
-    defaults |= {"intermediate_size": 40, "max_position_embeddings": 64, "initializer_range": 0.3}
-    return transformers.BertConfig(**(defaults | sizes), attn_implementation="eager")
+FAMILIES = {
+    "bert": {
+        "config": transformers.BertConfig,
+        "mlm": transformers.BertForMaskedLM,
+        "classes": transformers.BertForSequenceClassification,
+        "sizes": {"vocab_size": len(VOCABULARY), "max_position_embeddings": 64},
+    },
+    "roberta": {
+        "config": transformers.RobertaConfig,
+        "mlm": transformers.RobertaForMaskedLM,
+        "classes": transformers.RobertaForSequenceClassification,
+        "sizes": {"vocab_size": 300, "max_position_embeddings": 66, "type_vocab_size": 1, "layer_norm_eps": 1e-5},
+    },
+}
 
 
-def saved(folder, kind=transformers.BertForMaskedLM, **sizes):
-    """A random model written by transformers, with a vocabulary."""
-    model = kind(hf_config(**sizes)).eval()
+def hf_config(family="bert", **sizes):
+    """A small random model's configuration, attention written out so that every mask is honoured."""
+    defaults = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 40}
+    defaults |= {"initializer_range": 0.3} | FAMILIES[family]["sizes"]
+    return FAMILIES[family]["config"](**(defaults | sizes), attn_implementation="eager")
+
+
+def saved(folder, kind=None, family="bert", **sizes):
+    """A random model written by transformers, with a vocabulary; `kind` is its class."""
+    model = (kind or FAMILIES[family]["mlm"])(hf_config(family, **sizes)).eval()
     for parameter in model.parameters():  # biases and LayerNorms at their initial 0 and 1 would hide mistakes
         parameter.data += 0.1 * torch.randn_like(parameter)
     model.save_pretrained(folder)
-    (folder / "vocab.txt").write_text("\n".join(VOCABULARY))
+    if family == "bert":
+        (folder / "vocab.txt").write_text("\n".join(VOCABULARY))
+    else:
+        library = tokenizers.ByteLevelBPETokenizer()
+        library.train_from_iterator(
+            ["the quick brown fox"] * 9, 300, 1, False, ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+        )
+        library.save_model(str(folder))
     return model
 
 
@@ -79,7 +110,7 @@ def inputs(config, batch, length):
     """Random ids, a mask with padding on the right of all rows but the first, and two segments."""
     ids = torch.randint(0, config.vocab_size, (batch, length))
     mask = torch.arange(length) < torch.tensor([length, *torch.randint(1, length + 1, (batch - 1,))])[:, None]
-    segments = (torch.arange(length) >= length // 2).long().expand(batch, length)
+    segments = (torch.arange(length) >= length // 2).long().expand(batch, length) * (config.type_vocab_size > 1)
     return ids, mask, segments
 
 
@@ -103,12 +134,47 @@ def test_every_hidden_state_and_logit_equals_transformers(tmp_path, sizes, lengt
     states_equal(Bert.load(tmp_path, mlm=True).eval(), reference, ids, mask, segments)
 
 
+def random_sizes(family, generator):
+    """Some configuration of a family, and a length that it takes."""
+    heads, longest = int(generator.integers(1, 6)), int(generator.integers(3, 90))
+    offset = 2 if family == "roberta" else 0
+    return longest, {
+        "num_attention_heads": heads,
+        "hidden_size": heads * int(generator.integers(1, 12)),
+        "num_hidden_layers": int(generator.integers(1, 5)),
+        "intermediate_size": int(generator.integers(1, 150)),
+        "vocab_size": int(generator.integers(300, 700)),
+        "max_position_embeddings": longest + offset,
+        "type_vocab_size": 2 - offset // 2,
+        "layer_norm_eps": float(generator.choice([1e-12, 1e-5, 1e-3])),
+        "tie_word_embeddings": bool(generator.integers(0, 2)),
+    }
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_configurations_chosen_at_random_equal_transformers(tmp_path, family, seed):
+    longest, sizes = random_sizes(family, np.random.Generator(np.random.PCG64(seed)))
+    for kind in ("mlm", "classes"):
+        reference = saved(tmp_path / kind, FAMILIES[family][kind], family, num_labels=2 + seed, **sizes)
+        ids, mask, segments = inputs(reference.config, 3, longest)
+        ids = ids.clamp(min=5)  # transformers counts RoBERTa's positions by the tokens that are not padding
+        ids = torch.where(mask, ids, reference.config.pad_token_id)
+        if kind == "mlm":
+            states_equal(Bert.load(tmp_path / kind, mlm=True).eval(), reference, ids, mask, segments)
+        else:
+            with torch.no_grad():
+                expected = reference(ids, mask.long(), None if family == "roberta" else segments).logits
+                found = Bert.load(tmp_path / kind).eval().class_logits(ids, mask, segments)
+            torch.testing.assert_close(found, expected, atol=1e-5 * expected.abs().max().item(), rtol=1e-5)
+
+
 def states_equal(model, reference, ids, mask, segments):
     """Every layer's output at the tokens that are not padding, and every MLM logit, to 1e-5."""
     found = []
     hooks = [layer.register_forward_hook(lambda _, __, output: found.append(output)) for layer in model.layers]
     with torch.no_grad():
-        expected = reference(ids, mask.long(), segments, output_hidden_states=True)
+        expected = reference(ids, mask.long(), token_type_ids=segments, output_hidden_states=True)
         final = model(ids, mask, segments)
         for hook in hooks:
             hook.remove()
@@ -126,8 +192,8 @@ def test_the_real_minilm_equals_transformers(length):
     reference = transformers.BertForMaskedLM.from_pretrained(MINILM, attn_implementation="eager").eval()
     model = Bert.load(MINILM, mlm=True).eval()
     assert model.initialized == ["mlm_head"]
-    head = {k: v for k, v in weights.from_published(reference.state_dict(), 6, "").items() if k.startswith("mlm")}
-    model.load_state_dict(model.state_dict() | head)
+    found, _ = published.from_published(reference.state_dict(), "bert", 6, "")
+    model.load_state_dict({name: found[name] for name in model.state_dict()})
     states_equal(model, reference, *inputs(reference.config, 2, length))
 
 
@@ -329,21 +395,259 @@ def test_a_malformed_safetensors_file_is_refused_in_one_line(tmp_path, kind):
     assert str(path) in str(refused.value) and "\n" not in str(refused.value)
 
 
-def test_five_hundred_mutated_files_give_clean_errors_or_tensors(tmp_path, tiny):
-    generator = np.random.Generator(np.random.PCG64(0))
-    original, path = (tiny / "model.safetensors").read_bytes(), tmp_path / "mutant.safetensors"
-    refused = 0
-    for _ in range(500):
+# --------------------------------------------------------------------------------- published.py and tensorflow1.py
+
+FIXTURE = HERE / "fixture"
+
+
+def published_as(kind, model, folder):
+    """Write a transformers model into `folder` in one of the published formats. Returns the file to damage."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model.config.save_pretrained(folder)
+    (folder / "vocab.txt").write_text("\n".join(VOCABULARY))
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    if kind in ("safetensors", "shards"):
+        model.save_pretrained(folder, max_shard_size="5KB" if kind == "shards" else "5GB")
+        assert (folder / "model.safetensors").is_file() == (kind == "safetensors")
+        return folder / ("model.safetensors" if kind == "safetensors" else "model.safetensors.index.json")
+    if kind == "bin shards":
+        parts = {"part-1.bin": list(state)[::2], "part-2.bin": list(state)[1::2]}
+        for name, names in parts.items():
+            torch.save({key: state[key] for key in names}, folder / name)
+        weight_map = {key: name for name, names in parts.items() for key in names}
+        (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+        return folder / "part-1.bin"
+    torch.save(state, folder / "pytorch_model.bin", _use_new_zipfile_serialization=kind == "bin")
+    return folder / "pytorch_model.bin"
+
+
+FORMATS = ("safetensors", "shards", "bin", "legacy bin", "bin shards")
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_each_format_loads_as_the_same_tensors_to_the_bit(tmp_path, kind):
+    model = saved(tmp_path / "model")
+    published_as(kind, model, tmp_path / "other")
+    expected, found = (Bert.load(tmp_path / name, mlm=True).state_dict() for name in ("model", "other"))
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_half_precision_weights_become_the_float32_of_the_same_value(tmp_path, kind, dtype):
+    model = saved(tmp_path / "model").to(dtype)
+    published_as(kind, model, tmp_path / "half")
+    found = Bert.load(tmp_path / "half", mlm=True).word_embeddings.weight
+    assert found.dtype == torch.float32 and torch.equal(found, model.get_input_embeddings().weight.float())
+
+
+def test_what_tensorflow_wrote_is_read_as_transformers_reads_it_to_the_bit():
+    found = published.read_weights(FIXTURE / "bert_model.ckpt")
+    found = {re.sub("gamma$", "weight", re.sub("beta$", "bias", name)): tensor for name, tensor in found.items()}
+    expected = safetensors.torch.load_file(FIXTURE / "expected.safetensors")
+    assert expected.keys() == found.keys() and len(expected) == 46
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_a_tensorflow_model_is_found_in_its_folder_its_archive_and_by_its_files(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = google_folder(tmp_path / "cased_L-2_H-4_A-2")
+    archive = shutil.make_archive(folder, "zip", tmp_path, folder.name)
+    expected = Bert.load(folder, mlm=True)
+    assert (expected.initialized, sorted(expected.unused)) == (
+        [],
+        [f"cls.seq_relationship.{n}" for n in ("bias", "weight")],
+    )
+    for name in (archive, archive, folder / "bert_model.ckpt", folder / "bert_model.ckpt.index"):
+        path, sha256 = data.find_model(str(name))
+        assert sha256 == data.find_model(str(folder))[1]
+        assert runtime.model_folder("runs", str(name)) == Path("runs/cased_L-2_H-4_A-2")
+        found = Bert.load(path, mlm=True).state_dict()
+        assert all(torch.equal(tensor, found[key]) for key, tensor in expected.state_dict().items())
+        cased = data.Tokenizer(path)  # its vocabulary has a capital letter, and nothing else says so
+        assert cased.library.encode("T a t").tokens == ["[CLS]", "T", "a", "[UNK]", "[SEP]"]
+
+
+def google_folder(folder):
+    """The TensorFlow fixture as Google publishes a model."""
+    folder.mkdir(parents=True)
+    for path in FIXTURE.iterdir():
+        if path.name.startswith(("bert_", "vocab")):
+            shutil.copy(path, folder)
+    return folder
+
+
+def test_of_several_tensorflow_checkpoints_the_one_that_is_noted_counts(tmp_path):
+    folder = google_folder(tmp_path / "model")
+    for path in list(folder.glob("bert_model.ckpt*")):
+        shutil.copy(path, folder / path.name.replace("bert_model.ckpt", "model.ckpt-100"))
+    with pytest.raises(BadInput, match="has several weights, bert_model.ckpt.index, model.ckpt-100.index"):
+        published.weight_files(folder)
+    (folder / "checkpoint").write_text('model_checkpoint_path: "model.ckpt-100"\n')
+    names = [path.name for path in published.weight_files(folder)]
+    assert names == ["model.ckpt-100.index", *(f"model.ckpt-100.data-0000{i}-of-00002" for i in range(2))]
+
+
+def renamed(tensors, change):
+    return {change(name): tensor for name, tensor in tensors.items()}
+
+
+def old_names(name):
+    return name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+@pytest.mark.parametrize(
+    "change",
+    [old_names, lambda name: name.removeprefix("roberta.").removeprefix("bert.")],
+    ids=["gamma and beta", "no prefix"],
+)
+def test_name_variants_of_a_published_model_load_as_one(tmp_path, family, change):
+    model = saved(tmp_path / "model", FAMILIES[family]["mlm"], family=family)
+    shutil.copytree(tmp_path / "model", tmp_path / "other")
+    tensors = renamed(model.state_dict(), change) | {
+        "cls.seq_relationship.weight": torch.ones(2, 24),
+        f"{family}.embeddings.position_ids": torch.arange(64)[None],
+    }
+    assert tensors.keys() != model.state_dict().keys()
+    torch.save(tensors, tmp_path / "other" / "pytorch_model.bin")
+    (tmp_path / "other" / "model.safetensors").unlink()
+    expected, found = (Bert.load(tmp_path / name, mlm=True) for name in ("model", "other"))
+    assert found.initialized == [] and found.unused == ["cls.seq_relationship.weight"]
+    assert found.remarks == ["left out: cls.seq_relationship"]
+    for key, tensor in expected.state_dict().items():
+        assert torch.equal(tensor, found.state_dict()[key])
+
+
+def test_what_is_missing_is_initialized_only_where_it_is_wanted(tmp_path):
+    saved(tmp_path, transformers.BertModel)
+    tensors = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    headless = {name: tensor for name, tensor in tensors.items() if not name.startswith("pooler")}
+    safetensors.torch.save_file(headless, tmp_path / "model.safetensors")
+    assert Bert.load(tmp_path).initialized == [] and Bert.load(tmp_path).remarks == []
+    assert Bert.load(tmp_path, mlm=True).initialized == ["mlm_head"]
+    model = Bert.load(tmp_path, num_labels=3)
+    assert model.remarks == ["newly initialized: classifier, pooler"]
+    assert model.pooler.weight.std().item() == pytest.approx(0.3, rel=0.1)  # the configuration's initializer_range
+    assert not model.pooler.bias.any() and model.classifier.weight.shape == (3, 24)
+
+
+@pytest.mark.parametrize(
+    "name, shape, message",
+    [
+        ("bert.encoder.layer.0.attention.self.distance_embedding.weight", (9, 8), "no place"),
+        ("bert.encoder.layer.2.output.dense.weight", (24, 40), "no place"),
+        ("bert.embeddings.projection.weight", (24, 24), "no place"),
+        ("bert.encoder.layer.1.output.dense.bias", None, "no tensor for layers.1.output.bias"),
+        ("bert.encoder.layer.1.attention.self.key.bias", None, "no tensor encoder.layer.1.attention.self.key.bias"),
+        ("bert.embeddings.LayerNorm.weight", None, "no tensor for embedding_norm.weight"),
+        ("cls.predictions.transform.dense.weight", (24, 25), "shape (24, 25), its configuration says (24, 24)"),
+    ],
+)
+def test_every_missing_or_left_over_tensor_that_matters_is_named(tmp_path, name, shape, message):
+    model = saved(tmp_path)
+    tensors = {key: tensor.clone() for key, tensor in model.state_dict().items() if key != name}
+    safetensors.torch.save_file(tensors | ({name: torch.zeros(shape)} if shape else {}), tmp_path / "model.safetensors")
+    with pytest.raises(BadInput, match=re.escape(message)):
+        Bert.load(tmp_path, mlm=True)
+
+
+def test_integers_in_place_of_weights_are_refused(tmp_path):
+    tensors = saved(tmp_path).state_dict()
+    name = "bert.embeddings.LayerNorm.weight"
+    safetensors.torch.save_file(
+        {k: t.clone() for k, t in tensors.items()} | {name: torch.ones(24).long()}, tmp_path / "model.safetensors"
+    )
+    with pytest.raises(BadInput, match="embeddings.LayerNorm.weight has dtype torch.int64"):
+        Bert.load(tmp_path)
+
+
+def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(tmp_path):
+    saved(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    witness = tmp_path / "it ran"
+
+    class Malice:
+        def __reduce__(self):
+            return Path.touch, (witness,)
+
+    for modern in (True, False):
+        torch.save({"a": Malice()}, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=modern)
+        with pytest.raises(BadInput, match="damaged, or a pickle that would run code"):
+            Bert.load(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps(Malice()))
+    with pytest.raises(BadInput):
+        Bert.load(tmp_path)
+    assert not witness.exists()
+
+
+@pytest.mark.parametrize("name", ["../evil", "a/../../evil", "/evil", "..\\evil", "C:\\evil"])
+def test_an_archive_that_reaches_out_of_its_folder_is_refused(tmp_path, monkeypatch, name):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    path = tmp_path / "model.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(name, "evil")
+    with pytest.raises(BadInput, match="leads out of it: refused"):
+        data.find_model(str(path))
+    assert not [file for file in tmp_path.rglob("*") if file.is_file() and file.suffix not in (".zip", ".lock")]
+
+
+LYING_SHARDS = {
+    "no map": ({"metadata": {}}, "no weight_map"),
+    "a list": ([1], "no weight_map"),
+    "a path out of the folder": ({"weight_map": {"a": "../model.safetensors"}}, "which is not there beside it"),
+    "a number": ({"weight_map": {"a": 1}}, "which is not there beside it"),
+    "a missing file": ({"weight_map": {"a": "gone.safetensors"}}, "which is not there beside it"),
+    "a missing tensor": ({"weight_map": {"a": "part.safetensors"}}, "part.safetensors has a; it has not"),
+}
+
+
+@pytest.mark.parametrize("case", LYING_SHARDS)
+def test_an_index_of_shards_that_lies_is_named(tmp_path, case):
+    saved(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "part.safetensors")
+    index, message = LYING_SHARDS[case]
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(BadInput, match=message):
+        Bert.load(tmp_path)
+
+
+def mutants(original, generator, count):
+    """Files with up to five places changed: bytes overwritten, inserted, dropped, or the end cut off."""
+    for _ in range(count):
         mutant = bytearray(original)
-        for _ in range(generator.integers(1, 4)):
-            start = int(generator.integers(0, 3000))  # the header
-            mutant[start : start + int(generator.integers(0, 3))] = generator.bytes(int(generator.integers(0, 3)))
+        for _ in range(generator.integers(1, 6)):
+            reach = len(mutant) if generator.random() < 0.3 else min(len(mutant), 3000)  # headers stand at an end
+            start = int(generator.integers(0, reach))
+            start = start if generator.random() < 0.5 else len(mutant) - 1 - start
+            new = generator.bytes(int(generator.integers(0, 4)))
+            mutant[start : start + (len(new) if generator.random() < 0.7 else 1)] = new
+        yield bytes(mutant[: int(generator.integers(1, len(mutant)))] if generator.random() < 0.1 else mutant)
+
+
+@pytest.mark.parametrize("kind", [*FORMATS, "tensorflow", "tensorflow, checksums put right", "archive"])
+def test_five_hundred_mutated_files_of_each_format_give_models_or_clean_errors(tmp_path, monkeypatch, kind):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = tmp_path / "model"
+    if kind in FORMATS:
+        path = published_as(kind, saved(tmp_path / "original"), folder)
+    else:
+        path = google_folder(folder) / "bert_model.ckpt.index"
+    if kind == "archive":
+        path = Path(shutil.make_archive(folder, "zip", tmp_path, folder.name))
+    if "checksums" in kind:
+        monkeypatch.setattr(tensorflow1, "crc32c", lambda data: unittest.mock.ANY)  # equal to everything
+    original, refused = path.read_bytes(), 0
+    for mutant in mutants(original, np.random.Generator(np.random.PCG64(0)), 500):
+        path.unlink()  # what is mapped must not change
         path.write_bytes(mutant)
         try:
-            weights.from_published(weights.read_safetensors(path)[0], 2, path)
-        except BadInput:
+            Bert.load(published.unpack(path) if kind == "archive" else folder, mlm=True)
+        except BadInput as error:
+            assert "\n" not in str(error) and str(tmp_path) in str(error)
             refused += 1
-    assert refused > 250
+    assert 100 < refused
 
 
 # ------------------------------------------------------------------------------------------------ gates.py
@@ -479,7 +783,7 @@ def test_freelb_follows_the_formula_step_by_step(tiny):
     ids, mask, _ = inputs(model.config, 3, 10)
     labels, seen = torch.tensor([0, 1, 1]), []
     freelb.freelb(recorded(model, ids, mask, labels, seen), mask, 24, **BALL)
-    found = weights.to_published(gradients(model))
+    found = published.to_published(gradients(model), "bert")
 
     for row in range(3):
         delta = seen[0][row : row + 1].clone()
@@ -539,7 +843,7 @@ def test_the_adversary_raises_the_loss(tiny):
 
 
 def test_masking_is_80_10_10_of_15_percent_and_never_a_special_token():
-    tokenizer = data.load_tokenizer(MINILM)
+    tokenizer = data.Tokenizer(MINILM)
     ids = torch.randint(1000, 30000, (400, 128))
     ids[:, 0], ids[:, -1], ids[:, 100] = 101, 102, 0
     masked, positions, labels = data.mask_tokens(ids, tokenizer)
@@ -555,10 +859,10 @@ def test_masking_is_80_10_10_of_15_percent_and_never_a_special_token():
 
 
 def test_packing_keeps_every_token_in_order_between_cls_and_sep(tiny):
-    tokenizer = data.load_tokenizer(tiny)
+    tokenizer = data.Tokenizer(tiny)
     blocks = data.pack(tokenizer, ["abc de", "f", "ghij klm nop"], 5)
     expected = "a ##b ##c d ##e [SEP] f [SEP] g ##h ##i ##j k ##l ##m n ##o ##p [SEP]".split()
-    stream = [tokenizer.id_to_token(i) for i in blocks[:, 1:-1].flatten().tolist()]
+    stream = [tokenizer.library.id_to_token(i) for i in blocks[:, 1:-1].flatten().tolist()]
     assert stream == expected[: len(stream)] and len(expected) - len(stream) < 3
     assert (blocks[:, 0] == 2).all() and (blocks[:, -1] == 3).all() and blocks.shape[1] == 5
     with pytest.raises(BadInput, match="not enough for one block of 64"):
@@ -568,7 +872,7 @@ def test_packing_keeps_every_token_in_order_between_cls_and_sep(tiny):
 def test_token_ids_equal_transformers_on_real_text():
     texts = [text for text, _ in data.TASKS["rt"].load()][:500]
     expected = transformers.BertTokenizer(str(MINILM / "vocab.txt"))(texts, truncation=True, max_length=24)
-    found = data.encode(data.load_tokenizer(MINILM), texts, 24)
+    found = data.encode(data.Tokenizer(MINILM), texts, 24)
     assert [ids.tolist() for ids in found] == expected["input_ids"]
 
 
@@ -685,7 +989,7 @@ def test_search_draw_and_finetune_chain(tiny, corpus, tmp_path, capsys):
         metrics = json.loads((folder / "metrics.json").read_text())
         model, rows = Bert.load(folder), data.load_task(data.TASKS["rt"])["test"]
         counts[name] = sum(model.config.heads), sum(model.config.neurons)
-        encoded = finetune.Rows(data.load_tokenizer(folder), rows, 8, torch.device("cpu"))
+        encoded = finetune.Rows(data.Tokenizer(folder), rows, 8, torch.device("cpu"))
         again = finetune.accuracy(model, encoded, 32, torch.float32)
         assert metrics["test_accuracy"] == pytest.approx(again, abs=0.01) and len(rows) == metrics["test_rows"]
     assert counts == {"drawn-vanilla-seed0": (5, 64), "random-freelb-seed0": (5, 64), "none-vanilla-seed0": (6, 80)}
@@ -724,7 +1028,7 @@ def one_step(folder, corpus, output, *flags):
     """(c after the one step of a search, the batch that it saw)."""
     flags = [*flags, "--mini-epoch", 1, "--warmup", 0, "--batch-size", 999, "--weight-decay", 1]
     assert call(search, *quick_search(folder, corpus, output)[1:], *flags) == 0
-    tokenizer = data.load_tokenizer(folder)
+    tokenizer = data.Tokenizer(folder)
     blocks = data.pack(tokenizer, data.load_corpus(corpus), 16)
     runtime.seed_step(0, 1, 0)
     rows = torch.randperm(len(blocks))
@@ -909,7 +1213,8 @@ BAD = {
     "a gigantic seed": (finetune, ["--seed", "1" + "0" * 30], "must be below"),
     "another model's ticket": (finetune, ["--ticket", "{tmp}/ticket.safetensors"], "drawn for another model"),
     "coefficients as ticket": (finetune, ["--ticket", "{tmp}/nan.safetensors"], "is no ticket"),
-    "a model without weights": (finetune, ["--model", "{tmp}", "--ticket", "none"], "model.safetensors is not there"),
+    "a model without weights": (finetune, ["--model", "{tmp}", "--ticket", "none"], "has several weights"),
+    "an empty model folder": (finetune, ["--model", "{tmp}/empty", "--ticket", "none"], "empty has no weights"),
 }
 
 
@@ -917,6 +1222,7 @@ BAD = {
 def test_bad_input_gets_one_line_and_exit_code_2(case, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("")
+    (tmp_path / "empty").mkdir()
     notes = {
         "script": "search.py",
         "settings": {"model": "tiny"},
@@ -976,9 +1282,9 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_file(tiny, corpus, tmp_path)
             lambda folder: change(folder, num_hidden_layers=3),
             "has no tensor encoder.layer.2.attention.self.query.weight",
         ),
-        (lambda folder: change(folder, num_hidden_layers=1), "config.json 1 layers"),
+        (lambda folder: change(folder, num_hidden_layers=1), "for which its configuration has no place"),
         (lambda folder: change(folder, hidden_dropout_prob=1.0), "hidden_dropout_prob 1.0 is nothing"),
-        (lambda folder: change(folder, intermediate_size=39), "layers wider than config.json says"),
+        (lambda folder: change(folder, intermediate_size=39), "layers wider than its configuration"),
         (lambda folder: change(folder, intermediate_size=41), "narrower layers than its config.json"),
         (lambda folder: change(folder, vocab_size=56), "has 57 tokens, the model 56"),
         (lambda folder: (folder / "config.json").write_text("[" * 100_000), "is not a model configuration"),

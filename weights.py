@@ -1,4 +1,4 @@
-"""Checkpoint formats by hand, and the tensor names of published models in `bert.py`'s terms.
+"""The format of everything that this project writes, safetensors, by hand; how each file was made goes into it.
 
 safetensors is 8 bytes that give the header's length (little endian), a JSON header
 {"name": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}, ..., "__metadata__": {"key": "text"}} and the
@@ -10,7 +10,6 @@ import json
 import math
 import mmap
 import os
-import re
 
 import torch
 
@@ -29,12 +28,29 @@ DTYPES = {
 LONGEST_HEADER = 100_000_000  # bytes; the reference implementation's own limit
 
 
-def read_safetensors(path):
-    """({name: tensor}, {metadata}) of a safetensors file.
+class Mapped(dict):
+    """{name: tensor}: views of memory-mapped files, from which nothing is read before it is touched. Writing to one
+    leaves the file as it is (a private mapping)."""
 
-    The tensors are views of the memory-mapped file: nothing is read before it is touched, and writing to one leaves
-    the file as it is (a private mapping). Raises BadInput for anything but a well-formed file: sizes that lie,
-    overlap, leave holes or end elsewhere than the file does, as the reference implementation refuses them.
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.files = []
+
+    def release(self):
+        """Give back the memory of what was read so far; also forgets what was written to the tensors."""
+        for file in self.files:
+            file.madvise(mmap.MADV_DONTNEED)
+
+
+def map_file(path):
+    with open(path, "rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+
+
+def read_safetensors(path):
+    """(Mapped {name: tensor}, {metadata}) of a safetensors file.
+    Raises BadInput for anything but a well-formed file: sizes that lie,
+       overlap, leave holes or end elsewhere than the file does, as the reference implementation refuses them.
     """
 
     def bad(reason):
@@ -56,8 +72,8 @@ def read_safetensors(path):
             entries.sort()
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise bad(f"header: {type(error).__name__} {error}") from None
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    tensors, start = {}, 8 + length
+    tensors, mapped, start = Mapped(), map_file(path), 8 + length
+    tensors.files.append(mapped)
     for offsets, name, dtype, shape in entries:
         if not isinstance(dtype, str) or dtype not in DTYPES:
             raise bad(f"{name} has dtype {dtype!r}, known are {', '.join(DTYPES)}")
@@ -155,70 +171,3 @@ def sha256(path):
         while chunk := file.read(2**20):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-# --------------------------------------------------------------------------------------- names of published models
-
-# published name -> name in bert.py; {} is the layer's number
-NAMES = {
-    "embeddings.word_embeddings": "word_embeddings",
-    "embeddings.position_embeddings": "position_embeddings",
-    "embeddings.token_type_embeddings": "segment_embeddings",
-    "embeddings.LayerNorm": "embedding_norm",
-    "encoder.layer.{}.attention.output.dense": "layers.{}.attention_output",
-    "encoder.layer.{}.attention.output.LayerNorm": "layers.{}.attention_norm",
-    "encoder.layer.{}.intermediate.dense": "layers.{}.intermediate",
-    "encoder.layer.{}.output.dense": "layers.{}.output",
-    "encoder.layer.{}.output.LayerNorm": "layers.{}.output_norm",
-    "pooler.dense": "pooler",
-    "cls.predictions.transform.dense": "mlm_head.dense",
-    "cls.predictions.transform.LayerNorm": "mlm_head.norm",
-    "cls.predictions": "mlm_head",
-    "classifier": "classifier",
-}
-PARTS = ("query", "key", "value")  # three tensors as published, one in bert.py
-
-
-def from_published(tensors, layers, path):
-    """Published tensors -> {bert.py's name: float32 tensor}, query, key and value as one; others are left out.
-
-    Raises BadInput that names a tensor which every layer has and this file has not. `path` is for the message.
-    """
-    found, bare = {}, {name.removeprefix("bert."): tensor for name, tensor in tensors.items()}
-    for name, tensor in bare.items():
-        stem, _, kind = name.rpartition(".")
-        number = re.search(r"(?<=\.layer\.)\d+", stem)
-        if number and int(number[0]) >= layers:
-            raise BadInput(f"{path} has a tensor {name}, config.json {layers} layers")
-        ours = NAMES.get(re.sub(r"(?<=\.layer\.)\d+", "{}", stem))
-        if ours:
-            kind = {"gamma": "weight", "beta": "bias"}.get(kind, kind)  # LayerNorm's names in TensorFlow's days
-            found[f"{ours.format(number and number[0])}.{kind}"] = tensor.float()
-    for i in range(layers):
-        for kind, dimensions in (("weight", 2), ("bias", 1)):
-            names = [f"encoder.layer.{i}.attention.self.{part}.{kind}" for part in PARTS]
-            for name in [*names, f"encoder.layer.{i}.intermediate.dense.{kind}"]:
-                if name not in bare:
-                    raise BadInput(f"{path} has no tensor {name}")
-                if bare[name].dim() != dimensions or name in names and bare[name].shape != bare[names[0]].shape:
-                    raise BadInput(f"{path}: {name} has shape {tuple(bare[name].shape)}, which fits no model")
-            found[f"layers.{i}.query_key_value.{kind}"] = torch.cat([bare[name].float() for name in names])
-    return found
-
-
-def to_published(state):
-    """{bert.py's name: tensor} -> {published name: tensor}, as transformers' BertFor... classes name them."""
-    back = {ours: published for published, ours in NAMES.items()}
-    tensors = {}
-    for name, tensor in state.items():
-        stem, _, kind = name.rpartition(".")
-        number = re.search(r"\d+", stem)
-        number = number and number[0]
-        if stem.endswith("query_key_value"):
-            for part, chunk in zip(PARTS, tensor.chunk(3)):
-                tensors[f"bert.encoder.layer.{number}.attention.self.{part}.{kind}"] = chunk
-        else:
-            published = back[re.sub(r"\d+", "{}", stem)].format(number)
-            prefix = "" if published.startswith(("cls", "classifier")) else "bert."
-            tensors[f"{prefix}{published}.{kind}"] = tensor
-    return tensors

@@ -1,0 +1,138 @@
+"""Google's TensorFlow 1 checkpoints, read without TensorFlow.
+
+NAME.data-00000-of-00001 holds the variables' numbers, little endian, one variable after another. NAME.index says what
+lies where: a table of LevelDB's, sorted keys and their values in blocks.
+
+    file    block block ... block | index block | footer
+    footer  where the metaindex block is (it is empty), where the index block is, zeros up to 40 bytes, 8 bytes of MAGIC
+            "where": offset and length as two varints, seven bits a byte, the lowest first; the top bit: more to come
+    block   entry entry ... | restart points, 4 bytes each, and their number | compression, 1 byte | CRC-32C, 4 bytes
+    entry   three varints: how many bytes of the last key are kept, how many new ones come, how long the value is;
+            the new bytes of the key; the value
+
+The index block's values say where the other blocks are. Their keys are the variables' names, their values protocol
+buffers, BundleEntryProto {1: dtype, 2: shape {2: dimension {1: size}}, 3: data file, 4: offset, 5: length, 7: slices}.
+The first key is empty, its value a BundleHeaderProto {1: number of data files, 2: 1 if big endian}.
+"""
+
+import math
+import os
+import re
+
+import torch
+
+from runtime import BadInput, one_line
+from weights import Mapped, map_file
+
+MAGIC = 0xDB4775248B80FB57
+DTYPES = {1: torch.float32, 2: torch.float64, 3: torch.int32, 9: torch.int64, 14: torch.bfloat16, 19: torch.float16}
+CRC_TABLE = []
+for remainder in range(256):
+    for _ in range(8):
+        remainder = remainder >> 1 ^ 0x82F63B78 * (remainder & 1)
+    CRC_TABLE.append(remainder)
+
+
+def read_tensorflow(index):
+    """Mapped {name: tensor} of a checkpoint, given its .index; the names are those of the same model in PyTorch.
+
+    The optimizer's variables are left out. The index's checksums are verified, those of the numbers are not: it would
+    take Python minutes. Raises BadInput for anything but a whole checkpoint.
+    """
+    tensors, stem = Mapped(), str(index).removesuffix(".index")
+    try:
+        with open(index, "rb") as file:
+            variables = {key.decode(): protobuf(value) for key, value in table(file.read()).items()}
+        header = variables.pop("")
+        count = header[1][0]
+        for path in (f"{stem}.data-{i:05}-of-{count:05}" for i in range(count)):
+            if not os.path.isfile(path):
+                raise BadInput(f"{path} is not there: {index} needs it")
+            tensors.files.append(map_file(path))
+        for name, entry in variables.items():
+            dtype = DTYPES.get(entry[1][0])
+            if dtype is None or name == "global_step" or name.endswith(("/adam_m", "/adam_v")):
+                continue
+            shape = [protobuf(size).get(1, [0])[0] for size in protobuf(entry.get(2, [b""])[0]).get(2, [])]
+            file, offset, length = tensors.files[entry.get(3, [0])[0]], entry.get(4, [0])[0], entry[5][0]
+            if 2 in header or 7 in entry or length != math.prod(shape) * dtype.itemsize or offset + length > len(file):
+                raise ValueError(f"{name} of shape {shape} cannot be at {offset} of {len(file)} bytes")
+            tensor = torch.frombuffer(file, dtype=dtype, count=math.prod(shape), offset=offset).view(shape)
+            tensors[in_pytorch(name)] = tensor.t() if name.endswith("/kernel") else tensor
+    except (ValueError, IndexError, KeyError, TypeError, RuntimeError) as error:
+        raise BadInput(f"{index} is not a whole TensorFlow checkpoint: {one_line(error)}") from None
+    return tensors
+
+
+def in_pytorch(name):
+    """bert/encoder/layer_0/output/dense/kernel -> bert.encoder.layer.0.output.dense.weight."""
+    *scopes, last = re.sub(r"/layer_(\d+)/", r"/layer/\1/", name).split("/")
+    if last.endswith("_embeddings"):
+        scopes, last = [*scopes, last], "weight"
+    last = {"kernel": "weight", "output_weights": "weight", "output_bias": "bias"}.get(last, last)
+    return ".".join([*(scopes or ["classifier"]), last])  # run_classifier.py's own variables are in no scope
+
+
+def table(data):
+    """{key: value} of a LevelDB table."""
+    if int.from_bytes(data[-8:], "little") != MAGIC:
+        raise ValueError("it does not end as a table does")
+    _, at = varints(data[-48:], 0, 2)
+    where, _ = varints(data[-48:], at, 2)
+    blocks = [block(data, *varints(handle, 0, 2)[0]) for handle in block(data, *where).values()]
+    return {key: value for entries in blocks for key, value in entries.items()}
+
+
+def block(data, offset, length):
+    """{key: value} of one block."""
+    content, compression, crc = (data[offset:][:n] for n in (length, length + 1, length + 5))
+    if len(crc) < 5 or crc32c(compression) != int.from_bytes(crc[-4:], "little") or compression[-1]:
+        raise ValueError(f"no uncompressed block with its checksum at {offset}")
+    entries, key, at = {}, b"", 0
+    while at < length - 4 - 4 * int.from_bytes(content[-4:], "little"):
+        (kept, new, size), at = varints(content, at, 3)
+        key = key[:kept] + content[at : at + new]
+        entries[key] = content[at + new : at + new + size]
+        at += new + size
+    return entries
+
+
+def varints(data, at, count):
+    """(`count` integers, the position after them)."""
+    numbers = []
+    for _ in range(count):
+        number = shift = 0
+        more = True
+        while more:
+            number |= (data[at] & 127) << shift
+            more = data[at] >= 128
+            shift += 7
+            at += 1
+        numbers.append(number)
+    return numbers, at
+
+
+def protobuf(data):
+    """{field number: [values]} of a protocol buffer: integers as they are, everything else as bytes."""
+    fields, at = {}, 0
+    while at < len(data):
+        (tag,), at = varints(data, at, 1)
+        number, kind = tag >> 3, tag & 7
+        if kind == 0:
+            (value,), at = varints(data, at, 1)
+        else:
+            size = {1: 8, 5: 4}.get(kind)
+            if size is None:
+                (size,), at = varints(data, at, 1)
+            value, at = data[at : at + size], at + size
+        fields.setdefault(number, []).append(value)
+    return fields
+
+
+def crc32c(data):
+    """The CRC-32C of `data`, masked as LevelDB stores it."""
+    crc = 0xFFFFFFFF
+    for byte in data:
+        crc = CRC_TABLE[(crc ^ byte) & 255] ^ crc >> 8
+    crc ^= 0xFFFFFFFF
+    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
