@@ -3,30 +3,33 @@
     python bench.py search                    one FreeLB step on masked language modelling
     python bench.py search --attention eager  against transformers' plain attention rather than its default, SDPA
     python bench.py search --same-allocator   the peer with our allocator setting as well
+    python bench.py load                      a checkpoint of BERT-base's size, in each format
 
 Each side runs in a process of its own, as its users would start it, the sides in turn; the first steps of each warm
-up and are not counted. Both start from the same weights and see the same batches, and their losses are compared
-first (dropout off), so that a fast wrong answer cannot win.
+up and are not counted. Both start from the same weights and see the same batches, and their losses (dropout off) or
+the sums of what they loaded are compared first, so that a fast wrong answer cannot win.
 """
 
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 import data
 import runtime
-from bert import Bert
+from bert import Bert, Config
 from freelb import freelb
 from gates import Coefficients
+from published import read_weights
 from runtime import BadInput, option
+from tensorflow1 import MAGIC, crc32c
 
 SIDES = ("orticket", "transformers")
 ADVERSARY = {"lr": 0.03, "init_mag": 0.05, "max_norm": 0.2}
@@ -34,7 +37,7 @@ ADVERSARY = {"lr": 0.03, "init_mag": 0.05, "max_norm": 0.2}
 
 @dataclass
 class Options:
-    what: str = option("search", "what to time", choices=("search",), positional=True)
+    what: str = option("search", "what to time", choices=("search", "load"), positional=True)
     batch_size: int = option(32, "examples a step", at_least=1)
     block: int = option(128, "tokens an example", at_least=8)
     adv_steps: int = option(3, "K, FreeLB's ascent steps", at_least=1)
@@ -43,33 +46,51 @@ class Options:
     attention: str = option("sdpa", "the peer's attention", choices=("sdpa", "eager"))
     same_allocator: bool = option(False, "give the peer, too, runtime.keep_memory()")
     json: str = option(None, "also write the figures to this file")
-    worker: str = option(None, "internal: SIDE,PRECISION,FOLDER, one process of one side")
+    worker: str = option(None, "internal: SIDE,CASE,FOLDER, one process of one side")
 
 
 def main():
     options = runtime.parse(Options, __doc__)
     if options.worker:
+        work = {"search": time_search, "load": time_load}[options.what]
         return work(options, *options.worker.split(","))
+    with tempfile.TemporaryDirectory() as folder:
+        figures = {"search": bench_search, "load": bench_load}[options.what](options, Path(folder))
+    if options.json:
+        runtime.write_json(options.json, {" ".join(case): row for case, row in figures.items()})
+
+
+def in_turn(options, cases, folder):
+    """{case: [what each of its processes found]}: every round starts one process a case."""
+    runs = {case: [] for case in cases}
+    bar = runtime.progress(options.rounds * len(cases), description="processes")
+    for _ in range(options.rounds):
+        for case in cases:
+            command = [sys.executable, __file__, *sys.argv[1:], "--worker", ",".join((*case, str(folder)))]
+            ended = subprocess.run(command, capture_output=True, text=True)
+            if ended.returncode:
+                raise BadInput(f"{' '.join(case)} failed: {ended.stderr.strip().splitlines()[-1]}")
+            runs[case].append(json.loads(ended.stdout.splitlines()[-1]))
+            bar.update()
+    bar.close()
+    return runs
+
+
+def agree(values, tolerance):
+    """Raises BadInput where the sides did not do the same work."""
+    if max(values) - min(values) > tolerance:
+        raise BadInput(f"the sides differ by {max(values) - min(values):.4g}: they do not do the same work")
+
+
+# ------------------------------------------------------------------------------------------------------- search
+
+
+def bench_search(options, folder):
     device = runtime.pick_device()
     precisions = ["fp32"] if runtime.pick_precision(device, "auto") == torch.float32 else ["bf16", "fp32"]
-    cases = [(side, precision) for precision in precisions for side in SIDES]
-    runs = {case: [] for case in cases}
-    with tempfile.TemporaryDirectory() as folder:
-        model = Bert.load(data.find_model("minilm")[0], mlm=True)
-        model.save(folder, (), {})
-        bar = runtime.progress(options.rounds * len(cases), description="processes")
-        for _ in range(options.rounds):
-            for case in cases:
-                command = [sys.executable, __file__, *sys.argv[1:], "--worker", ",".join((*case, folder))]
-                ended = subprocess.run(command, capture_output=True, text=True)
-                if ended.returncode:
-                    raise BadInput(f"{case[0]} in {case[1]} failed: {ended.stderr.strip().splitlines()[-1]}")
-                runs[case].append(json.loads(ended.stdout.splitlines()[-1]))
-                bar.update()
-        bar.close()
-
+    Bert.load(data.find_model("minilm")[0], mlm=True).save(folder, (), {})
     figures = {}
-    for case, results in runs.items():
+    for case, results in in_turn(options, [(s, precision) for precision in precisions for s in SIDES], folder).items():
         seconds = statistics.median(second for result in results for second in result["seconds"])
         memory = max(result["memory"] for result in results) / 1e9
         figures[case] = {"seconds": seconds, "memory_gb": memory, "loss": results[0]["loss"]}
@@ -84,14 +105,11 @@ def main():
         rate = options.batch_size * options.block / row["seconds"]
         print(f"{side:>14s} in {precision}  {row['seconds']:8.2f}  {rate:8,.0f}  {row['memory_gb']:7.2f}", end="  ")
         print(f"{row['loss']:7.4f}  {row['seconds'] / fastest:8.2f}")
-    losses = [row["loss"] for row in figures.values()]
-    if max(losses) - min(losses) > 0.02:
-        raise BadInput(f"the losses differ by {max(losses) - min(losses):.4f}: the sides do not do the same work")
-    if options.json:
-        runtime.write_json(options.json, {f"{side} {precision}": row for (side, precision), row in figures.items()})
+    agree([row["loss"] for row in figures.values()], 0.02)
+    return figures
 
 
-def work(options, side, precision, folder):
+def time_search(options, side, precision, folder):
     """One process of one side: prints {"loss", "seconds" of each counted step, "memory" in bytes} as JSON."""
     device = runtime.pick_device()
     dtype = runtime.pick_precision(device, precision)
@@ -126,10 +144,7 @@ def work(options, side, precision, folder):
         if device.type == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    if device.type == "cuda":
-        memory = torch.cuda.max_memory_allocated()
-    print(json.dumps({"loss": loss, "seconds": seconds[2:], "memory": memory}))
+    print(json.dumps({"loss": loss, "seconds": seconds[2:], "memory": runtime.peak_memory(device)}))
 
 
 def ours(folder, ids, positions, labels, device):
@@ -156,6 +171,94 @@ def peer(folder, ids, positions, labels, device, attention):
         return model(inputs_embeds=words, attention_mask=mask, labels=wanted).loss
 
     return loss_of, list(model.parameters()), model.train
+
+
+# --------------------------------------------------------------------------------------------------------- load
+
+
+def bench_load(options, folder):
+    """A file is mapped, not read, before its numbers are used: so the time until each was used once counts as well."""
+    torch.manual_seed(0)
+    model = Bert(Config(), mlm=True)
+    for kind in ("safetensors", "bin", "tensorflow"):
+        (folder / kind).mkdir()
+        model.save(folder / kind, (), {})
+    tensors = read_weights(folder / "safetensors")
+    size = (folder / "safetensors" / "model.safetensors").stat().st_size
+    torch.save(dict(tensors), folder / "bin" / "pytorch_model.bin")
+    write_tensorflow(folder / "tensorflow" / "bert_model.ckpt", tensors)
+    for kind in ("bin", "tensorflow"):
+        (folder / kind / "model.safetensors").unlink()
+    cases = [(side, kind) for kind in ("safetensors", "bin") for side in SIDES] + [("orticket", "tensorflow")]
+    figures = {}
+    for case, results in in_turn(options, cases, folder).items():
+        figures[case] = {key: statistics.median(result[key] for result in results) for key in results[0]}
+    print(
+        f"loading BERT-base with MLM head, {size / 1e6:.0f} MB, {runtime.describe(torch.device('cpu'))}; "
+        f"medians of {options.rounds} processes"
+    )
+    print("                             seconds  and each number used  peak memory / file  times transformers")
+    for (side, kind), row in figures.items():
+        against = row["used"] / figures["transformers", "bin" if kind == "bin" else "safetensors"]["used"]
+        print(f"{side:>14s}, {kind:11s}  {row['seconds']:8.3f}  {row['used']:20.3f}", end="  ")
+        print(f"{row['memory'] / size:18.2f}  {against:18.2f}")
+    agree([row["sum"] for row in figures.values()], 0.1)
+    return figures
+
+
+def time_load(options, side, kind, folder):
+    """Prints {"seconds" to load, "used": until every number was read, "memory" above that of torch, "sum"} as JSON."""
+    os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+    if side == "transformers":
+        from transformers import BertForMaskedLM
+    torch.ones(2**20).sum()
+    cpu = torch.device("cpu")
+    before, start = runtime.peak_memory(cpu), time.perf_counter()
+    path = f"{folder}/{kind}"
+    model = BertForMaskedLM.from_pretrained(path) if side == "transformers" else Bert.load(path, mlm=True)
+    seconds = time.perf_counter() - start
+    total = sum(p.sum(dtype=torch.float64).item() for p in model.parameters())
+    used = time.perf_counter() - start
+    memory = runtime.peak_memory(cpu) - before
+    print(json.dumps({"seconds": seconds, "used": used, "memory": memory, "sum": total}))
+
+
+def write_tensorflow(prefix, tensors):
+    """A TensorFlow 1 checkpoint of published tensors, by the format that tensorflow1.py describes."""
+
+    def varint(number):
+        low = bytes([number & 127 | (128 if number > 127 else 0)])
+        return low + (varint(number >> 7) if number > 127 else b"")
+
+    def field(number, value):
+        if isinstance(value, int):
+            return varint(number << 3) + varint(value)
+        return varint(number << 3 | 2) + varint(len(value)) + value
+
+    def block(entries):
+        body = b"".join(varint(0) + varint(len(key)) + varint(len(value)) + key + value for key, value in entries)
+        body += bytes(4) + (1).to_bytes(4, "little") + bytes(1)
+        return body + crc32c(body).to_bytes(4, "little")
+
+    entries, offset = [], 0
+    with open(f"{prefix}.data-00000-of-00001", "wb") as file:
+        for name, tensor in tensors.items():
+            name = name.replace("layer.", "layer_").replace(".", "/")
+            if name.endswith("_embeddings/weight"):
+                name = name.removesuffix("/weight")
+            elif tensor.dim() == 2:
+                name, tensor = name.replace("/weight", "/kernel"), tensor.t()
+            file.write(tensor.contiguous().numpy())
+            shape = b"".join(field(2, field(1, size)) for size in tensor.shape)
+            place = field(4, offset) + field(5, tensor.numel() * 4)
+            entries.append((name.encode(), field(1, 1) + field(2, shape) + place))
+            offset += tensor.numel() * 4
+    content = block([(b"", field(1, 1)), *sorted(entries)])
+    where = varint(0) + varint(len(content) - 5)
+    index, empty = block([(b"~", where)]), block([])
+    footer = varint(len(content)) + varint(len(empty) - 5) + varint(len(content) + len(empty)) + varint(len(index) - 5)
+    footer = footer.ljust(40, b"\0") + MAGIC.to_bytes(8, "little")
+    Path(f"{prefix}.index").write_bytes(content + empty + index + footer)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
 The encoder is the published one: token, position and segment embeddings, post-norm blocks, exact GELU, a pooler, an
 MLM head tied to the token embeddings and a classifier head; its numbers equal those of `transformers`. RoBERTa (Liu
-et al. 2019) is the same but for its tensors' names, its first position and a dropout. Two things are added for ORTicket: `gates`, which scale heads and neurons (eq. 3 and 4 of the paper), and `pruned`, which
-cuts them away for good and leaves layers of uneven width.
+et al. 2019) differs in its first position, a dropout and its tensors' names. Two things are added for ORTicket:
+`gates`, which scale heads and neurons (eq. 3 and 4 of the paper), and `pruned`, which cuts them away for good and
+leaves layers of uneven width.
 
 Not here: decoding, cross attention, next-sentence prediction, relative positions, activations other than GELU.
 
@@ -52,6 +53,11 @@ class Config:
     @property
     def head_size(self):
         return self.hidden_size // self.num_attention_heads
+
+    @property
+    def is_pruned(self):
+        narrow = min(self.heads or (math.inf,)) < self.num_attention_heads
+        return narrow or min(self.neurons or (math.inf,)) < self.intermediate_size
 
     @property
     def first_position(self):
@@ -268,7 +274,8 @@ class Bert(nn.Module):
 
     @property
     def remarks(self):
-        """Of a loaded model, what was missing and what was left out, in a line each; search.py speaks of the MLM head."""
+        """What was missing and what was left out when the model was loaded, a line each; not the MLM head, which
+        search.py fits and speaks of."""
         initialized = ", ".join(name for name in self.initialized if name != "mlm_head")
         unused = sorted({name.rpartition(".")[0] or name for name in self.unused})
         more = f" and {len(unused) - 6} more" if len(unused) > 6 else ""

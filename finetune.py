@@ -82,6 +82,7 @@ def main():
         "versions": runtime.versions(),
     }
     finished, exported = folder / "model.safetensors", Path(options.export_hf or ".") / "model.safetensors"
+    is_exported = options.export_hf and weights.made_before(exported, made_by, options.overwrite)
     if not weights.made_before(finished, made_by, options.overwrite):
         torch.manual_seed(options.seed)
         model = Bert.load(source, num_labels=len(task.labels))
@@ -89,6 +90,8 @@ def main():
         sets = {name: Rows(tokenizer, split, max_length, device) for name, split in splits.items()}
         for remark in model.remarks:
             print(remark)
+        if options.export_hf and masks is None and model.config.is_pruned:
+            raise BadInput(f"{options.model} was pruned elsewhere, by masks unknown here: it cannot be exported dense")
         if masks is not None:
             model = model.pruned(*masks)
         finetune(options, made_by, model.to(device), sets, folder, tokenizer, task, dtype)
@@ -100,9 +103,9 @@ def main():
         f"{metrics['validation_accuracy']:.2%} there, {metrics['test_accuracy']:.2%} on the test rows"
     )
     print(f"{metrics['parameters']:,} parameters, {metrics['seconds']:.0f} s of training; model: {folder}")
-    if options.export_hf and not weights.made_before(exported, made_by, options.overwrite):
-        export(exported.parent, folder, masks, tokenizer, task, made_by)
     if options.export_hf:
+        if not is_exported:
+            export(exported.parent, folder, masks, tokenizer, task, made_by)
         print(f"for transformers, with zeros where the ticket pruned: {exported.parent}")
 
 
@@ -215,7 +218,7 @@ def finetune(options, made_by, model, sets, folder, tokenizer, task, dtype):
 
 
 def export(target, folder, masks, tokenizer, task, made_by):
-    """Write the model in `folder` to `target` as users of transformers know one: dense, with tokenizer and model card."""
+    """Write the model in `folder` to `target` as users of transformers know one: dense, tokenizer, model card."""
     model = Bert.load(folder)
     if masks is not None:
         model = model.dense(*masks)
@@ -241,8 +244,8 @@ def model_card(metrics, task):
     return (
         "---\nlibrary_name: transformers\npipeline_tag: text-classification\n---\n\n"
         f"# {Path(settings['model']).name} fine-tuned on {settings['task']}\n\n"
-        "Made by orticket's `finetune.py`, after *ORTicket: Let One Robust BERT Ticket Transfer across Different Tasks*\n"
-        "(LREC-COLING 2024). The weights are dense: what the ticket pruned is zero, and stays in the sizes.\n\n"
+        "Made by orticket's `finetune.py`, after *ORTicket: Let One Robust BERT Ticket Transfer across Different\n"
+        "Tasks* (LREC-COLING 2024). The weights are dense: what the ticket pruned is zero, and stays in the sizes.\n\n"
         f"| | |\n|---|---|\n{table}\n\nAll settings are in the header of `model.safetensors`.\n"
     )
 

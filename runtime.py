@@ -10,6 +10,7 @@ import json
 import math
 import os
 import platform
+import resource
 import shlex
 import shutil
 import sys
@@ -224,6 +225,16 @@ def describe(device):
 def autocast(device, dtype):
     """The parameters stay float32; matrix products run in `dtype`."""
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+def peak_memory(device):
+    """Bytes: the most that this process ever held, or on a GPU that torch allocated there."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if os.path.exists("/proc/self/status"):  # Linux's getrusage counts the parent's memory before the exec as well
+        status = Path("/proc/self/status").read_text("utf8")
+        return int(status.split("VmHWM:")[1].split()[0]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def seed_step(*numbers):

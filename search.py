@@ -88,7 +88,7 @@ def search(options, made_by, folder, tokenizer, blocks, output, device, dtype):
     torch.manual_seed(options.seed)
     model = Bert.load(folder, mlm=True)
     config = model.config
-    if min(config.heads) < config.num_attention_heads or min(config.neurons) < config.intermediate_size:
+    if config.is_pruned:
         raise BadInput(f"{options.model} has narrower layers than its config.json: search the model before pruning")
     if options.block > config.max_length:
         raise BadInput(f"--block {options.block}: {options.model} reads at most {config.max_length} tokens")

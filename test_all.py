@@ -869,11 +869,101 @@ def test_packing_keeps_every_token_in_order_between_cls_and_sep(tiny):
         data.pack(tokenizer, ["abc"], 64)
 
 
-def test_token_ids_equal_transformers_on_real_text():
-    texts = [text for text, _ in data.TASKS["rt"].load()][:500]
-    expected = transformers.BertTokenizer(str(MINILM / "vocab.txt"))(texts, truncation=True, max_length=24)
-    found = data.encode(data.Tokenizer(MINILM), texts, 24)
-    assert [ids.tolist() for ids in found] == expected["input_ids"]
+def nasty_texts(count):
+    """Real sentences, and what people and their scrapers leave in texts."""
+    generator = np.random.Generator(np.random.PCG64(0))
+    texts = ["", " ", "\n", "a" * 10_000, "\u00e9" * 10_000, "\U0001f600" * 1000, "a<mask>b", "[ MASK ]", "don't  stop"]
+    kinds = [
+        "abcXYZ",
+        "\u00e9\u00e0\u00fc\u00df\u00d1\u00c5",
+        "\u4e2d\u6587\u30ab\u30ca\ud55c",
+        "\U0001f600\U0001f469\u200d\U0001f467\ufe0f",
+        "0123\u0663\u00bd\u2167",
+    ]
+    kinds += ["\x00\x01\x1f\x7f\x85\u200b\ufeff\u00ad\ufffd", " \t\n\r\u00a0\u3000\u2028", "!?.,;:'\"()[]{}<>@#$%^&*"]
+    kinds += [
+        "\u05d0\u05d1\u0e44",
+        "a\u0301e\u0308\u0323",
+        "\u0130\u0131\u017f\ufb01",
+        "\U0001d518",
+        ["[SEP]", "[MASK]"],
+        ["<s>", " <mask> "],
+    ]
+    while len(texts) < count // 2:
+        parts = [generator.choice(list(kinds[generator.integers(len(kinds))]), 5) for _ in range(4)]
+        texts.append(" ".join("".join(part[: generator.integers(1, 6)]) for part in parts))
+    return texts + [text for text, _ in data.TASKS["rt"].load()][: count - len(texts)]
+
+
+@pytest.mark.parametrize("kind", ["uncased", "cased", "roberta"])
+def test_token_ids_equal_transformers_on_real_and_nasty_texts(tmp_path, kind):
+    texts = nasty_texts(2000)
+    if kind == "roberta":
+        library = tokenizers.ByteLevelBPETokenizer()
+        special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+        library.train_from_iterator((text for text, _ in data.bbc()), 3000, 2, False, special)
+        library.save_model(str(tmp_path))
+        files, settings = [str(tmp_path / name) for name in ("vocab.json", "merges.txt")], {}
+        classes = transformers.RobertaTokenizer, transformers.RobertaTokenizerFast
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": "roberta", "vocab_size": 3000}))
+    else:
+        shutil.copy(MINILM / "vocab.txt", tmp_path)
+        files, settings = [str(tmp_path / "vocab.txt")], {"do_lower_case": kind == "uncased"}
+        classes = transformers.BertTokenizer, transformers.BertTokenizerFast
+        (tmp_path / "config.json").write_text("{}")
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    from_files = data.Tokenizer(tmp_path)
+    from_files.save(tmp_path / "saved")
+    shutil.copy(tmp_path / "config.json", tmp_path / "saved")
+    for tokenizer in (from_files, data.Tokenizer(tmp_path / "saved")):
+        found = [ids.tolist() for ids in data.encode(tokenizer, texts, 10_000)]
+        for reference in [of(*files, **settings) for of in classes] + [classes[1].from_pretrained(tmp_path / "saved")]:
+            assert found == reference(texts, truncation=True, max_length=10_000)["input_ids"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_exported_is_loaded_by_transformers_unchanged(tmp_path, corpus, family, capsys):
+    saved(tmp_path / "model", family=family)
+    model = tmp_path / "model"
+    assert call(search, *quick_search(model, corpus, tmp_path)[1:], "--gamma", "0.9", "--patience", "2") == 0
+    assert call(draw, "--task", "rt", "--model", model, "--output", tmp_path, "--tau-ffn", "0.5") == 0
+    flags = ["--task", "rt", "--model", model, "--output", tmp_path, "--epochs", "1", "--max-length", "8"]
+    texts = [text for text, _ in data.TASKS["rt"].load()][:64]
+    tickets = {"drawn": True, "random": True, "none": False} if family == "bert" else {"drawn": True}
+    for ticket, pruned in tickets.items():
+        target = tmp_path / f"hf-{ticket}"
+        assert call(finetune, *flags, "--ticket", ticket, "--export-hf", target) == 0
+        assert str(target) in capsys.readouterr().out
+        theirs = transformers.AutoModelForSequenceClassification.from_pretrained(target).eval()
+        tokenizer = transformers.AutoTokenizer.from_pretrained(target)
+        folder = tmp_path / "model" / "rt" / f"{ticket}-vanilla-seed0"
+        ours = Bert.load(folder).eval()
+        assert (min(ours.config.neurons) < 40) == pruned and len(
+            theirs.base_model.encoder.layer[0].output.dense.weight[0]
+        ) == 40
+        encoded = tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
+        with torch.no_grad():
+            expected = theirs(**encoded).logits
+            found = ours.class_logits(encoded["input_ids"], encoded["attention_mask"].bool())
+        torch.testing.assert_close(found, expected, atol=1e-5 * expected.abs().max().item(), rtol=1e-5)
+        assert [ids.tolist() for ids in data.encode(data.Tokenizer(folder), texts, 64)] == tokenizer(
+            texts, truncation=True
+        )["input_ids"]
+        assert theirs.config.id2label == {0: "negative", 1: "positive"}
+        zeros = sum(
+            (layer.intermediate.dense.weight == 0).all(1).sum().item() for layer in theirs.base_model.encoder.layer
+        )
+        assert zeros == (40 if pruned else 0)
+        card = (target / "README.md").read_text()
+        assert json.loads((folder / "metrics.json").read_text())["model_sha256"] in card and "| task | rt:" in card
+
+
+def test_an_export_replaces_nothing_that_is_not_its_own(tiny, tmp_path, capsys):
+    flags = ["--task", "rt", "--model", tiny, "--output", tmp_path, "--epochs", "1", "--max-length", "8"]
+    original = (tiny / "model.safetensors").read_bytes()
+    assert call(finetune, *flags, "--ticket", "none", "--export-hf", tiny) == 2
+    assert "--overwrite, or another --output" in capsys.readouterr().err
+    assert (tiny / "model.safetensors").read_bytes() == original
 
 
 def test_batches_hold_every_row_once_with_little_padding_in_an_order_of_the_seed_alone():
