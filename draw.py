@@ -30,13 +30,14 @@ TASKS = {
     "agnews": (0.3, 4),
     "rt": (0.2, 2),
     "bbc": (0.2, 5),
+    "imdb-embedded": (0.3, 2),
 }
 
 
 @dataclass
 class Options:
-    task: str = option("sst2", f"gives the ratios: {', '.join(TASKS)}; another name needs --tau-ffn")
-    model: str = option("minilm", "the model that was searched")
+    task: str = option("sst2", f"gives the ratios: {', '.join(TASKS)}; a file of one's own: 0.2")
+    model: str = option(runtime.DEFAULT_MODEL, "the model that was searched")
     output: str = option("runs", "folder that search.py wrote to; the ticket goes to OUTPUT/MODEL/TASK")
     coefficients: str = option(None, "a coefficients file elsewhere")
     tau_head: float = option(1 / 6, "pruning ratio of the heads, the same for all tasks", at_least=0, below=1)
@@ -45,11 +46,12 @@ class Options:
 
 def main():
     options = runtime.parse(Options, __doc__)
-    if options.task not in TASKS and options.tau_ffn is None:
-        raise BadInput(f"unknown task {options.task!r}: give one of {', '.join(TASKS)}, or --tau-ffn as well")
-    tau_ffn, classes = TASKS.get(options.task, (options.tau_ffn, 2))
+    known = options.task in TASKS or Path(options.task).exists()
+    if not known and options.tau_ffn is None:
+        raise BadInput(f"unknown task {options.task!r}: give one of {', '.join(TASKS)}, a file, or --tau-ffn as well")
+    tau_ffn, classes = TASKS.get(options.task, (0.2, 2))
     tau_ffn = tau_ffn if options.tau_ffn is None else options.tau_ffn
-    folder = runtime.model_folder(options.output, options.model) / options.task
+    folder = runtime.model_folder(options.output, options.model) / runtime.task_folder(options.task)
     path = Path(options.coefficients or folder.parent / "coefficients.safetensors")
     if not path.is_file():
         raise BadInput(f"{path} is not there: python search.py{runtime.flags(options, 'model', 'output')} makes it")

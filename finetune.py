@@ -10,6 +10,7 @@ physically gone. The epoch with the best accuracy on a held-out tenth of the tra
 one sees the test rows, once. Killed and typed again, the command goes on after the last whole epoch.
 """
 
+import hashlib
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 
 import data
 import runtime
+import tokens
 import weights
 from bert import Bert, Config
 from freelb import freelb
@@ -29,8 +31,14 @@ from runtime import BadInput, option
 
 @dataclass
 class Options:
-    task: str = option("rt", f"{', '.join(data.TASKS)}: a fixed tenth of the rows is the test set")
-    model: str = option("minilm", "minilm, or a folder with config.json, model.safetensors and a vocabulary")
+    task: str = option("rt", f"{', '.join(data.TASKS)}; or a file of one's own: .csv, .tsv, .jsonl")
+    text_columns: tuple = option(("text",), "of one's own file: the column with the text, or two for pairs")
+    label_column: str = option("label", "of one's own file")
+    data_revision: str = option(None, "branch or commit of the task on the hub, instead of the pinned one")
+    model: str = option(runtime.DEFAULT_MODEL, runtime.MODEL_HELP)
+    revision: str = option(
+        None, "branch or commit of a model on the hub; bert-base-uncased and roberta-base are pinned"
+    )
     ticket: str = option("drawn", "drawn: the one of draw.py --task TASK; none: the full model; random; or a file")
     method: str = option("vanilla", "vanilla, or freelb: adversarial training", choices=("vanilla", "freelb"))
     output: str = option("runs", "folder for what is made; this script writes below OUTPUT/MODEL/TASK")
@@ -58,24 +66,27 @@ def main():
     runtime.keep_memory()
     device = runtime.pick_device()
     dtype = runtime.pick_precision(device, options.precision)
-    task = data.find_task(options.task)
-    source, model_sha256 = data.find_model(options.model)
-    folder = runtime.output_folder(options.output, options.model) / options.task
+    print(runtime.first_line(options.model, device, dtype))
+    task = data.find_task(options.task, tuple(options.text_columns), options.label_column)
+    source, model_sha256 = data.find_model(options.model, options.revision)
+    folder = runtime.output_folder(options.output, options.model) / runtime.task_folder(options.task)
     config = Config.read(source)
     masks, ticket_sha256 = find_ticket(options, folder / "ticket.safetensors", model_sha256, config)
     folder = folder / f"{Path(options.ticket).stem}-{options.method}-seed{options.seed}"
-    splits = data.load_task(task)
-    tokenizer = data.Tokenizer(source)
-    rows = ", ".join(f"{len(split):,} {name}" for name, split in splits.items())
-    machine = f"{runtime.describe(device)} in {runtime.precision_name(dtype)}"
-    print(f"model {options.model} on {machine}, ticket: {options.ticket}")
-    print(f"task {options.task}: {rows} rows; the test rows are a fixed tenth of what the package holds")
+    tokenizer = tokens.Tokenizer(source)
+    max_length = min(options.max_length or task.max_length, config.max_length)
+    splits = task.load(options.data_revision).items()
+    sets = {name: tokens.Rows(tokenizer, rows, max_length, device) for name, rows in splits}
+    print(f"task {options.task}: {', '.join(f'{len(rows):,} {name}' for name, rows in sets.items())} rows; {task.note}")
+    longer = sum(int(rows.cut) for rows in sets.values())
+    print(f"{longer:,} texts are cut to {max_length} tokens; ticket: {options.ticket}")
 
     settings = asdict(options)
     for name in ("output", "overwrite", "export_hf"):
         del settings[name]
     made_by = {
         "script": "finetune.py",
+        "task_sha256": hashlib.sha256("".join(rows.sha256 for rows in sets.values()).encode()).hexdigest(),
         "settings": settings | {"precision": runtime.precision_name(dtype)},
         "model_sha256": model_sha256,
         "ticket_sha256": ticket_sha256,
@@ -86,8 +97,6 @@ def main():
     if not weights.made_before(finished, made_by, options.overwrite):
         torch.manual_seed(options.seed)
         model = Bert.load(source, num_labels=len(task.labels))
-        max_length = min(options.max_length or task.max_length, model.config.max_length)
-        sets = {name: Rows(tokenizer, split, max_length, device) for name, split in splits.items()}
         for remark in model.remarks:
             print(remark)
         if options.export_hf and masks is None and model.config.is_pruned:
@@ -138,21 +147,6 @@ def find_ticket(options, drawn, model_sha256, config):
     return masks, weights.sha256(path)
 
 
-class Rows:
-    """A split as token ids: `batches` yields (ids (B, T), mask (B, T) or None, labels (B,)) of like lengths."""
-
-    def __init__(self, tokenizer, rows, max_length, device):
-        self.ids = data.encode(tokenizer, [text for text, _ in rows], max_length)
-        self.labels, self.device = torch.tensor([label for _, label in rows]), device
-        self.pad_id = tokenizer.pad
-
-    def batches(self, batch_size, generator=None):
-        for chosen in data.batches([len(ids) for ids in self.ids], batch_size, generator):
-            ids, mask = data.collate([self.ids[i] for i in chosen], self.pad_id)
-            mask = None if mask is None else mask.to(self.device)
-            yield ids.to(self.device), mask, self.labels[chosen].to(self.device)
-
-
 def finetune(options, made_by, model, sets, folder, tokenizer, task, dtype):
     """Algorithm 2, lines 7-9. Writes the best epoch's model and metrics.json into `folder`."""
     groups = runtime.decay_groups(model, options.weight_decay)
@@ -168,7 +162,7 @@ def finetune(options, made_by, model, sets, folder, tokenizer, task, dtype):
         tensors, notes = weights.read_notes(state)
         weights.restore(tensors, optimizer, model=model)
         seconds, scores = notes["seconds"], notes["scores"]
-    steps_per_epoch = -(-len(sets["train"].ids) // options.batch_size)
+    steps_per_epoch = -(-len(sets["train"]) // options.batch_size)
     steps = options.epochs * steps_per_epoch
     step = len(scores) * steps_per_epoch
     bar = runtime.progress(steps, step, "fine-tune")
@@ -176,11 +170,11 @@ def finetune(options, made_by, model, sets, folder, tokenizer, task, dtype):
         start, losses = time.perf_counter(), []
         generator = np.random.Generator(np.random.PCG64([options.seed, epoch]))
         model.train()
-        for ids, mask, labels in sets["train"].batches(options.batch_size, generator):
+        for ids, mask, segments, labels in sets["train"].batches(options.batch_size, generator):
             runtime.seed_step(options.seed, step)
 
             def loss_of(delta):
-                return F.cross_entropy(model.class_logits(ids, mask, delta=delta).float(), labels)
+                return F.cross_entropy(model.class_logits(ids, mask, segments, delta=delta).float(), labels)
 
             with runtime.autocast(ids.device, dtype):
                 tokens = torch.ones_like(ids) if mask is None else mask
@@ -208,7 +202,7 @@ def finetune(options, made_by, model, sets, folder, tokenizer, task, dtype):
         "validation_accuracy": scores[best],
         "validation_accuracy_by_epoch": scores,
         "test_accuracy": accuracy(model, sets["test"], options.batch_size, dtype),
-        "test_rows": len(sets["test"].ids),
+        "test_rows": len(sets["test"]),
         "parameters": sum(p.numel() for p in model.parameters()),
         "seconds": seconds,
     }
@@ -255,10 +249,10 @@ def accuracy(model, rows, batch_size, dtype):
     """The share of rows that the model classifies as labelled, without dropout."""
     model.eval()
     right = 0
-    for ids, mask, labels in rows.batches(4 * batch_size):
+    for ids, mask, segments, labels in rows.batches(4 * batch_size):
         with runtime.autocast(ids.device, dtype):
-            right += (model.class_logits(ids, mask).argmax(1) == labels).sum().item()
-    return right / len(rows.ids)
+            right += (model.class_logits(ids, mask, segments).argmax(1) == labels).sum().item()
+    return right / len(rows)
 
 
 if __name__ == "__main__":

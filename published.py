@@ -56,7 +56,11 @@ def weight_files(path):
         raise BadInput(f"{path} has several weights, {', '.join(f.name for f in found[:4])}: give one of these files")
     first = found[0]
     if first.suffix == ".json":
-        return [first, *(first.parent / name for name in sorted(set(shards(first).values())))]
+        parts = [first.parent / name for name in sorted(set(shards(first).values()))]
+        for part in parts:
+            if not part.is_file():
+                raise BadInput(f"{first} names a file {part.name!r}, which is no file beside it")
+        return [first, *parts]
     if first.suffix == ".index":
         return [first, *sorted(first.parent.glob(f"{first.stem}.data-*"))]
     return found
@@ -69,8 +73,8 @@ def shards(index):
     if not isinstance(entries, dict) or not entries:
         raise BadInput(f"{index} has no weight_map: it does not say where the tensors are")
     for name in entries.values():
-        if not isinstance(name, str) or Path(name).name != name or not (index.parent / name).is_file():
-            raise BadInput(f"{index} names a file {name!r}, which is not there beside it")
+        if not isinstance(name, str) or Path(name).name != name:
+            raise BadInput(f"{index} names a file {name!r}, which is no file beside it")
     return entries
 
 

@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import ctypes
 import dataclasses
-import hashlib
 import importlib.metadata
 import json
 import math
@@ -76,6 +75,9 @@ def parse(options, description):
         help = field.metadata["help"].replace("%", "%%")
         if kind is bool:
             parser.add_argument(flag, action="store_true", help=help)
+            continue
+        if kind is tuple:
+            parser.add_argument(flag, nargs="+", default=shown, metavar="NAME", help=f"{help} [{' '.join(shown)}]")
             continue
         if field.metadata["positional"]:
             flag, more = field.name, {"nargs": "?"}
@@ -164,6 +166,11 @@ def model_folder(root, model):
     return Path(root) / (path.parent.name if inside else path.name)
 
 
+def task_folder(task):
+    """The name of a task's folder: of one's own file or folder its last part, without ending."""
+    return Path(task).stem
+
+
 def cache_folder():
     """For what can be made again: $XDG_CACHE_HOME/orticket, or ~/.cache/orticket."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "orticket"
@@ -179,11 +186,6 @@ def output_folder(root, model):
     return folder
 
 
-def digest(array):
-    """sha256 of a numpy array's bytes."""
-    return hashlib.sha256(array.tobytes()).hexdigest()
-
-
 # ---------------------------------------------------------------------------------------------------- machine
 
 
@@ -194,6 +196,20 @@ def keep_memory():
         libc = ctypes.CDLL(None)
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no block of its own mapping
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
+DEFAULT_MODEL = "bert-base-uncased" if torch.cuda.is_available() else "minilm"
+MODEL_HELP = (
+    "minilm (embedded), bert-base-uncased, roberta-base or another name on the hub, a folder, a file of weights"
+)
+
+
+def first_line(model, device, dtype):
+    """What every script that computes says first: the model and why it, the machine, the precision."""
+    why = ""
+    if model == DEFAULT_MODEL:
+        why = " (the default where there is CUDA)" if device.type == "cuda" else " (the default without CUDA)"
+    return f"model {model}{why} on {describe(device)} in {precision_name(dtype)}"
 
 
 def pick_device():
@@ -262,9 +278,10 @@ def decay_groups(model, weight_decay):
     ]
 
 
-def progress(total, initial=0, description=""):
+def progress(total, initial=0, description="", unit="step"):
     """A tqdm bar with rate and remaining time, silent where standard error is no terminal."""
-    return tqdm(total=total, initial=initial, desc=description, disable=None, dynamic_ncols=True, unit="step")
+    settings = {"unit_scale": True, "unit_divisor": 1024} if unit == "B" else {}
+    return tqdm(total=total, initial=initial, desc=description, disable=None, dynamic_ncols=True, unit=unit, **settings)
 
 
 def versions():

@@ -16,6 +16,7 @@ import torch
 
 import data
 import runtime
+import tokens
 import weights
 from bert import Bert
 from freelb import freelb
@@ -25,8 +26,12 @@ from runtime import BadInput, option
 
 @dataclass
 class Options:
-    model: str = option("minilm", "minilm, or a folder with config.json, model.safetensors and a vocabulary")
-    corpus: str = option("bbc", "bbc, or a text file with one document a line (the paper: wikitext-2-raw-v1)")
+    model: str = option(runtime.DEFAULT_MODEL, runtime.MODEL_HELP)
+    revision: str = option(
+        None, "branch or commit of a model on the hub; bert-base-uncased and roberta-base are pinned"
+    )
+    corpus: str = option("bbc", "bbc, imdb, wikitext-2-raw-v1 (the paper's), a text file or a folder with .txt files")
+    data_revision: str = option(None, "branch or commit of a corpus on the hub, instead of the pinned one")
     output: str = option("runs", "folder for what is made; this script writes below OUTPUT/MODEL")
     seed: int = option(0, "of masking, batches, dropout and perturbations", at_least=0, below=2**63)
     epochs: int = option(1, "at most so many passes over the corpus", at_least=1)
@@ -58,11 +63,11 @@ def main():
     runtime.keep_memory()
     device = runtime.pick_device()
     dtype = runtime.pick_precision(device, options.precision)
-    folder, model_sha256 = data.find_model(options.model)
+    folder, model_sha256 = data.find_model(options.model, options.revision)
     output = runtime.output_folder(options.output, options.model)
-    tokenizer = data.Tokenizer(folder)
-    blocks = data.pack(tokenizer, data.load_corpus(options.corpus), options.block)
-    print(f"model {options.model} on {runtime.describe(device)} in {runtime.precision_name(dtype)}")
+    print(runtime.first_line(options.model, device, dtype))
+    tokenizer = tokens.Tokenizer(folder)
+    blocks = tokens.Blocks(tokenizer, *data.find_corpus(options.corpus, options.data_revision), options.block)
     print(f"corpus {options.corpus}: {len(blocks):,} blocks of {options.block} tokens")
 
     settings = asdict(options)
@@ -72,7 +77,7 @@ def main():
         "script": "search.py",
         "settings": settings | {"precision": runtime.precision_name(dtype)},
         "model_sha256": model_sha256,
-        "corpus_sha256": runtime.digest(blocks.numpy()),
+        "corpus_sha256": blocks.sha256,
         "versions": runtime.versions(),
     }
     path = output / "coefficients.safetensors"
@@ -123,14 +128,16 @@ def search(options, made_by, folder, tokenizer, blocks, output, device, dtype):
             stopping.update(head, ffn)
         step = ends[len(trace["trace.loss"]) - 1]
 
-    losses, status = [], ""
+    losses, status, order_of, order = [], "", None, None
     bar = runtime.progress(steps, step, "search")
     while step < steps and not stopping.over:  # line 2
         epoch, batch = divmod(step, steps_per_epoch)
-        runtime.seed_step(options.seed, 1, epoch)
-        rows = torch.randperm(len(blocks))[batch * options.batch_size :][: options.batch_size]
+        if order_of != epoch:
+            runtime.seed_step(options.seed, 1, epoch)
+            order_of, order = epoch, torch.randperm(len(blocks))
+        ids = blocks.rows(order[batch * options.batch_size :][: options.batch_size])
         runtime.seed_step(options.seed, 2, step)
-        ids, positions, labels = (t.to(device) for t in data.mask_tokens(blocks[rows], tokenizer))
+        ids, positions, labels = (t.to(device) for t in tokens.mask_tokens(ids, tokenizer))
 
         def loss_of(delta):
             return model.mlm_loss(model(ids, keep=positions, gates=c.gates, delta=delta), labels)
@@ -177,14 +184,14 @@ def fit_mlm_head(options, made_by, model, tokenizer, blocks, output, dtype):
         head.load_state_dict(weights.read_safetensors(path)[0])
         return
     print(f"{options.model} comes without an MLM head: fitting one with the encoder frozen, {path} keeps it")
-    counts = torch.bincount(blocks.flatten(), minlength=model.config.vocab_size) + 0.5
+    counts = blocks.frequencies(model.config.vocab_size) + 0.5
     head.bias.data.copy_((counts / counts.sum()).log())
     optimizer = torch.optim.AdamW(head.parameters(), lr=options.head_learning_rate, weight_decay=0.0, fused=True)
     bar = runtime.progress(options.head_steps, description="MLM head")
     for step in range(options.head_steps):
         runtime.seed_step(options.seed, 3, step)
         rows = torch.randint(len(blocks), (min(options.batch_size, len(blocks)),))
-        ids, positions, labels = (t.to(device) for t in data.mask_tokens(blocks[rows], tokenizer))
+        ids, positions, labels = (t.to(device) for t in tokens.mask_tokens(blocks.rows(rows), tokenizer))
         with runtime.autocast(device, dtype):
             with torch.no_grad():
                 states = model.eval()(ids, keep=positions)

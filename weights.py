@@ -121,7 +121,7 @@ def made_before(path, made_by, overwrite):
     """Whether the file at `path` was made with exactly the settings `made_by`, so that it need not be made again.
 
     Where it was made with others, or cannot be read, it is removed if it may be overwritten; else raises BadInput.
-    Model and corpus count by their sha256, not by how their paths are spelled.
+    Model, corpus and task count by their sha256, not by how their paths are spelled.
     """
     if not os.path.exists(path):
         return False
@@ -132,8 +132,8 @@ def made_before(path, made_by, overwrite):
             raise BadInput(f"{error}: delete it, or --overwrite") from None
         notes = {}
     differs = [f"another {key}" for key in made_by if key.endswith("sha256") and notes.get(key) != made_by[key]]
-    old, new = notes.get("settings", {}), made_by["settings"]
-    compared = [key for key in new if key not in ("model", "corpus")]
+    old, new = notes.get("settings", {}), json.loads(json.dumps(made_by["settings"]))
+    compared = [key for key in new if key not in ("model", "corpus", "task", "revision", "data_revision")]
     differs += [f"{key} {old.get(key)!r}, not {new[key]!r}" for key in compared if old.get(key) != new[key]]
     if not differs:
         return True

@@ -1,0 +1,292 @@
+"""Texts into token ids and batches: the tokenizers of BERT and RoBERTa, what is kept of their work, padding, masking.
+
+Token ids are kept as one flat int32 array with the rows' ends, in memory and in the cache, so that memory grows with
+the tokens alone; those of a corpus stay on disk.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import filelock
+import numpy as np
+import tokenizers
+import torch
+from tokenizers import AddedToken
+from tokenizers.models import WordPiece
+from tokenizers.processors import RobertaProcessing
+
+import weights
+from bert import Config
+from runtime import BadInput, cache_folder, one_line, progress, replacing, write_json
+
+CHUNK = 1000  # texts that are tokenized at a time: an encoding takes a hundred times its ids' memory
+
+# the special tokens of each family: padding, unknown, before a text, after it, masked
+SPECIAL = {
+    "bert": ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"),
+    "roberta": ("<pad>", "<unk>", "<s>", "</s>", "<mask>"),
+}
+
+
+class Tokenizer:
+    """WordPiece or byte-level BPE from a model's own files: texts <-> token ids.
+
+    `pad`, `cls`, `sep` and `mask` are the ids of the special tokens, `size` how many tokens there are. It takes what
+    is there of tokenizer.json, vocab.txt (BERT), vocab.json with merges.txt (RoBERTa).
+    Raises BadInput where there is none, it lacks a special token, or it knows more tokens than the model.
+    """
+
+    def __init__(self, path):
+        """path: of the model, its folder or a file of its weights."""
+        self.folder, self.config = path if path.is_dir() else path.parent, Config.read(path)
+        self.library = self.read()
+        self.size = self.library.get_vocab_size()
+        special = SPECIAL[self.config.model_type]
+        for token in special:
+            if self.library.token_to_id(token) is None:
+                raise BadInput(f"the vocabulary in {self.folder} has no {token}: it is no {self.config.model_type}'s")
+        self.pad, _, self.cls, self.sep, self.mask = (self.library.token_to_id(token) for token in special)
+        if self.size > self.config.vocab_size:
+            raise BadInput(
+                f"the vocabulary in {self.folder} has {self.size} tokens, the model {self.config.vocab_size}: "
+                "they do not belong together"
+            )
+        self.library.no_padding()
+        self.library.no_truncation()
+        self.digest = hashlib.sha256(self.library.to_str().encode()).hexdigest()  # tells what it makes of a text
+
+    def read(self):
+        """The tokenizers library's object."""
+        have = {name for name in ("tokenizer.json", "vocab.txt", "vocab.json") if (self.folder / name).is_file()}
+        settings = self.folder / "tokenizer_config.json"
+        try:
+            settings = dict(json.loads(settings.read_text("utf8"))) if settings.is_file() else {}
+            if "tokenizer.json" in have:
+                return tokenizers.Tokenizer.from_file(str(self.folder / "tokenizer.json"))
+            if "vocab.json" in have:
+                return tokenizers.Tokenizer.from_str(byte_level_bpe(self.folder, settings).to_str())
+            if "vocab.txt" in have:
+                return tokenizers.Tokenizer.from_str(word_piece(self.folder, settings).to_str())
+        except Exception as error:  # the library raises bare Exception
+            raise BadInput(f"the vocabulary in {self.folder} cannot be read: {one_line(error)}") from None
+        raise BadInput(f"{self.folder} has no vocabulary: tokenizer.json, vocab.txt or vocab.json with merges.txt")
+
+    def save(self, folder):
+        """tokenizer.json, and tokenizer_config.json so that transformers makes the same of it."""
+        parts = json.loads(self.library.to_str())
+        settings = {"model_max_length": self.config.max_length}
+        if self.config.model_type == "bert":
+            normalizer = parts.get("normalizer") or {}
+            settings |= {"tokenizer_class": "BertTokenizer", "do_lower_case": normalizer.get("lowercase", True)}
+            settings |= {"strip_accents": normalizer.get("strip_accents")}
+            settings |= {"tokenize_chinese_chars": normalizer.get("handle_chinese_chars", True)}
+        else:
+            splitter = parts.get("pre_tokenizer") or {}
+            settings |= {"tokenizer_class": "RobertaTokenizer"}
+            settings |= {"add_prefix_space": splitter.get("add_prefix_space", False)}
+        write_json(Path(folder) / "tokenizer_config.json", settings)
+        with replacing(Path(folder) / "tokenizer.json") as beside:
+            Path(beside).write_text(self.library.to_str(pretty=True), "utf8")
+
+
+def word_piece(folder, settings):
+    """BERT's tokenizer from vocab.txt. Where no tokenizer_config.json says whether it is cased, as in Google's own
+    archives, the vocabulary does: an uncased one has no capital letter outside its special tokens."""
+    vocabulary = WordPiece.read_file(str(folder / "vocab.txt"))
+    uncased = all(token == token.lower() for token in vocabulary if token[:1] != "[")
+    return tokenizers.BertWordPieceTokenizer(
+        vocabulary,
+        lowercase=settings.get("do_lower_case", uncased),
+        strip_accents=settings.get("strip_accents"),
+        handle_chinese_chars=settings.get("tokenize_chinese_chars", True),
+    )
+
+
+def byte_level_bpe(folder, settings):
+    """RoBERTa's tokenizer from vocab.json and merges.txt."""
+    spaced = settings.get("add_prefix_space", False)
+    files = str(folder / "vocab.json"), str(folder / "merges.txt")
+    tokenizer = tokenizers.ByteLevelBPETokenizer.from_file(*files, add_prefix_space=spaced, trim_offsets=True)
+    *plain, mask = SPECIAL["roberta"]
+    tokenizer.add_special_tokens([*plain, AddedToken(mask, lstrip=True)])
+    cls, sep = ((token, tokenizer.token_to_id(token)) for token in ("<s>", "</s>"))
+    tokenizer.post_processor = RobertaProcessing(sep, cls, trim_offsets=True, add_prefix_space=spaced)
+    return tokenizer
+
+
+# ------------------------------------------------------------------------------------------------ rows of a task
+
+
+class Rows:
+    """The rows of a split, tokenized once: [CLS] text [SEP], or [CLS] text [SEP] second text [SEP].
+
+    rows: [(tuple of one or two texts, label number)]. A text longer than max_length tokens is cut; `cut` is how many
+    were. `batches` yields (ids (B, T), mask (B, T) or None, segments (B, T) or None, labels (B,)).
+    """
+
+    def __init__(self, tokenizer, rows, max_length, device):
+        self.pad, self.device = tokenizer.pad, device
+        self.labels = torch.tensor([label for _, label in rows], dtype=torch.int64)
+        key = hashlib.sha256(tokenizer.digest.encode() + str(max_length).encode())
+        for texts, _ in rows:
+            for text in texts:
+                encoded = text.encode("utf8", "surrogatepass")
+                key.update(len(encoded).to_bytes(8, "little") + encoded)
+        path = cache_folder() / "tokens" / f"{key.hexdigest()}.safetensors"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(f"{path}.lock"):  # of two that want it at once, one tokenizes
+            if not path.is_file():
+                weights.write_safetensors(path, encode(tokenizer, [texts for texts, _ in rows], max_length), {})
+        self.sha256 = key.hexdigest()  # of tokenizer, length and texts
+        tensors = weights.read_safetensors(path)[0]
+        self.ids, self.ends, self.second, self.cut = (tensors[name] for name in ("ids", "ends", "second", "cut"))
+        self.lengths = torch.diff(self.ends, prepend=torch.zeros(1, dtype=torch.int64))
+        self.has_segments = bool((self.second < self.lengths).any())
+
+    def __len__(self):
+        return len(self.labels)
+
+    def batches(self, batch_size, generator=None):
+        for chosen in batches(self.lengths.numpy(), batch_size, generator):
+            yield tuple(part if part is None else part.to(self.device) for part in self.batch(torch.from_numpy(chosen)))
+
+    def batch(self, chosen):
+        """The rows numbered `chosen` (B,), padded to the longest of them."""
+        lengths = self.lengths[chosen, None]  # (B, 1)
+        columns = torch.arange(int(lengths.max()))
+        mask = columns < lengths  # (B, T)
+        places = (self.ends[chosen, None] - lengths + columns).clamp(max=len(self.ids) - 1)
+        ids = self.ids[places].long().masked_fill(~mask, self.pad)
+        segments = (mask & (columns >= self.second[chosen, None])).long() if self.has_segments else None
+        return ids, None if mask.all() else mask, segments, self.labels[chosen]
+
+
+def encode(tokenizer, texts, max_length):
+    """Tuples of one or two texts -> {"ids": (tokens,) int32, one row after another, "ends": (rows,) int64, "second":
+    (rows,) int32, where in its row the second text begins, at the row's end where there is none, "cut": (), how many
+    texts were longer than max_length}."""
+    ids, lengths, second, cut = [np.zeros(0, np.int32)], [], [], 0
+    tokenizer.library.enable_truncation(max_length)
+    try:
+        for start in range(0, len(texts), CHUNK):
+            chunk = [text[0] if len(text) == 1 else text for text in texts[start : start + CHUNK]]
+            for encoding in tokenizer.library.encode_batch_fast(chunk):
+                ids.append(np.array(encoding.ids, dtype=np.int32))
+                lengths.append(len(ids[-1]))
+                second.append(lengths[-1] - sum(encoding.type_ids))
+                cut += bool(encoding.overflowing)
+            ids = [np.concatenate(ids)]
+    finally:
+        tokenizer.library.no_truncation()
+    return {
+        "ids": torch.from_numpy(ids[0]),
+        "ends": torch.tensor(lengths, dtype=torch.int64).cumsum(0),
+        "second": torch.tensor(second, dtype=torch.int32),
+        "cut": torch.tensor(cut),
+    }
+
+
+def batches(lengths, batch_size, generator):
+    """Index arrays of batch_size rows of like length, in an order that depends on the generator alone.
+
+    Rows are shuffled, then sorted by length within pools of 50 batches; then the batches are shuffled. So there is
+    little padding and the batches differ from epoch to epoch. Without a generator: sorted by length, as for a test.
+    """
+    lengths = np.asarray(lengths)
+    if generator is None:
+        order = np.argsort(lengths, kind="stable")
+        return np.split(order, range(batch_size, len(order), batch_size))
+    order, cut = generator.permutation(len(lengths)), []
+    for pool in np.split(order, range(50 * batch_size, len(order), 50 * batch_size)):
+        pool = pool[np.argsort(lengths[pool], kind="stable")]
+        cut += np.split(pool, range(batch_size, len(pool), batch_size))
+    return [cut[i] for i in generator.permutation(len(cut))]
+
+
+# ---------------------------------------------------------------------------------------------- blocks of a corpus
+
+
+class Blocks:
+    """A corpus as blocks of tokens: one stream, [SEP] after each document, cut into [CLS] ... [SEP].
+
+    documents: an iterable of texts, read once; size: of them all, in bytes, for the progress bar; key: what tells
+    this corpus from others. The stream lies in the cache, as int32, and only the blocks asked for are read: a corpus
+    may be larger than the memory. The tokens at the end, fewer than a block, are left out.
+    Raises BadInput where there is not one block.
+    """
+
+    def __init__(self, tokenizer, documents, size, key, block):
+        self.tokenizer, self.block = tokenizer, block
+        key = hashlib.sha256(f"{tokenizer.digest} {key}".encode()).hexdigest()
+        self.path = cache_folder() / "tokens" / f"{key}.int32"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(f"{self.path}.lock"):
+            if not self.path.is_file():
+                with replacing(self.path) as beside, open(beside, "wb") as file:
+                    for ids in stream(tokenizer, documents, size):
+                        file.write(ids)
+        self.tokens = os.path.getsize(self.path) // 4
+        self.count = self.tokens // (block - 2)
+        if self.count == 0:
+            raise BadInput(f"the corpus has {self.tokens} tokens, not enough for one block of {block}")
+        self.sha256 = weights.sha256(self.path)
+
+    def __len__(self):
+        return self.count
+
+    def rows(self, chosen):
+        """The blocks numbered `chosen`, (B, block) int64."""
+        ids = np.full((len(chosen), self.block), self.tokenizer.cls, dtype=np.int64)
+        with open(self.path, "rb") as file:
+            for row, number in zip(ids, chosen.tolist()):
+                file.seek(4 * number * (self.block - 2))
+                row[1:-1] = np.fromfile(file, np.int32, self.block - 2)
+        ids[:, -1] = self.tokenizer.sep
+        return torch.from_numpy(ids)
+
+    def frequencies(self, size):
+        """How often each of `size` tokens occurs, (size,)."""
+        counts = torch.zeros(size, dtype=torch.int64)
+        with open(self.path, "rb") as file:
+            while len(ids := np.fromfile(file, np.int32, 2**20)):
+                counts += torch.bincount(torch.from_numpy(ids).long(), minlength=size)
+        return counts
+
+
+def stream(tokenizer, documents, size):
+    """Documents -> arrays of their token ids, int32, [SEP] after each document."""
+    bar = progress(size, description="tokens", unit="B")
+    chunk, length = [], 0
+
+    def encoded():
+        bar.update(sum(len(text.encode("utf8", "surrogatepass")) for text in chunk))
+        for encoding in tokenizer.library.encode_batch_fast(chunk, add_special_tokens=False):
+            yield np.array([*encoding.ids, tokenizer.sep], dtype=np.int32)
+
+    for text in documents:
+        chunk.append(text)
+        length += len(text)
+        if length > 2**20:
+            yield from encoded()
+            chunk, length = [], 0
+    yield from encoded()
+    bar.close()
+
+
+def mask_tokens(ids, tokenizer, share=0.15):
+    """BERT's masking of ids (B, T): of the tokens that are not special, `share` are to be predicted; 80 % of those
+    become [MASK], 10 % a random token, 10 % stay. Returns (masked ids (B, T), positions (n,) into the B T tokens,
+    labels (n,)). Draws from torch's random numbers."""
+    special = torch.tensor([tokenizer.cls, tokenizer.sep, tokenizer.pad, tokenizer.mask])
+    draws = torch.rand(ids.shape).masked_fill_(torch.isin(ids, special), 2).flatten()
+    candidates = int((draws < 2).sum())
+    count = min(candidates, max(1, round(share * candidates)))  # the same for every batch of full blocks, so that
+    positions = draws.argsort()[:count].sort().values  # the processor's kernels are compiled once
+    labels = ids.flatten()[positions]
+    fate = torch.rand(labels.shape)
+    other = torch.randint(tokenizer.size, labels.shape)
+    masked = ids.flatten().clone()
+    masked[positions] = torch.where(fate < 0.8, tokenizer.mask, torch.where(fate < 0.9, other, labels))
+    return masked.view(ids.shape), positions, labels
