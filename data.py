@@ -131,8 +131,11 @@ REVISIONS = {
 
 def parquet(repository, folder, split, revision):
     """The path of a split's parquet file on the hub."""
-    revision = revision or REVISIONS[repository]
-    return hub.fetch(repository, f"{folder}/{split}-00000-of-00001.parquet", revision, dataset=True)
+    try:
+        name = f"{folder}/{split}-00000-of-00001.parquet"
+        return hub.fetch(repository, name, revision or REVISIONS[repository], dataset=True)
+    except BadInput as error:
+        raise BadInput(f"{error}; rt, bbc and imdb-embedded need no network") from None
 
 
 def from_hub(repository, folder, columns, labels, test):
@@ -205,7 +208,8 @@ def find_task(name, text_columns=("text",), label_column="label"):
         raise BadInput(f"unknown task {name!r}: give {', '.join(TASKS)}, or a file ending in {', '.join(FILES)}")
     tables = {split: read_table(file, text_columns, label_column) for split, file in files.items()}
     first = tables.get("all") or tables["train"]
-    labels = sorted({label for _, _, label in first}, key=lambda label: (not label.isdecimal(), len(label), label))
+    numbered = all(label.isdecimal() for _, _, label in first)
+    labels = sorted({label for _, _, label in first}, key=int if numbered else str)
     if len(labels) < 2:
         raise BadInput(f"{path} has no two labels in column {label_column!r}: {labels}")
     splits = {}

@@ -26,7 +26,7 @@ from weights import sha256
 TIMEOUT = (5, 8)  # seconds to connect, and between two pieces of an answer
 ATTEMPTS = 5  # then the hub counts as gone: at most a minute, were every one of them to time out
 LONGEST_WAIT = 10  # seconds that a busy hub's Retry-After may ask for
-CHUNK = 2**20
+CHUNK = 2**14  # bytes; what is begun of one is lost when the connection breaks
 
 
 class Trouble(Exception):
@@ -125,7 +125,7 @@ def download(url, what, folder, name, revision):
                 receive(place, url, blob, checksum, size, name)
             break
         except requests.RequestException as error:
-            trouble = Trouble(type(error).__name__)
+            trouble = Trouble(what_broke(error))
         except Trouble as error:
             trouble = error
     else:
@@ -173,6 +173,15 @@ def complain(answer):
     if wait is not None and wait > LONGEST_WAIT:
         raise BadInput(f"{urllib.parse.urlsplit(answer.url).netloc} is busy: try again in {wait:.0f} seconds")
     raise Trouble(f"status {answer.status_code}", wait)
+
+
+def what_broke(error):
+    """An exception of requests in words."""
+    if isinstance(error, requests.Timeout) or "timed out" in str(error):
+        return "no answer in time"
+    if isinstance(error, requests.exceptions.ChunkedEncodingError):
+        return "the connection broke"
+    return "no connection" if isinstance(error, requests.ConnectionError) else type(error).__name__
 
 
 def seconds_of(retry_after):

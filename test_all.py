@@ -4,6 +4,10 @@ The quick ones take two minutes on 2 cores and need no network: python -m pytest
 The slow ones train for real, some ten minutes each: python -m pytest -q test_all.py -m slow
 """
 
+import email.utils
+import hashlib
+import http.server
+import io
 import json
 import math
 import os
@@ -13,13 +17,18 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+import types
 import unittest.mock
 import zipfile
 from fractions import Fraction
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import safetensors.torch
 import tokenizers
@@ -32,6 +41,7 @@ import draw
 import finetune
 import freelb
 import gates
+import hub
 import published
 import runtime
 import search
@@ -1016,6 +1026,342 @@ def test_the_embedded_weights_must_have_the_published_sha256(tmp_path, monkeypat
     monkeypatch.setattr(data, "package_folder", lambda package: tmp_path)
     with pytest.raises(BadInput, match="has sha256 .* not 53aa5117"):
         data.find_model("minilm")
+
+
+# ------------------------------------------------------------------------------------------------------ hub.py
+
+LARGE = bytes(range(256)) * 400  # what the server below sends by way of a redirect, as the hub does large files
+COMMIT = "c0ffee" * 6 + "1234"
+
+
+class Server(http.server.BaseHTTPRequestHandler):
+    """The two answers of the hub, with faults: as many as `faults` holds, for large files."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_GET(self):
+        hub_ = self.server.hub
+        hub_.seen.append((self.command, self.path, dict(self.headers)))
+        if self.path.startswith("/renamed/"):
+            return self.answer(307, {"Location": self.path.replace("/renamed/", "/owner/")})
+        name = self.path.split("/resolve/")[-1].split("/", 1)[-1] if "/resolve/" in self.path else self.path[5:]
+        body = hub_.files.get(name)
+        if body is None:
+            return self.answer(404)
+        large = len(body) > 10_000
+        if "/resolve/" in self.path and large:
+            etag = hashlib.sha256(body).hexdigest()
+            headers = {"Location": f"{hub_.cdn}/cdn/{name}", "X-Linked-Etag": f'"{etag}"', "X-Linked-Size": len(body)}
+            return self.answer(302, headers | {"X-Repo-Commit": COMMIT})
+        fault = hub_.faults.pop(0) if large and hub_.faults else None
+        if fault in ("503", "404"):
+            return self.answer(int(fault), {"Retry-After": hub_.retry_after} if fault == "503" else {})
+        if fault == "html":
+            return self.answer(200, {"Content-Type": "text/html"}, b"<html>sign in")
+        if fault == "corrupt":
+            body = body[:500] + b"?" + body[501:]
+        start = int((self.headers.get("Range") or "bytes=0-")[6:-1])
+        etag = hashlib.sha1(b"blob %d\0" % len(body) + body).hexdigest()
+        headers = {"ETag": f'W/"{etag}"', "X-Repo-Commit": COMMIT}
+        self.answer(206 if start else 200, headers, body[start:], fault)
+
+    def answer(self, status, headers={}, body=b"", fault=None):
+        self.send_response(status)
+        for name, value in (headers | {"Content-Length": len(body)}).items():
+            self.send_header(name, str(value))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body[: len(body) // 2] if fault in ("truncate", "stall") else body)
+        if fault == "stall":
+            self.server.hub.over.wait(20)
+        if fault in ("truncate", "stall"):
+            self.close_connection = True
+
+    def log_message(self, *_):
+        """Silent."""
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """A hub on this machine, an empty cache, and short waits."""
+    serving = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    url = f"http://127.0.0.1:{serving.server_port}"
+    serving.hub = types.SimpleNamespace(
+        files={}, faults=[], seen=[], retry_after="3", cdn="", url=url, over=threading.Event(), waits=[]
+    )
+    threading.Thread(target=serving.serve_forever, daemon=True).start()
+    monkeypatch.setenv("HF_ENDPOINT", url)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setattr(hub, "TIMEOUT", (1, 0.3))
+    monkeypatch.setattr(hub.time, "sleep", serving.hub.waits.append)
+    yield serving.hub
+    serving.hub.over.set()
+    serving.shutdown()
+    serving.server_close()
+
+
+FAULTS = ("truncate", "corrupt", "html", "503", "404", "stall")
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_once_ends_in_the_right_file(server, fault):
+    server.files["large.bin"], server.faults = LARGE, [fault]
+    assert hub.fetch("owner/name", "large.bin").read_bytes() == LARGE
+    gets = [headers for command, path, headers in server.seen if command == "GET"]
+    assert len(gets) == 2
+    if fault in ("truncate", "stall"):
+        resumed = int(gets[1]["Range"].removeprefix("bytes=").removesuffix("-"))
+        assert len(LARGE) // 2 - hub.CHUNK < resumed <= len(LARGE) // 2
+    assert server.waits == ([3] if fault == "503" else [0.5])
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_for_ever_ends_in_one_line_and_leaves_nothing_to_trust(server, fault, tmp_path):
+    server.files["large.bin"], server.faults = LARGE, [fault] * 99
+    with pytest.raises(BadInput, match="large.bin of owner/name cannot be had from 127.0.0.1.*, 5 times") as error:
+        hub.fetch("owner/name", "large.bin")
+    assert "\n" not in str(error.value)
+    assert [
+        path for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".incomplete" and path.stat().st_size
+    ] == []
+    waited = sum(server.waits) + hub.ATTEMPTS * 8 * (fault == "stall")  # were it not for this test's short timeout
+    assert waited < 60
+    server.faults = []
+    assert hub.fetch("owner/name", "large.bin").read_bytes() == LARGE
+
+
+def test_what_was_fetched_is_not_fetched_again(server, monkeypatch):
+    server.files |= {"large.bin": LARGE, "folder/small.txt": b"few"}
+    for name, content in server.files.items():
+        assert hub.fetch("owner/name", name).read_bytes() == content
+    requests_so_far = len(server.seen)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for revision in ("main", COMMIT):
+        assert hub.fetch("owner/name", "large.bin", revision).read_bytes() == LARGE
+    assert len(server.seen) == requests_so_far
+    with pytest.raises(BadInput, match="other.bin of owner/name is not in the cache .* HF_HUB_OFFLINE forbids"):
+        hub.fetch("owner/name", "other.bin")
+
+
+@pytest.mark.parametrize("dataset", [False, True])
+def test_the_cache_is_shared_with_the_hubs_own_library(server, monkeypatch, dataset):
+    server.files |= {"large.bin": LARGE, "other.bin": LARGE[::-1]}
+    cache, kind = os.environ["HF_HOME"] + "/hub", "dataset" if dataset else "model"
+    ours = hub.fetch("owner/name", "large.bin", dataset=dataset)
+    found = huggingface_hub.hf_hub_download(
+        "owner/name", "large.bin", repo_type=kind, cache_dir=cache, local_files_only=True
+    )
+    assert Path(found).samefile(ours) and Path(found).read_bytes() == LARGE
+    theirs = huggingface_hub.hf_hub_download(
+        "owner/name", "other.bin", repo_type=kind, cache_dir=cache, endpoint=server.url
+    )
+    before = len(server.seen)
+    assert hub.fetch("owner/name", "other.bin", dataset=dataset).samefile(theirs) and len(server.seen) == before
+
+
+def test_two_processes_that_ask_at_once_fetch_once(server):
+    server.files["large.bin"], server.faults = LARGE, ["stall"]
+    script = "import hub; hub.TIMEOUT = (1, 1); print(len(hub.fetch('owner/name', 'large.bin').read_bytes()))"
+    both = [spawn(["-c", script]) for _ in range(2)]
+    assert [process.communicate()[0] for process in both] == [f"{len(LARGE)}\n"] * 2
+    gets = [path for command, path, _ in server.seen if command == "GET"]
+    assert len(gets) == 2  # one broke off, the next went on from there
+
+
+def test_the_token_goes_to_the_hub_and_nowhere_else(server, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    server.files["large.bin"], server.cdn = LARGE, server.url.replace("127.0.0.1", "localhost")
+    hub.fetch("owner/name", "large.bin")
+    sent = {path[:5]: headers.get("Authorization") for _, path, headers in server.seen}
+    assert sent == {"/owne": "Bearer hf_secret", "/cdn/": None}
+
+
+def test_a_busy_hub_is_waited_for_as_it_asks_but_not_for_long(server):
+    server.files["large.bin"], server.faults = LARGE, ["503"] * 2
+    server.retry_after = email.utils.formatdate(time.time() + 600, usegmt=True)
+    with pytest.raises(BadInput, match="is busy: try again in (599|600) seconds"):
+        hub.fetch("owner/name", "large.bin")
+
+
+def test_a_renamed_repository_is_followed_and_a_missing_file_is_named(server):
+    server.files["large.bin"] = LARGE
+    assert hub.fetch("renamed/name", "large.bin").read_bytes() == LARGE
+    with pytest.raises(hub.Missing, match="the hub has no gone.bin of owner/name"):
+        hub.fetch("owner/name", "gone.bin")
+    assert server.waits == []
+
+
+def test_a_hub_that_cannot_be_reached_is_one_line(server, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(BadInput, match="cannot be had from 127.0.0.1:9: no connection, 5 times"):
+        hub.fetch("owner/name", "large.bin")
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "shards", "bin"])
+def test_a_model_on_the_hub_is_found_by_its_name_and_then_needs_no_network(server, tmp_path, monkeypatch, kind):
+    published_as(kind, saved(tmp_path / "original"), tmp_path / "model")
+    server.files |= {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()}
+    path, sha256 = data.find_model("owner/name")
+    expected = Bert.load(tmp_path / "model", mlm=True).state_dict()
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert data.find_model("owner/name") == (path, sha256) and tokens.Tokenizer(path).size == len(VOCABULARY)
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in Bert.load(path, mlm=True).state_dict().items())
+    assert runtime.model_folder("runs", "owner/name") == Path("runs/name")
+
+
+def test_a_model_that_the_hub_has_not_names_the_embedded_one(server):
+    with pytest.raises(BadInput, match="model 'bert-nowhere': the hub has no config.json .*; minilm needs no network"):
+        data.find_model("bert-nowhere")
+
+
+# ------------------------------------------------------------------------------------------------- tasks and corpora
+
+COLUMNS = {"sst2": ["sentence"], "qnli": ["question", "sentence"], "qqp": ["question1", "question2"]}
+COLUMNS |= {"imdb": ["text"], "agnews": ["text"]}
+
+
+def serve_task(server, name, rows=30, **changed):
+    """Put a small parquet file for each split of a task of the paper on the server."""
+    labels = len(data.TASKS[name].labels)
+    folder = {"imdb": "plain_text", "agnews": "data"}.get(name, name)
+    for split in ("train", "test" if name in ("imdb", "agnews") else "validation"):
+        table = {column: [f"{split} {column} {i} " + 999 * "x" for i in range(rows)] for column in COLUMNS[name]}
+        table |= {"label": [i % labels for i in range(rows)]} | changed
+        buffer = io.BytesIO()
+        pyarrow.parquet.write_table(pyarrow.table(table), buffer)
+        server.files[f"{folder}/{split}-00000-of-00001.parquet"] = buffer.getvalue()
+
+
+@pytest.mark.parametrize("name", COLUMNS)
+def test_the_papers_tasks_come_from_the_hub_at_their_pinned_commits(server, name):
+    serve_task(server, name)
+    splits = data.TASKS[name].load(None)
+    assert {split: len(rows) for split, rows in splits.items()} == {"train": 27, "validation": 3, "test": 30}
+    texts, label = splits["test"][1]
+    split = "test" if name in ("imdb", "agnews") else "validation"
+    assert [text[:-999] for text in texts] == [f"{split} {column} 1 " for column in COLUMNS[name]] and label == 1
+    revisions = {path.split("/resolve/")[1].split("/")[0] for _, path, _ in server.seen if "/resolve/" in path}
+    assert len(revisions) == 1 and revisions <= set(data.REVISIONS.values())
+    data.TASKS[name].load("main")
+    assert "/resolve/main/" in server.seen[-2][1] + server.seen[-1][1]
+
+
+def test_a_hub_row_without_a_label_is_named(server):
+    serve_task(server, "sst2", label=[0, 1, -1, *[0] * 27])
+    with pytest.raises(BadInput, match="parquet row 2 has label -1"):
+        data.TASKS["sst2"].load(None)
+
+
+def test_a_file_that_is_not_parquet_is_named(server):
+    server.files["sst2/train-00000-of-00001.parquet"] = LARGE
+    with pytest.raises(BadInput, match="is not the parquet file that it should be"):
+        data.TASKS["sst2"].load(None)
+
+
+OWN = {
+    "mine.csv": 'text,label\n"a, b\nc",yes\nd,no\n\ne,yes\n',
+    "mine.tsv": 'label\ttext\nyes\ta, b "c\nno\td\nyes\te\n',
+    "mine.jsonl": '{"text": "a", "label": true, "id": 1}\n\n{"text": "d", "label": false}\n{"label": true, "text": "e"}',
+}
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_a_file_of_ones_own_is_a_task(tmp_path, name):
+    (tmp_path / name).write_text(OWN[name])
+    task = data.find_task(str(tmp_path / name))
+    assert task.labels == (("False", "True") if "json" in name else ("no", "yes"))
+    splits = task.load(None)
+    rows = [splits["test"][0], splits["validation"][0], *splits["train"]]
+    first = {"mine.csv": "a, b\nc", "mine.tsv": 'a, b "c', "mine.jsonl": "a"}[name]
+    assert rows == [((first,), 1), (("d",), 0), (("e",), 1)]
+
+
+def test_a_folder_with_splits_and_pairs_is_a_task(tmp_path):
+    for split, rows in (("train", 20), ("test", 5)):
+        lines = [json.dumps({"q": f"{split} {i}", "a": "b", "class": i % 12}) for i in range(rows)]
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(lines))
+    task = data.find_task(str(tmp_path), ("q", "a"), "class")
+    assert task.labels == tuple(str(i) for i in range(12))  # by their value, not 0, 1, 10, 11, 2
+    splits = task.load(None)
+    assert [len(splits[name]) for name in ("train", "validation", "test")] == [18, 2, 5]
+    assert splits["test"][3] == (("test 3", "b"), 3)
+
+
+NASTY = {
+    "no label": ("a.csv", b"text,label\na,1\nb,\n", "line 3 has no label"),
+    "label null": ("a.jsonl", b'{"text": "a", "label": null}', "line 1 has no label"),
+    "no column": ("a.csv", b"text,y\na,1\n", "line 2 has no column 'label', but 'text', 'y'"),
+    "column twice": ("a.csv", b"text,label,text\na,1,b\n", "has the column 'text' twice"),
+    "too many fields": ("a.csv", b"text,label\na,1\nb,2,3\n", "line 3 has 3 fields, the header 2"),
+    "not UTF-8": ("a.csv", b"text,label\na,1\n\xff\xfe,2\n", "line 3 is not UTF-8"),
+    "not JSON": ("a.jsonl", b'{"text": "a", "label": 1}\n{"text"\n', "line 2 is not JSON"),
+    "no object": ("a.jsonl", b"[1]\n", "line 1 is no JSON object"),
+    "text a number": ("a.jsonl", b'{"text": 3, "label": 1}', "line 1 has no text in column 'text'"),
+    "nothing": ("a.csv", b"text,label\n", "has no rows"),
+    "empty": ("a.csv", b"", "has no rows"),
+    "one label": ("a.csv", b"text,label\na,1\nb,1\n", "has no two labels"),
+}
+
+
+@pytest.mark.parametrize("case", NASTY)
+def test_a_nasty_row_is_refused_with_its_number(tmp_path, case):
+    name, content, message = NASTY[case]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(BadInput, match=message) as error:
+        data.find_task(str(tmp_path / name))
+    assert "\n" not in str(error.value) and name in str(error.value)
+
+
+def test_a_label_that_only_the_test_file_has_is_refused_with_its_line(tmp_path):
+    (tmp_path / "train.csv").write_text("text,label\na,x\nb,y\n")
+    (tmp_path / "test.csv").write_text("text,label\na,x\nb,z\n")
+    with pytest.raises(BadInput, match="test.csv line 3 has label 'z', which no training row has"):
+        data.find_task(str(tmp_path))
+
+
+def test_nothing_is_dropped_silently(tmp_path, capsys, tiny):
+    rows = ["text,label", "a,1", ",0", "text,label", '"  ",1', "a\0b,0", f'"{"word " * 100_000}",1']
+    (tmp_path / "mine.csv").write_text("\n".join(rows))
+    splits = data.find_task(str(tmp_path / "mine.csv")).load(None)
+    printed = capsys.readouterr().out
+    assert "2 rows with an empty text (the first in line 3); they are kept" in printed
+    assert "the header comes again in line 4: 1 such lines are left out" in printed
+    everything = splits["test"] + splits["validation"] + splits["train"]
+    encoded = tokens.Rows(tokens.Tokenizer(tiny), everything, 16, torch.device("cpu"))
+    assert encoded.lengths.tolist() == [3, 2, 2, 4, 16] and encoded.cut == 1
+    (tmp_path / "text.txt").write_bytes(b"one \xff\ntwo\n\n \n")
+    assert list(data.find_corpus(tmp_path / "text.txt")[0]) == ["one \ufffd\n", "two\n"]
+    assert "the corpus has 1 bytes that are no UTF-8" in capsys.readouterr().out
+
+
+def test_a_folder_of_texts_is_a_corpus_and_a_gigantic_line_comes_in_pieces(tmp_path):
+    (tmp_path / "b.txt").write_text("x" * (2**20 + 5))
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "a.txt").write_text("one\ntwo")
+    documents, size, key = data.find_corpus(tmp_path)
+    assert [len(document) for document in documents] == [2**20, 5, 4, 3] and size == 2**20 + 5 + 7
+    (tmp_path / "sub" / "a.txt").write_text("one\ntvo")
+    assert data.find_corpus(tmp_path)[2] != key
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_batches_of_pairs_equal_transformers_padding_and_segments(tmp_path, family):
+    saved(tmp_path, family=family)
+    tokenizer = tokens.Tokenizer(tmp_path)
+    tokenizer.save(tmp_path)
+    pairs = [("the quick", "fox"), ("a", ""), ("", "b c d"), ("brown " * 40, "fox " * 9)]
+    rows = tokens.Rows(tokenizer, [(pair, i) for i, pair in enumerate(pairs)], 24, torch.device("cpu"))
+    ids, mask, segments, labels = rows.batch(torch.tensor([2, 0, 1, 3]))
+    reference = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    chosen = [pairs[i] for i in (2, 0, 1, 3)]
+    expected = reference(*map(list, zip(*chosen)), truncation=True, max_length=24, padding=True, return_tensors="pt")
+    assert torch.equal(ids, expected["input_ids"]) and torch.equal(mask.long(), expected["attention_mask"])
+    assert labels.tolist() == [2, 0, 1, 3] and rows.cut == 1
+    assert segments is None if family == "roberta" else torch.equal(segments, expected["token_type_ids"])
 
 
 # ------------------------------------------------------------------------------------------- the scripts
