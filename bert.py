@@ -340,33 +340,17 @@ class Bert(nn.Module):
         mapped = published.read_weights(path)
         tensors, unused = published.from_published(mapped, config.model_type, config.num_hidden_layers, path)
         mapped.release()  # what was copied
-        widths = [len(tensors[f"layers.{i}.query_key_value.bias"]) for i in range(config.num_hidden_layers)]
-        neurons = [len(tensors[f"layers.{i}.intermediate.bias"]) for i in range(config.num_hidden_layers)]
-        full = config.num_attention_heads * config.head_size
-        if max(widths) > 3 * full or max(neurons) > config.intermediate_size:
-            raise BadInput(f"{path} has layers wider than its configuration: {max(widths) // 3} and {max(neurons)}")
+        heads, neurons = published.widths(tensors, config, path)
         found_labels = len(tensors.get("classifier.bias", ()))
         if num_labels not in (None, found_labels):
             tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("classifier.")}
-        config = replace(
-            config,
-            heads=tuple(width // (3 * config.head_size) for width in widths),
-            neurons=tuple(neurons),
-            num_labels=found_labels if num_labels is None else num_labels,
-        )
+        num_labels = found_labels if num_labels is None else num_labels
+        config = replace(config, heads=heads, neurons=neurons, num_labels=num_labels)
         with torch.device("meta"):  # shapes without memory: a configuration that lies cannot fill the machine
             model = Bert(config, mlm)
         expected = {name: parameter.shape for name, parameter in model.state_dict().items()}
-        for name, shape in expected.items():
-            if name not in tensors and not name.startswith(("mlm_head.", "classifier.", "pooler.")):
-                raise BadInput(f"{path} has no tensor for {name}")
-            if name in tensors and tensors[name].shape != shape:
-                found = tuple(tensors[name].shape)
-                raise BadInput(f"{path}: {name} has shape {found}, its configuration says {tuple(shape)}")
-        model.initialized, model.unused = (
-            sorted({name.split(".")[0] for name in expected if name not in tensors}),
-            unused,
-        )
+        model.initialized = published.missing(tensors, expected, path)
+        model.unused = unused
         for name in model.initialized:
             tensors = {key: tensor for key, tensor in tensors.items() if key.split(".")[0] != name}
             model.get_submodule(name).to_empty(device="cpu").apply(model.initialize)

@@ -72,7 +72,7 @@ def find_model(name, revision=None):
             raise BadInput(f"unknown model {name!r}: give {', '.join(EMBEDDED)}, a name on the hub, a folder or a file")
         repository, commit = ON_HUB.get(name, (name, "main"))
         try:
-            path = hub.fetch_model(repository, revision or commit)
+            path = hub.fetch_model(repository, revision or commit, alias=name)
         except BadInput as error:
             raise BadInput(f"model {name!r}: {error}; {', '.join(EMBEDDED)} needs no network") from None
     return path, identity(path)

@@ -69,14 +69,15 @@ VOCABULARY = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.jso
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
-def fetch_model(repository, revision="main"):
+def fetch_model(repository, revision="main", alias=None):
     """The folder with a model's configuration, vocabulary and weights, in whichever format it has them.
 
-    Raises BadInput as `fetch` does.
+    alias: another name under which the hub's libraries may have cached it. Raises BadInput as `fetch` does.
     """
-    config = in_cache(cache_folder(repository, False), "config.json", revision)
-    if config and is_model(config.parent):
-        return config.parent
+    for name in (repository, alias or repository):
+        config = in_cache(cache_folder(name, False), "config.json", revision)
+        if config and is_model(config.parent):
+            return config.parent
     folder = fetch(repository, "config.json", revision).parent
     for name in VOCABULARY:
         with contextlib.suppress(Missing):

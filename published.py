@@ -243,6 +243,31 @@ def from_published(tensors, model_type, layers, path):
     return found, others
 
 
+def widths(tensors, config, path):
+    """(heads, neurons) of each layer by the shapes of `from_published`'s tensors; BadInput where the configuration has
+    fewer."""
+    layers = range(config.num_hidden_layers)
+    heads = tuple(len(tensors[f"layers.{i}.query_key_value.bias"]) // (3 * config.head_size) for i in layers)
+    neurons = tuple(len(tensors[f"layers.{i}.intermediate.bias"]) for i in layers)
+    if max(heads) > config.num_attention_heads or max(neurons) > config.intermediate_size:
+        raise BadInput(f"{path} has layers wider than its configuration: {max(heads)} heads, {max(neurons)} neurons")
+    return heads, neurons
+
+
+def missing(tensors, expected, path):
+    """The heads of which `from_published`'s tensors lack a part, given the shapes {name: shape} of the model.
+
+    Raises BadInput that names a tensor of the encoder which is missing, or any that has another shape.
+    """
+    for name, shape in expected.items():
+        if name not in tensors and not name.startswith(("mlm_head.", "classifier.", "pooler.")):
+            raise BadInput(f"{path} has no tensor for {name}")
+        if name in tensors and tensors[name].shape != shape:
+            found = tuple(tensors[name].shape)
+            raise BadInput(f"{path}: {name} has shape {found}, its configuration says {tuple(shape)}")
+    return sorted({name.split(".")[0] for name in expected if name not in tensors})
+
+
 def to_published(state, model_type):
     """{bert.py's name: tensor} -> {published name: tensor}, as transformers' ...For... classes name them."""
     back = {ours: published for published, ours in (ENCODER | HEADS[model_type]).items()}

@@ -1213,6 +1213,16 @@ def test_a_model_on_the_hub_is_found_by_its_name_and_then_needs_no_network(serve
     assert runtime.model_folder("runs", "owner/name") == Path("runs/name")
 
 
+def test_bert_base_in_the_cache_under_its_short_name_needs_no_network(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    repository, commit = data.ON_HUB["bert-base-uncased"]
+    for name in (repository, "bert-base-uncased"):
+        folder = tmp_path / "hub" / f"models--{name.replace('/', '--')}"
+        saved(folder / "snapshots" / commit)
+        assert data.find_model("bert-base-uncased")[0] == folder / "snapshots" / commit
+        shutil.rmtree(folder)
+
+
 def test_a_model_that_the_hub_has_not_names_the_embedded_one(server):
     with pytest.raises(BadInput, match="model 'bert-nowhere': the hub has no config.json .*; minilm needs no network"):
         data.find_model("bert-nowhere")
@@ -1265,7 +1275,7 @@ def test_a_file_that_is_not_parquet_is_named(server):
 OWN = {
     "mine.csv": 'text,label\n"a, b\nc",yes\nd,no\n\ne,yes\n',
     "mine.tsv": 'label\ttext\nyes\ta, b "c\nno\td\nyes\te\n',
-    "mine.jsonl": '{"text": "a", "label": true, "id": 1}\n\n{"text": "d", "label": false}\n{"label": true, "text": "e"}',
+    "mine.jsonl": '{"text": "a", "label": true, "n": 1}\n\n{"text": "d", "label": false}\n{"label": true, "text": "e"}',
 }
 
 
@@ -1777,6 +1787,31 @@ def test_only_attack_may_import_textattack_and_help_needs_no_model():
 
 
 # -------------------------------------------------------------------------------- slow: python -m pytest -m slow
+
+
+@pytest.mark.slow
+def test_what_is_exported_is_loaded_by_textattack_unchanged(tmp_path):
+    resources = HERE.parent / "shared" / "resources" / "nltk_data"
+    if not resources.is_dir():
+        pytest.skip("TextAttack cannot be imported without NLTK's data, which is not here")
+    flags = ["--task", "rt", "--output", tmp_path, "--epochs", "1", "--max-length", "8", "--ticket", "none"]
+    assert call(finetune, *flags, "--export-hf", tmp_path / "hf") == 0
+    script = """
+import sys, transformers
+from textattack.models.wrappers import HuggingFaceModelWrapper
+model = transformers.AutoModelForSequenceClassification.from_pretrained(sys.argv[1])
+wrapper = HuggingFaceModelWrapper(model.eval(), transformers.AutoTokenizer.from_pretrained(sys.argv[1]))
+print(wrapper(["a fine film", "a dull, long one"]).tolist())
+"""
+    process = spawn(["-c", script, tmp_path / "hf"], env=os.environ | {"NLTK_DATA": str(resources)})
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    folder = tmp_path / "minilm" / "rt" / "none-vanilla-seed0"
+    model, tokenizer = Bert.load(folder).eval(), tokens.Tokenizer(folder)
+    rows = tokens.Rows(tokenizer, [(("a fine film",), 0), (("a dull, long one",), 1)], 128, torch.device("cpu"))
+    with torch.no_grad():
+        expected = model.class_logits(*rows.batch(torch.arange(2))[:3])
+    torch.testing.assert_close(torch.tensor(json.loads(out.splitlines()[-1])), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.slow
