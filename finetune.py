@@ -75,11 +75,12 @@ def main():
     folder = folder / f"{Path(options.ticket).stem}-{options.method}-seed{options.seed}"
     tokenizer = tokens.Tokenizer(source)
     max_length = min(options.max_length or task.max_length, config.max_length)
-    splits = task.load(options.data_revision).items()
-    sets = {name: tokens.Rows(tokenizer, rows, max_length, device) for name, rows in splits}
+    splits = task.load(options.data_revision)
+    sets = {name: tokens.Rows(tokenizer, rows, max_length, device) for name, rows in splits.items()}
+    del splits  # the texts; from here on there are token ids
     print(f"task {options.task}: {', '.join(f'{len(rows):,} {name}' for name, rows in sets.items())} rows; {task.note}")
     longer = sum(int(rows.cut) for rows in sets.values())
-    print(f"{longer:,} texts are cut to {max_length} tokens; ticket: {options.ticket}")
+    print(f"ticket: {options.ticket}" + f"; {longer:,} texts are cut to {max_length} tokens" * (longer > 0))
 
     settings = asdict(options)
     for name in ("output", "overwrite", "export_hf"):

@@ -144,26 +144,29 @@ def download(url, what, folder, name, revision):
 
 def locate(url, what):
     """(address, checksum, size, commit): the hub answers for a large file with where it is and its sha256."""
-    where = url
+    where, found = url, {}
     for _ in range(5):
         headers = {"Accept-Encoding": "identity", **authorization()}
         answer = requests.head(where, headers=headers, timeout=TIMEOUT, allow_redirects=False)
-        target = answer.headers.get("Location", "")
-        if "X-Linked-Etag" in answer.headers or not target.startswith("/"):
+        found |= {name.lower(): value for name, value in answer.headers.items()}
+        target = found.pop("location", "")
+        where = urllib.parse.urljoin(where, target)
+        if not target.startswith(
+            "/"
+        ):  # elsewhere, or nowhere: a path means a renamed repository, or the hub's own cache
             break
-        where = urllib.parse.urljoin(where, target)  # of a renamed repository, on the same host
     if answer.status_code in (401, 403):
         raise BadInput(f"{what}: the hub refuses it ({answer.status_code}); does the name exist, is HF_TOKEN set?")
     if answer.status_code == 404:
         raise Missing(f"the hub has no {what} ({url})")
     complain(answer)
-    checksum = (answer.headers.get("X-Linked-Etag") or answer.headers.get("ETag", "")).removeprefix("W/").strip('"')
-    size = answer.headers.get("X-Linked-Size") or answer.headers.get("Content-Length", "")
-    commit = answer.headers.get("X-Repo-Commit", "")
+    checksum = (found.get("x-linked-etag") or found.get("etag", "")).removeprefix("W/").strip('"')
+    size = found.get("x-linked-size") or found.get("content-length", "")
+    commit = found.get("x-repo-commit", "")
     whole = re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", checksum) and re.fullmatch("[0-9a-f]{40}", commit)
     if not whole or not size.isdecimal():
         raise Trouble("an answer without checksum, size and commit, as of a sign-in page")
-    return urllib.parse.urljoin(where, target or where), checksum, int(size), commit
+    return where, checksum, int(size), commit
 
 
 def complain(answer):

@@ -1056,7 +1056,7 @@ class Server(http.server.BaseHTTPRequestHandler):
             etag = hashlib.sha256(body).hexdigest()
             headers = {"Location": f"{hub_.cdn}/cdn/{name}", "X-Linked-Etag": f'"{etag}"', "X-Linked-Size": len(body)}
             return self.answer(302, headers | {"X-Repo-Commit": COMMIT})
-        fault = hub_.faults.pop(0) if large and hub_.faults else None
+        fault = hub_.faults.pop(0) if large and hub_.faults and self.command == "GET" else None
         if fault in ("503", "404"):
             return self.answer(int(fault), {"Retry-After": hub_.retry_after} if fault == "503" else {})
         if fault == "html":
@@ -1257,7 +1257,7 @@ def test_the_papers_tasks_come_from_the_hub_at_their_pinned_commits(server, name
     revisions = {path.split("/resolve/")[1].split("/")[0] for _, path, _ in server.seen if "/resolve/" in path}
     assert len(revisions) == 1 and revisions <= set(data.REVISIONS.values())
     data.TASKS[name].load("main")
-    assert "/resolve/main/" in server.seen[-2][1] + server.seen[-1][1]
+    assert any("/resolve/main/" in path for _, path, _ in server.seen)
 
 
 def test_a_hub_row_without_a_label_is_named(server):
