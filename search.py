@@ -128,7 +128,8 @@ def search(options, made_by, folder, tokenizer, blocks, output, device, dtype):
             stopping.update(head, ffn)
         step = ends[len(trace["trace.loss"]) - 1]
 
-    losses, status, order_of, order = [], "", None, None
+    total, counted = torch.zeros((), device=device), 0  # of the mini-epoch's losses; a list would split the heap
+    status, order_of, order = "", None, None
     bar = runtime.progress(steps, step, "search")
     while step < steps and not stopping.over:  # line 2
         epoch, batch = divmod(step, steps_per_epoch)
@@ -143,25 +144,26 @@ def search(options, made_by, folder, tokenizer, blocks, output, device, dtype):
             return model.mlm_loss(model(ids, keep=positions, gates=c.gates, delta=delta), labels)
 
         with runtime.autocast(device, dtype):  # L_adv of eq. 6
-            losses.append(freelb(loss_of, torch.ones_like(ids), config.hidden_size, **adversary))
+            loss = freelb(loss_of, torch.ones_like(ids), config.hidden_size, **adversary)
         c.penalty(options.lambda_head, options.lambda_ffn).backward()  # R(c) of eq. 5, once a step
         torch.nn.utils.clip_grad_norm_([*model.parameters(), *c.parameters()], options.clip_norm)
         runtime.set_learning_rate(optimizer, options.learning_rate, step, steps, options.warmup)
         optimizer.step()  # lines 3 and 4
         optimizer.zero_grad()
-        step += 1
+        step, counted = step + 1, counted + 1
+        total += loss
         if not bar.disable:
-            bar.set_postfix_str(f"loss {losses[-1]:.3f}{status}", refresh=False)
+            bar.set_postfix_str(f"loss {loss:.3f}{status}", refresh=False)
         bar.update()
         if step in ends:
             head, ffn = c.head.detach().cpu().clone(), c.ffn.detach().cpu().clone()
-            mean_loss = torch.stack(losses).mean().cpu()
+            mean_loss = (total / counted).cpu()
             if not all(torch.isfinite(number).all() for number in (head, ffn, mean_loss)):
                 raise BadInput(f"the search diverged by step {step}: lower --learning-rate {options.learning_rate:g}")
             distances = torch.tensor(stopping.update(head, ffn))
             for series, value in zip(trace.values(), (head, ffn, distances, mean_loss)):
                 series.append(value)
-            losses = []
+            total, counted = torch.zeros_like(total), 0
             stacked = {name: torch.stack(series) for name, series in trace.items()}
             weights.write_safetensors(state, weights.training_state(optimizer, model=model, c=c) | stacked, made_by)
             status = f", distance heads {distances[0]:.3f}, neurons {distances[1]:.3f}, streak {stopping.streak}"
