@@ -218,11 +218,11 @@ def find_task(name, text_columns=("text",), label_column="label"):
             if label not in labels:
                 raise BadInput(f"{files[split]} line {line} has label {label!r}, which no training row has")
         splits[split] = [(texts, labels.index(label)) for _, texts, label in table]
+    note = "its own test file"
     if "all" in splits:
         splits, note = tenths(splits["all"]), "the test rows are a tenth of the file"
-    else:
-        splits = (splits if "validation" in splits else splits | held_out(splits["train"])), "its own test file"
-        splits, note = splits
+    elif "validation" not in splits:
+        splits |= held_out(splits["train"])
     return Task(tuple(labels), 256, lambda _: splits, note)
 
 
@@ -325,9 +325,10 @@ def lines_of(files):
     """The lines of text files that are not blank, one after another; a line longer than a megabyte in pieces."""
     replaced = 0
     for path in files:
-        with open(path, encoding="utf8", errors="replace") as file:
+        with open(path, encoding="utf8", errors="surrogateescape") as file:
             while line := file.readline(2**20):
-                replaced += line.count("\ufffd")
+                line, bad = re.subn("[\udc80-\udcff]", "\ufffd", line)
+                replaced += bad
                 if line.strip():
                     yield line
     if replaced:

@@ -83,7 +83,8 @@ def read_weights(path):
     first = weight_files(path)[0]
     if first.suffix == ".index":
         return read_tensorflow(first)
-    read = read_bin if first.suffix == ".bin" or first.name.endswith(".bin.index.json") else read_safetensors_file
+    is_bin = first.suffix == ".bin" or first.name.endswith(".bin.index.json")
+    read = read_bin if is_bin else lambda file: read_safetensors(file)[0]
     if first.suffix != ".json":
         return read(first)
     tensors, entries = Mapped(), shards(first)
@@ -95,10 +96,6 @@ def read_weights(path):
                 raise BadInput(f"{first} says that {file} has {name}; it has not")
             tensors[name] = shard[name]
     return tensors
-
-
-def read_safetensors_file(path):
-    return read_safetensors(path)[0]
 
 
 def identity(path):

@@ -167,7 +167,7 @@ def model_folder(root, model):
 
 
 def task_folder(task):
-    """The name of a task's folder: of one's own file or folder its last part, without ending."""
+    """The name of a task's folder: of one's own file, its name without the ending."""
     return Path(task).stem
 
 
@@ -206,9 +206,8 @@ MODEL_HELP = (
 
 def first_line(model, device, dtype):
     """What every script that computes says first: the model and why it, the machine, the precision."""
-    why = ""
-    if model == DEFAULT_MODEL:
-        why = " (the default where there is CUDA)" if device.type == "cuda" else " (the default without CUDA)"
+    has = "with" if device.type == "cuda" else "without"
+    why = f" (the default {has} CUDA)" if model == DEFAULT_MODEL else ""
     return f"model {model}{why} on {describe(device)} in {precision_name(dtype)}"
 
 

@@ -1343,8 +1343,8 @@ def test_nothing_is_dropped_silently(tmp_path, capsys, tiny):
     everything = splits["test"] + splits["validation"] + splits["train"]
     encoded = tokens.Rows(tokens.Tokenizer(tiny), everything, 16, torch.device("cpu"))
     assert encoded.lengths.tolist() == [3, 2, 2, 4, 16] and encoded.cut == 1
-    (tmp_path / "text.txt").write_bytes(b"one \xff\ntwo\n\n \n")
-    assert list(data.find_corpus(tmp_path / "text.txt")[0]) == ["one \ufffd\n", "two\n"]
+    (tmp_path / "text.txt").write_bytes(b"one \xff\ntwo \xef\xbf\xbd\n\n \n")
+    assert list(data.find_corpus(tmp_path / "text.txt")[0]) == ["one \ufffd\n", "two \ufffd\n"]
     assert "the corpus has 1 bytes that are no UTF-8" in capsys.readouterr().out
 
 
