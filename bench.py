@@ -4,10 +4,12 @@
     python bench.py search --attention eager  against transformers' plain attention rather than its default, SDPA
     python bench.py search --same-allocator   the peer with our allocator setting as well
     python bench.py load                      a checkpoint of BERT-base's size, in each format
+    python bench.py attack                    TextFooler on the full MiniLM that finetune.py made, and by TextAttack
+    python bench.py attack --attack bertattack --n 4 --rounds 1
 
 Each side runs in a process of its own, as its users would start it, the sides in turn; the first steps of each warm
-up and are not counted. Both start from the same weights and see the same batches, and their losses (dropout off) or
-the sums of what they loaded are compared first, so that a fast wrong answer cannot win.
+up and are not counted. Both start from the same weights and see the same batches, and their losses (dropout off), the
+sums of what they loaded or the texts they found are compared, so that a fast wrong answer cannot win.
 """
 
 import json
@@ -17,11 +19,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+import attack
 import data
 import runtime
 from bert import Bert, Config
@@ -37,7 +41,7 @@ ADVERSARY = {"lr": 0.03, "init_mag": 0.05, "max_norm": 0.2}
 
 @dataclass
 class Options:
-    what: str = option("search", "what to time", choices=("search", "load"), positional=True)
+    what: str = option("search", "what to time", choices=("search", "load", "attack"), positional=True)
     batch_size: int = option(32, "examples a step", at_least=1)
     block: int = option(128, "tokens an example", at_least=8)
     adv_steps: int = option(3, "K, FreeLB's ascent steps", at_least=1)
@@ -45,6 +49,11 @@ class Options:
     rounds: int = option(3, "processes of each side, in turn", at_least=1)
     attention: str = option("sdpa", "the peer's attention", choices=("sdpa", "eager"))
     same_allocator: bool = option(False, "give the peer, too, runtime.keep_memory()")
+    attack: str = option("textfooler", "which attack", choices=tuple(attack.RECIPES))
+    task: str = option("rt", "whose test rows are attacked; the model is that of finetune.py --task TASK --ticket none")
+    n: int = option(20, "test rows that are attacked", at_least=1)
+    vectors: str = option(None, "word vectors, as of attack.py")
+    output: str = option("runs", "folder that finetune.py wrote to")
     json: str = option(None, "also write the figures to this file")
     worker: str = option(None, "internal: SIDE,CASE,FOLDER, one process of one side")
 
@@ -52,10 +61,11 @@ class Options:
 def main():
     options = runtime.parse(Options, __doc__)
     if options.worker:
-        work = {"search": time_search, "load": time_load}[options.what]
+        work = {"search": time_search, "load": time_load, "attack": time_attack}[options.what]
         return work(options, *options.worker.split(","))
     with tempfile.TemporaryDirectory() as folder:
-        figures = {"search": bench_search, "load": bench_load}[options.what](options, Path(folder))
+        work = {"search": bench_search, "load": bench_load, "attack": bench_attack}[options.what]
+        figures = work(options, Path(folder))
     if options.json:
         runtime.write_json(options.json, {" ".join(case): row for case, row in figures.items()})
 
@@ -259,6 +269,127 @@ def write_tensorflow(prefix, tensors):
     footer = varint(len(content)) + varint(len(empty) - 5) + varint(len(content) + len(empty)) + varint(len(index) - 5)
     footer = footer.ljust(40, b"\0") + MAGIC.to_bytes(8, "little")
     Path(f"{prefix}.index").write_bytes(content + empty + index + footer)
+
+
+# ------------------------------------------------------------------------------------------------------- attack
+
+PARTS = ("the model", "sentence encoder", "part of speech", "substitutes", "the rest", "import")
+
+
+def bench_attack(options, folder):
+    """Seconds from the first to the last example; the import of TextAttack, the same for both, is shown apart."""
+    cases = [("orticket", "fp32"), ("textattack", "fp32"), ("orticket", "bf16")]
+    if runtime.pick_precision(runtime.pick_device(), "auto") == torch.float32:
+        cases.pop()
+    figures, found = {}, {}
+    for case, results in in_turn(options, cases, folder).items():
+        found[case] = results[0].pop("found")
+        figures[case] = {part: statistics.median(result[part] for result in results) for part in PARTS}
+        figures[case]["seconds"] = statistics.median(result["seconds"] for result in results)
+        figures[case]["queries"] = sum(queries for _, _, queries in found[case])
+    wanted = found["textattack", "fp32"]
+    print(
+        f"{options.attack} on {options.n} rows of {options.task}, {runtime.describe(runtime.pick_device())}; "
+        f"seconds, medians of {options.rounds} processes"
+    )
+    print("                      in all  times orticket's  queries  same outcome  " + "  ".join(PARTS))
+    for case, row in figures.items():
+        same = sum(one == other for one, other in zip(found[case], wanted))
+        parts = "  ".join(f"{row[part]:>{len(part)}.2f}" for part in PARTS)
+        print(f"{case[0]:>12s} in {case[1]}  {row['seconds']:7.2f}", end="  ")
+        print(f"{row['seconds'] / figures['orticket', 'fp32']['seconds']:16.2f}", end="  ")
+        print(f"{row['queries']:7,}  {f'{same} of {options.n}':>12s}  {parts}")
+    return figures
+
+
+def time_attack(options, side, precision, folder):
+    """Prints {"seconds", those of each of PARTS, "found": [[outcome, text, queries] of each example]} as JSON."""
+    clock = dict.fromkeys(PARTS, 0.0)
+    start = time.perf_counter()
+    textattack, nltk_data = attack.import_textattack()
+    clock["import"] = time.perf_counter() - start
+    given = {"task": options.task, "output": options.output, "vectors": options.vectors, "n": options.n}
+    given = attack.Options(attack=options.attack, ticket="none", precision=precision, max_length=512, **given)
+    recipe, examples = (attack_of if side == "orticket" else unwrapped)(textattack, nltk_data, given)
+    spend(clock, "the model", recipe.goal_function, "model")
+    for constraint in recipe.constraints:
+        for part, name in (("sentence encoder", "model"), ("part of speech", "_get_pos")):
+            if hasattr(constraint, name):
+                spend(clock, part, constraint, name)
+    if options.attack == "bertattack":
+        spend(clock, "substitutes", recipe.transformation, "_get_transformations")
+    start, found = time.perf_counter(), []
+    for number, (columns, label) in examples.items():
+        textattack.shared.utils.set_seed(number)
+        result = recipe.attack(columns, label)
+        found.append((type(result).__name__, result.perturbed_result.attacked_text.text, result.num_queries))
+    seconds = time.perf_counter() - start
+    clock["the rest"] = seconds - sum(clock[part] for part in PARTS[:4])
+    print(json.dumps(clock | {"seconds": seconds, "found": found}))
+
+
+def spend(clock, part, owner, name):
+    """Let calls of owner.name count as this part's time."""
+    call = getattr(owner, name)
+
+    def timed(*arguments):
+        start = time.perf_counter()
+        try:
+            return call(*arguments)
+        finally:
+            clock[part] += time.perf_counter() - start
+
+    setattr(owner, name, timed)
+
+
+def attack_of(textattack, nltk_data, options):
+    """(the recipe as attack.py has it, {number: (columns, label)} of the rows it attacks)."""
+    runtime.keep_memory()
+    device = runtime.pick_device()
+    task = data.find_task(options.task)
+    victim, _, made_by = attack.find_victim(options, task, device, runtime.pick_precision(device, options.precision))
+    recipe, _ = attack.build(textattack, nltk_data, options.attack, options, made_by, task, victim)
+    test = task.load(None)["test"]
+    rows = {number: test[number] for number in attack.sample(options, len(test))}
+    return recipe, {i: (OrderedDict(zip(task.columns, texts)), label) for i, (texts, label) in rows.items()}
+
+
+def unwrapped(textattack, nltk_data, options):
+    """The same, as TextAttack's users run it: its wrapper around transformers' model, its batches, its masked-LM
+    transformation. What stays is what the two have in common: word vectors, tagger, and the encoder's weights."""
+    os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+    import transformers
+
+    recipe, examples = attack_of(textattack, nltk_data, options)
+    folder = runtime.model_folder(options.output, options.model) / options.task / "none-vanilla-seed0"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    recipe.goal_function.model = textattack.models.wrappers.HuggingFaceModelWrapper(model, tokenizer)
+    recipe.goal_function.batch_size = 32
+    minilm, _ = data.find_model("minilm")
+    encoder = transformers.AutoModel.from_pretrained(minilm).eval()
+    encoders_tokenizer = transformers.AutoTokenizer.from_pretrained(minilm)
+
+    def encode(texts):
+        batch = encoders_tokenizer(texts, padding=True, truncation=True, max_length=256, return_tensors="pt")
+        with torch.no_grad():
+            states = encoder(**batch).last_hidden_state
+        mask = batch["attention_mask"][:, :, None]
+        return torch.nn.functional.normalize((states * mask).sum(1) / mask.sum(1))
+
+    for constraint in recipe.constraints:
+        if hasattr(constraint, "sim_metric"):
+            constraint.model = encode
+    if options.attack == "bertattack":
+        with tempfile.TemporaryDirectory() as whole:
+            ours = recipe.transformation.substitutes.model
+            ours.save(whole, ("0", "1"), {})
+            masked_lm = transformers.BertForMaskedLM.from_pretrained(whole)
+        settings = {"max_candidates": options.bert_attack_k, "tokenizer": encoders_tokenizer}
+        recipe.transformation = textattack.transformations.WordSwapMaskedLM(
+            method="bert-attack", masked_language_model=masked_lm, **settings
+        )
+    return recipe, examples
 
 
 if __name__ == "__main__":

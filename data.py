@@ -87,6 +87,7 @@ class Task:
     max_length: int  # tokens, the special ones included
     load: object  # (revision) -> {"train", "validation", "test": [(texts, label number)]}, in a fixed order
     note: str  # what its test rows are
+    columns: tuple = ("text",)  # names of the texts
 
 
 def tenths(rows):
@@ -168,12 +169,14 @@ TASKS = {
         256,
         from_hub("nyu-mll/glue", "qnli", ["question", "sentence"], 2, "validation"),
         GLUE,
+        ("question", "sentence"),
     ),
     "qqp": Task(
         ("not_duplicate", "duplicate"),
         256,
         from_hub("nyu-mll/glue", "qqp", ["question1", "question2"], 2, "validation"),
         GLUE,
+        ("question1", "question2"),
     ),
     "imdb": Task(SENTIMENT, 256, from_hub("stanfordnlp/imdb", "plain_text", ["text"], 2, "test"), "its own test split"),
     "agnews": Task(
@@ -223,7 +226,7 @@ def find_task(name, text_columns=("text",), label_column="label"):
         splits, note = tenths(splits["all"]), "the test rows are a tenth of the file"
     elif "validation" not in splits:
         splits |= held_out(splits["train"])
-    return Task(tuple(labels), 256, lambda _: splits, note)
+    return Task(tuple(labels), 256, lambda _: splits, note, tuple(text_columns))
 
 
 def read_table(path, text_columns, label_column):

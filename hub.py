@@ -52,7 +52,7 @@ def fetch(repository, name, revision="main", dataset=False):
     path = in_cache(folder, name, revision)
     if path is None:
         what = f"{name} of {repository}"
-        if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        if offline():
             raise BadInput(f"{what} is not in the cache {folder}, and HF_HUB_OFFLINE forbids fetching it")
         endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
         kind = "datasets/" if dataset else ""
@@ -63,6 +63,11 @@ def fetch(repository, name, revision="main", dataset=False):
         with filelock.FileLock(folder / ".fetching"):
             path = in_cache(folder, name, revision) or download(url, what, folder, name, revision)
     return path
+
+
+def offline():
+    """Whether the user forbids fetching."""
+    return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
 
 
 VOCABULARY = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "merges.txt")

@@ -11,6 +11,7 @@ Defaults are those of section 3.5 of the paper where it gives one.
 import math
 from dataclasses import asdict, dataclass
 
+import filelock
 import matplotlib
 import torch
 
@@ -206,6 +207,24 @@ def fit_mlm_head(options, made_by, model, tokenizer, blocks, output, dtype):
         bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
     bar.close()
     weights.write_safetensors(path, head.state_dict(), made_by)
+
+
+def find_mlm_head(name, output, model, model_sha256, tokenizer, device):
+    """Give `model`, loaded as `name`, the MLM head that a search left in OUTPUT/MODEL, or fit one as a search would."""
+    options, output = Options(model=name), runtime.output_folder(output, name)
+    path = output / "mlm_head.safetensors"
+    with filelock.FileLock(f"{path}.lock"):  # of several processes that want it, one fits
+        if path.is_file():
+            tensors, notes = weights.read_notes(path)
+            if notes.get("model_sha256") == model_sha256:
+                model.mlm_head.load_state_dict(tensors)
+                return
+        blocks = tokens.Blocks(tokenizer, *data.find_corpus(options.corpus), options.block)
+        dtype = runtime.pick_precision(device, options.precision)
+        settings = asdict(options) | {"precision": runtime.precision_name(dtype)}
+        made_by = {"script": "search.py", "settings": settings, "versions": runtime.versions()}
+        made_by |= {"model_sha256": model_sha256, "corpus_sha256": blocks.sha256}
+        fit_mlm_head(options, made_by, model.to(device), tokenizer, blocks, output, dtype)
 
 
 def plot(path, picture):

@@ -123,12 +123,23 @@ class Rows:
     """The rows of a split, tokenized once: [CLS] text [SEP], or [CLS] text [SEP] second text [SEP].
 
     rows: [(tuple of one or two texts, label number)]. A text longer than max_length tokens is cut; `cut` is how many
-    were. `batches` yields (ids (B, T), mask (B, T) or None, segments (B, T) or None, labels (B,)).
+    were. `batches` yields (ids (B, T), mask (B, T) or None, segments (B, T) or None, labels (B,)). cached: whether
+    the tokens are kept on disk for the next time.
     """
 
-    def __init__(self, tokenizer, rows, max_length, device):
+    def __init__(self, tokenizer, rows, max_length, device, cached=True):
         self.pad, self.device = tokenizer.pad, device
         self.labels = torch.tensor([label for _, label in rows], dtype=torch.int64)
+        if cached:
+            tensors = self.kept(tokenizer, rows, max_length)
+        else:
+            tensors = encode(tokenizer, [texts for texts, _ in rows], max_length)
+        self.ids, self.ends, self.second, self.cut = (tensors[name] for name in ("ids", "ends", "second", "cut"))
+        self.lengths = torch.diff(self.ends, prepend=torch.zeros(1, dtype=torch.int64))
+        self.has_segments = bool((self.second < self.lengths).any())
+
+    def kept(self, tokenizer, rows, max_length):
+        """What `encode` makes of the rows, from the cache or into it; `sha256` is of tokenizer, length and texts."""
         key = hashlib.sha256(tokenizer.digest.encode() + str(max_length).encode())
         for texts, _ in rows:
             for text in texts:
@@ -139,11 +150,8 @@ class Rows:
         with filelock.FileLock(f"{path}.lock"):  # of two that want it at once, one tokenizes
             if not path.is_file():
                 weights.write_safetensors(path, encode(tokenizer, [texts for texts, _ in rows], max_length), {})
-        self.sha256 = key.hexdigest()  # of tokenizer, length and texts
-        tensors = weights.read_safetensors(path)[0]
-        self.ids, self.ends, self.second, self.cut = (tensors[name] for name in ("ids", "ends", "second", "cut"))
-        self.lengths = torch.diff(self.ends, prepend=torch.zeros(1, dtype=torch.int64))
-        self.has_segments = bool((self.second < self.lengths).any())
+        self.sha256 = key.hexdigest()
+        return weights.read_safetensors(path)[0]
 
     def __len__(self):
         return len(self.labels)

@@ -13,7 +13,7 @@ import os
 
 import torch
 
-from runtime import BadInput, replacing
+from runtime import BadInput, read_json, replacing
 
 DTYPES = {
     "F64": torch.float64,
@@ -126,7 +126,7 @@ def made_before(path, made_by, overwrite):
     if not os.path.exists(path):
         return False
     try:
-        _, notes = read_notes(path)
+        notes = read_json(path) if str(path).endswith(".json") else read_notes(path)[1]
     except BadInput as error:
         if not overwrite:
             raise BadInput(f"{error}: delete it, or --overwrite") from None

@@ -1,0 +1,387 @@
+"""Attack a fine-tuned model with word substitutions: TextFooler (Jin et al. 2020), TextBugger (Li et al. 2019),
+BERT-Attack (Li et al. 2020), DeepWordBug (Gao et al. 2018).
+
+    python attack.py --task rt --attack textfooler         what finetune.py --task rt made
+    python attack.py --task rt --attack all --ticket none  all four, on the full model
+    python attack.py --task sst2 --model FOLDER            any model with a classifier head, also one on the hub
+
+The recipes are TextAttack's own objects; what they draw on (synonyms, sentence vectors, part-of-speech tags, a masked
+language model) is exchanged where the papers' cannot be had, and a line says so. The figures are the paper's:
+Clean% accuracy on all test rows; Aua% accuracy under attack, of the examples attacked; Suc% the share of attacks that
+succeed, on those classified rightly before; #Query the mean number of queries of such an attack. Below OUTPUT, beside
+the model: ATTACK.jsonl, a line an example, and ATTACK.json. Killed and typed again, the command goes on.
+"""
+
+import contextlib
+import hashlib
+import importlib.metadata
+import importlib.util
+import io
+import logging
+import os
+import socket
+import subprocess
+import sys
+import time
+import warnings
+from collections import OrderedDict
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import editdistance
+import numpy as np
+import torch
+
+import data
+import hub
+import resources
+import runtime
+import tokens
+import weights
+from bert import Bert
+from results import Results, print_summary
+from runtime import BadInput, option
+
+RECIPES = {
+    "textfooler": "TextFoolerJin2019",
+    "textbugger": "TextBuggerLi2018",
+    "bertattack": "BERTAttackLi2020",
+    "deepwordbug": "DeepWordBugGao2018",
+}
+
+
+@dataclass
+class Options:
+    attack: str = option("textfooler", "which; all: one after another", choices=(*RECIPES, "all"))
+    task: str = option("rt", f"{', '.join(data.TASKS)}; or a file of one's own: .csv, .tsv, .jsonl")
+    text_columns: tuple = option(("text",), "of one's own file: the column with the text, or two for pairs")
+    label_column: str = option("label", "of one's own file")
+    data_revision: str = option(None, "branch or commit of the task on the hub, instead of the pinned one")
+    model: str = option(
+        runtime.DEFAULT_MODEL, "the model that was fine-tuned; or one with a classifier head of its own"
+    )
+    revision: str = option(None, "branch or commit of a model on the hub")
+    ticket: str = option("drawn", "as of finetune.py: drawn, none, random, or a file")
+    method: str = option("vanilla", "as of finetune.py")
+    output: str = option("runs", "folder that finetune.py wrote to")
+    seed: int = option(0, "of the fine-tuning, of the choice of examples and of random edits", at_least=0, below=2**31)
+    n: int = option(300, "test rows that are attacked", at_least=1)
+    attack_columns: str = option(None, "of pairs: the column that may be changed, instead of both")
+    vectors: str = option(None, "word vectors: embedded, textattack (its cache, the default where there), an .npz file")
+    encoder: str = option("minilm", "of sentences; use: Universal Sentence Encoder", choices=("minilm", "use"))
+    masked_lm: str = option(None, "BERT-Attack's masked language model, instead of the attacked model's backbone")
+    bert_attack_k: int = option(48, "substitutes a word that BERT-Attack considers; TextAttack's, too", at_least=1)
+    bert_attack_ranking: str = option(
+        "loop", "of a word's combinations: loop, as TextAttack does, or as it means to", choices=("loop", "perplexity")
+    )
+    max_length: int = option(None, "tokens a text is cut to, instead of the task's", at_least=3)
+    precision: str = option("fp32", "of matrix products; auto: bf16 where it is fast", choices=("auto", "bf16", "fp32"))
+    workers: int = option(1, "processes that share the examples; torchrun may start them as well", at_least=1)
+    show: int = option(0, "successful attacks to print, the changed words marked", at_least=0)
+    overwrite: bool = option(False, "replace results that other settings made in the same folder")
+
+
+NOT_SETTINGS = ("output", "workers", "show", "overwrite")  # they change neither the results nor whose they are
+
+
+def main():
+    options = runtime.parse(Options, __doc__)
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", options.workers))
+    parent = os.getppid()
+    if rank:
+        sys.stdout = open(os.devnull, "w")
+    torch.set_num_threads(max(1, torch.get_num_threads() // world))
+    runtime.keep_memory()
+    device = runtime.pick_device()
+    dtype = runtime.pick_precision(device, options.precision)
+    print(runtime.first_line(options.model, device, dtype))
+    task = data.find_task(options.task, tuple(options.text_columns), options.label_column)
+    if options.attack_columns not in (None, *task.columns):
+        raise BadInput(f"--attack-columns {options.attack_columns}: {options.task} has {' and '.join(task.columns)}")
+    victim, folder, made_by = find_victim(options, task, device, dtype)
+    test = task.load(options.data_revision)["test"]
+    if options.n > len(test):
+        raise BadInput(f"--n {options.n} is more than the {len(test):,} test rows of {options.task}")
+    clean = clean_accuracy(folder, victim, test)
+    print(f"attacking {options.n} of {len(test):,} test rows, of which {folder} gets {clean:.2%} right")
+    examples = {number: test[number] for number in sample(options, len(test))}
+    made_by["task_sha256"] = hashlib.sha256(repr(examples).encode("utf8", "surrogatepass")).hexdigest()
+    helpers = start_helpers(options.workers) if "RANK" not in os.environ else []
+    table = {}
+    try:
+        textattack, found = import_textattack()
+        similar = resources.Encoder(device, torch.float32)
+        for name in RECIPES if options.attack == "all" else (options.attack,):
+            attack, used = build(textattack, found, name, options, made_by, task, victim)
+            print("\n".join(f"{name}, {what}: {which}" for what, which in used.items()))
+            results = Results(folder / f"{name}.jsonl", made_by, name, used, list(examples), options.overwrite)
+            bar = runtime.progress(len(examples), len(results.rows), name, "example")
+            bar.disable = bar.disable or rank > 0
+            try:
+                for place, number in enumerate(examples):
+                    if place % world == rank and number not in results.rows and os.getppid() == parent:
+                        textattack.shared.utils.set_seed((options.seed * 1_000_003 + number) % 2**32)
+                        results.add(attack_one(attack, task, similar, number, *examples[number]))
+                        results.show(bar, world > 1)
+                        check(helpers)
+                while rank == 0 and len(results.rows) < len(examples):  # the others are still at theirs
+                    time.sleep(0.2)
+                    results.show(bar, True)
+                    check(helpers)
+            finally:
+                bar.close()
+                if rank == 0 and results.rows:
+                    table[name] = results.summarize(clean)
+                    print_summary(table[name], name, options.show, results)
+    finally:
+        for helper in helpers:
+            helper.kill()
+
+
+# --------------------------------------------------------------------------------------------------------- victim
+
+
+def find_victim(options, task, device, dtype):
+    """(the Classifier under attack, folder for the results, how they are made): what finetune.py made of --model, or
+    --model itself where it has a classifier head.
+
+    Raises BadInput where there is neither, with the command that makes it.
+    """
+    folder = runtime.model_folder(options.output, options.model) / runtime.task_folder(options.task)
+    run = folder / f"{Path(options.ticket).stem}-{options.method}-seed{options.seed}"
+    given = runtime.flags(options, "model", "output", "ticket", "method", "seed")
+    makes = f"python finetune.py --task {options.task}{given} makes one"
+    masked_lm = options.masked_lm or runtime.DEFAULT_MODEL
+    if (run / "model.safetensors").is_file():
+        folder, path, sha256 = run, run, weights.sha256(run / "model.safetensors")
+        masked_lm = options.masked_lm or options.model
+    elif options.model in data.EMBEDDED or options.model in data.ON_HUB:
+        raise BadInput(f"there is no fine-tuned model in {run}: {makes}")
+    else:
+        path, sha256 = data.find_model(options.model, options.revision)
+    model = Bert.load(path)
+    if model.config.num_labels != len(task.labels) or "classifier" in model.initialized:
+        raise BadInput(f"{path} has no classifier for the {len(task.labels)} classes of {options.task}: {makes}")
+    longest = min(options.max_length or task.max_length, model.config.max_length)
+    settings = {name: value for name, value in asdict(options).items() if name not in NOT_SETTINGS}
+    settings |= {"precision": runtime.precision_name(dtype), "max_length": longest, "masked_lm": masked_lm}
+    versions = runtime.versions() | {name: importlib.metadata.version(name) for name in ("textattack", "nltk")}
+    made_by = {"script": "attack.py", "settings": settings, "model_sha256": sha256, "versions": versions}
+    return resources.Classifier(model, tokens.Tokenizer(path), longest, device, dtype), folder, made_by
+
+
+def sample(options, rows):
+    """The numbers of the test rows that are attacked, in their order; a larger --n begins with those of a smaller."""
+    return np.random.Generator(np.random.PCG64(options.seed)).permutation(rows)[: options.n].tolist()
+
+
+def clean_accuracy(folder, victim, test):
+    """The share of all test rows that the victim classifies rightly; finetune.py has measured it for its own."""
+    if (folder / "metrics.json").is_file():
+        return runtime.read_json(folder / "metrics.json")["test_accuracy"]
+    predicted = victim([texts for texts, _ in test]).argmax(1)
+    return (predicted == torch.tensor([label for _, label in test])).float().mean().item()
+
+
+# --------------------------------------------------------------------------------------------------------- recipes
+
+
+def import_textattack():
+    """(the package, which of NLTK's data are there: {package: bool}). To import it takes NLTK's stop words, and starts
+    downloads that never time out: both are seen to before."""
+    import nltk
+
+    found = {package: nltk_data(nltk, folder, package) for package, folder in NLTK.items()}
+    if not found["stopwords"]:
+        nltk.corpus.stopwords = SimpleNamespace(words=lambda language: [])
+    environment = dict(os.environ)
+    marker = Path(os.environ.get("TA_CACHE_DIR") or Path.home() / ".cache" / "textattack") / "post_install_check_3"
+    marked = marker.exists()
+    logging.disable(logging.WARNING)
+    with mock.patch.object(nltk, "download"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import textattack
+    logging.disable(logging.NOTSET)
+    if not marked:
+        marker.unlink(missing_ok=True)  # TextAttack on its own shall still fetch what it wants
+    os.environ.clear()  # with TA_CACHE_DIR it moves the caches of everybody
+    os.environ.update(environment)
+    for name in ("textattack.shared.utils.install", "jieba"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    return textattack, found
+
+
+NLTK = {
+    "stopwords": "corpora/stopwords",
+    "averaged_perceptron_tagger_eng": "taggers/averaged_perceptron_tagger_eng",
+    "universal_tagset": "taggers/universal_tagset",
+}
+
+
+def nltk_data(nltk, folder, package):
+    """Whether NLTK has this package of data, fetched now if need be and possible; NLTK verifies what it fetches."""
+    for attempt in range(2):
+        for path in (folder, f"{folder}.zip"):
+            try:
+                nltk.data.find(path)
+                return True
+            except LookupError:
+                continue
+        if attempt == 0 and not hub.offline():
+            patience = socket.getdefaulttimeout()
+            socket.setdefaulttimeout(hub.TIMEOUT[1])
+            try:
+                with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    nltk.download(package, quiet=True)  # false, not an exception, where it cannot be had
+            finally:
+                socket.setdefaulttimeout(patience)
+    return False
+
+
+def build(textattack, found, name, options, made_by, task, victim):
+    """(TextAttack's recipe `name` against the victim, {resource: which one it uses}).
+
+    The recipe is built by TextAttack, with what it draws on laid where it looks for it.
+    """
+    settings, used = made_by["settings"], {}
+    shared, recipes = textattack.shared, textattack.attack_recipes
+    synonyms = resources.find_synonyms(options.vectors)
+    numbers = {word: number for number, word in enumerate(synonyms.words)}
+    vectors = shared.WordEmbedding(synonyms.vectors, numbers, synonyms.words, synonyms.neighbours)
+    if synonyms.vectors is None:
+        vectors.get_cos_sim = synonyms.cosine
+    shared.utils.GLOBAL_OBJECTS["textattack_counterfitted_GLOVE_embedding"] = vectors
+    if name in ("textfooler", "textbugger"):
+        used["word vectors"] = synonyms.description
+    if not found["stopwords"]:
+        of_textfooler = recipes.TextFoolerJin2019.build(victim).pre_transformation_constraints
+        words = next(constraint.stopwords for constraint in of_textfooler if hasattr(constraint, "stopwords"))
+        sys.modules["nltk"].corpus.stopwords = SimpleNamespace(words=lambda language: words)
+    if name != "textfooler":
+        used["stop words"] = "NLTK's" if found["stopwords"] else "TextFooler's list (the papers': NLTK's)"
+    swap = None
+    if name == "bertattack":
+        swap, used["masked language model"] = masked_swap(textattack, options, settings, victim)
+    with mock.patch.object(recipes.bert_attack_li_2020, "WordSwapMaskedLM", lambda **_: swap):
+        attack = getattr(recipes, RECIPES[name]).build(victim)
+    attack.goal_function.batch_size = 2**30  # the victim makes its own batches
+    for constraint in list(attack.constraints):
+        if isinstance(constraint, textattack.constraints.semantics.sentence_encoders.SentenceEncoder):
+            used["sentence encoder"] = "Universal Sentence Encoder"
+            if options.encoder == "minilm":
+                constraint.model = resources.Encoder(victim.device, torch.float32)
+                if constraint.skip_text_shorter_than_window:
+                    constraint.model.skip_shorter = constraint.window_size
+                    constraint.model.count_words = lambda text: len(shared.utils.words_from_text(text))
+                used["sentence encoder"] = constraint.model.description
+            elif importlib.util.find_spec("tensorflow_hub") is None:
+                raise BadInput("--encoder use needs the package tensorflow_hub: pip install it, or --encoder minilm")
+        if isinstance(constraint, textattack.constraints.grammaticality.PartOfSpeech):
+            used["part of speech"] = "NLTK's averaged perceptron"
+            if not (found["averaged_perceptron_tagger_eng"] and found["universal_tagset"]):
+                attack.constraints.remove(constraint)
+                used["part of speech"] = "constraint left out, NLTK's tagger is not there (the papers': it is used)"
+    if options.attack_columns:
+        others = {column for column in task.columns if column != options.attack_columns}
+        only = textattack.constraints.pre_transformation.InputColumnModification(list(task.columns), others)
+        attack.pre_transformation_constraints.append(only)
+    return attack, used
+
+
+def masked_swap(textattack, options, settings, victim):
+    """(BERT-Attack's transformation with a masked language model of ours, which one that is)."""
+    name = settings["masked_lm"]
+    path, sha256 = data.find_model(name)
+    model, tokenizer = Bert.load(path, mlm=True), tokens.Tokenizer(path)
+    which = f"{name} (BERT-Attack's: bert-base-uncased)"
+    if "mlm_head" in model.initialized:
+        import search  # here, so that --help need not wait for it
+
+        which = f"{name} with a head that was fitted to it (BERT-Attack's: bert-base-uncased)"
+        search.find_mlm_head(name, options.output, model, sha256, tokenizer, victim.device)
+    k, ranking = options.bert_attack_k, options.bert_attack_ranking
+    substitutes = resources.MaskedWords(model, tokenizer, k, ranking, victim.device, victim.dtype)
+    mask = tokenizer.library.id_to_token(tokenizer.mask)
+
+    class WordSwapMaskedLM(textattack.transformations.WordSwap):
+        """TextAttack's transformation of this name with method "bert-attack", as far as BERT-Attack uses it."""
+
+        def _get_transformations(self, current_text, indices_to_modify):
+            transformed = []
+            for i in indices_to_modify:
+                word, masked_text = current_text.words[i], current_text.replace_word_at_index(i, mask).text
+                for substitute in substitutes(current_text.text, masked_text, word, count_words, i == 0):
+                    if substitute.strip("Ġ") != word:
+                        transformed.append(current_text.replace_word_at_index(i, substitute.strip("Ġ")))
+            return transformed
+
+    def count_words(text):
+        return len(textattack.shared.utils.words_from_text(text))
+
+    swap = WordSwapMaskedLM()
+    swap.substitutes = substitutes
+    return swap, f"{which}, k = {k}, in the order of the {ranking}"
+
+
+# --------------------------------------------------------------------------------------------------------- results
+
+
+def attack_one(attack, task, similar, number, texts, label):
+    """A line of the results: what became of the test row `number` under attack."""
+    row = {"example": number, "label": task.labels[label], "original": as_given(texts)}
+    try:
+        result = attack.attack(OrderedDict(zip(task.columns, texts)), label)
+    except Exception as error:  # whatever goes wrong inside TextAttack on one text must not end a run of hours
+        return row | {"outcome": "error", "reason": runtime.one_line(error)}
+    before, after = result.original_result, result.perturbed_result
+    words = before.attacked_text.words, after.attacked_text.words
+    vectors = similar([before.attacked_text.text, after.attacked_text.text])
+    outcome = type(result).__name__.removesuffix("AttackResult").lower()
+    return row | {
+        "outcome": {"successful": "succeeded"}.get(outcome, outcome),  # or failed, or skipped: misclassified before
+        "perturbed": as_given(after.attacked_text.tokenizer_input),
+        "predicted": task.labels[before.output],
+        "predicted_after": task.labels[after.output],
+        "probabilities": [round(p, 6) for p in before.raw_output.tolist()],
+        "probabilities_after": [round(p, 6) for p in after.raw_output.tolist()],
+        "queries": result.num_queries,
+        "words": len(words[0]),
+        "words_changed": editdistance.eval(*words),
+        "similarity": round((vectors[0] @ vectors[1]).item(), 4),
+    }
+
+
+def as_given(texts):
+    """A text as a string, a pair as a list of two."""
+    return texts if isinstance(texts, str) else texts[0] if len(texts) == 1 else list(texts)
+
+
+# ------------------------------------------------------------------------------------------------ several processes
+
+
+def start_helpers(workers):
+    """The other processes: this command again, told its rank as torchrun tells it."""
+    return [
+        subprocess.Popen(
+            [sys.executable, *sys.argv],
+            env=os.environ | {"RANK": str(rank), "WORLD_SIZE": str(workers)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(1, workers)
+    ]
+
+
+def check(helpers):
+    """Raises BadInput with the last words of a process that failed."""
+    for helper in helpers:
+        if helper.poll():
+            raise BadInput(f"one of the processes ended: {helper.stderr.read().strip().splitlines()[-1:]}")
+
+
+if __name__ == "__main__":
+    runtime.run(main)

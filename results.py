@@ -1,0 +1,123 @@
+"""What attacks found: a line of JSON for each example, the figures of the paper made of them, and how both are shown.
+
+Clean% is the accuracy on all test rows; Aua%, accuracy under attack, is failed attacks / examples; Suc% is succeeded /
+(succeeded + failed); #Query the mean number of queries of an attack, failed or not. An example that the model
+misclassifies from the start is not attacked, and counts in Aua% alone. The words changed and the similarity of the
+sentences are means over successful attacks: a success that changes the meaning is none.
+"""
+
+import difflib
+import hashlib
+import json
+import os
+import re
+import sys
+from collections import Counter
+from statistics import mean
+
+import filelock
+
+import runtime
+import weights
+from runtime import BadInput
+
+
+class Results:
+    """ATTACK.jsonl, a line an example in the order in which they end, and at last in that of the sample; and
+    ATTACK.json, how they were made and what they come to. Several processes may append."""
+
+    def __init__(self, path, made_by, name, used, sample, overwrite):
+        self.path, self.sample, self.rows = path, sample, {}
+        used_sha256 = hashlib.sha256(json.dumps(used, sort_keys=True).encode()).hexdigest()
+        self.made_by = made_by | {"resources": used, "resources_sha256": used_sha256}
+        self.made_by["settings"] = made_by["settings"] | {"attack": name}
+        self.summary = path.with_suffix(".json")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.lock = filelock.FileLock(path.with_suffix(".lock"))
+        with self.lock:
+            if not weights.made_before(self.summary, self.made_by, overwrite):
+                path.unlink(missing_ok=True)
+                runtime.write_json(self.summary, self.made_by)
+            elif path.is_file():  # a killed run may have left half a line
+                content = path.read_bytes()
+                os.truncate(path, content.rfind(b"\n") + 1)
+        self.read()
+
+    def read(self):
+        lines = self.path.read_text("utf8").split("\n")[:-1] if self.path.is_file() else []
+        try:
+            self.rows = {row["example"]: row for row in map(json.loads, lines)}
+        except (ValueError, KeyError, TypeError):
+            raise BadInput(f"{self.path} has a line that is none of attack.py's: delete the file") from None
+
+    def add(self, row):
+        self.rows[row["example"]] = row
+        with self.lock, open(self.path, "a", encoding="utf8") as file:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+    def show(self, bar, shared):
+        """Move the bar; shared: other processes write as well."""
+        if shared:
+            self.read()
+        bar.n = len(self.rows)
+        bar.set_postfix_str(f"Aua {percent(self.figures()['aua'])}")
+
+    def figures(self):
+        """The paper's figures, as shares; None where there is nothing to divide by."""
+        rows = self.rows.values()
+        counts = Counter(row["outcome"] for row in rows)
+        failed, succeeded, skipped = counts["failed"], counts["succeeded"], counts["skipped"]
+        attacked = [row for row in rows if row["outcome"] in ("failed", "succeeded")]
+        changed = [row for row in rows if row["outcome"] == "succeeded"]
+        return {
+            "aua": failed / (failed + succeeded + skipped) if failed + succeeded + skipped else None,
+            "suc": succeeded / (failed + succeeded) if attacked else None,
+            "queries": mean(row["queries"] for row in attacked) if attacked else None,
+            "words_changed": mean(row["words_changed"] / row["words"] for row in changed) if changed else None,
+            "similarity": mean(row["similarity"] for row in changed) if changed else None,
+            "outcomes": dict(counts),
+        }
+
+    def summarize(self, clean):
+        """Write the summary and, when all examples are there, their lines in the order of the sample."""
+        if len(self.rows) == len(self.sample):
+            with self.lock, runtime.replacing(self.path) as beside, open(beside, "w", encoding="utf8") as file:
+                for number in self.sample:
+                    file.write(json.dumps(self.rows[number], ensure_ascii=False) + "\n")
+        figures = {"clean": clean, **self.figures(), "examples": len(self.rows)}
+        runtime.write_json(self.summary, self.made_by | figures)
+        return figures
+
+
+def percent(share):
+    return "-" if share is None else f"{share:.1%}"
+
+
+def print_summary(figures, name, count, results):
+    """The figures in a line under their names, then `count` successful attacks."""
+    for row in [row for row in results.rows.values() if row["outcome"] == "succeeded"][:count]:
+        print_change(row)
+    outcomes = ", ".join(f"{number} {outcome}" for outcome, number in sorted(figures["outcomes"].items()))
+    print(f"{'':12s}  Clean%    Aua%    Suc%  #Query  words changed  similarity")
+    queries = "-" if figures["queries"] is None else f"{figures['queries']:.1f}"
+    similarity = "-" if figures["similarity"] is None else f"{figures['similarity']:.3f}"
+    shares = "  ".join(f"{percent(figures[key]):>6s}" for key in ("clean", "aua", "suc"))
+    print(f"{name:12s}  {shares}  {queries:>6s}  {percent(figures['words_changed']):>13s}  {similarity:>10s}")
+    print(f"{outcomes}; each example: {results.path}")
+
+
+def print_change(row):
+    """A successful attack, before and after, the words marked that it changed."""
+    sides = [text if isinstance(text, str) else "\n    ".join(text) for text in (row["original"], row["perturbed"])]
+    pieces = [re.findall(r"\s+|\S+", side) for side in sides]
+    marked, colours = [[], []], ("31", "32")
+    for kind, *bounds in difflib.SequenceMatcher(None, *pieces, autojunk=False).get_opcodes():
+        for side, (start, end) in enumerate((bounds[:2], bounds[2:])):
+            text = "".join(pieces[side][start:end])
+            if kind != "equal" and text.strip():
+                text = f"\033[{colours[side]}m{text}\033[0m" if sys.stdout.isatty() else f"[{text}]"
+            marked[side].append(text)
+    sure = [f"{max(row[key]):.0%}" for key in ("probabilities", "probabilities_after")]
+    print(f"example {row['example']}, {row['queries']} queries, similarity {row['similarity']:.3f}")
+    print(f"  {row['predicted']} {sure[0]}\n    {''.join(marked[0])}")
+    print(f"  {row['predicted_after']} {sure[1]}\n    {''.join(marked[1])}")
