@@ -41,7 +41,7 @@ import runtime
 import tokens
 import weights
 from bert import Bert
-from results import Results, print_summary
+from results import Results, print_table
 from runtime import BadInput, option
 
 RECIPES = {
@@ -132,12 +132,13 @@ def main():
                     check(helpers)
             finally:
                 bar.close()
-                if rank == 0 and results.rows:
-                    table[name] = results.summarize(clean)
-                    print_summary(table[name], name, options.show, results)
+                if rank == 0:
+                    table[name] = results.summarize(clean, options.show)
     finally:
         for helper in helpers:
             helper.kill()
+        if table:
+            print_table(table)
 
 
 # --------------------------------------------------------------------------------------------------------- victim
@@ -345,8 +346,8 @@ def attack_one(attack, task, similar, number, texts, label):
         "perturbed": as_given(after.attacked_text.tokenizer_input),
         "predicted": task.labels[before.output],
         "predicted_after": task.labels[after.output],
-        "probabilities": [round(p, 6) for p in before.raw_output.tolist()],
-        "probabilities_after": [round(p, 6) for p in after.raw_output.tolist()],
+        "probabilities": [round(p, 4) for p in before.raw_output.tolist()],
+        "probabilities_after": [round(p, 4) for p in after.raw_output.tolist()],
         "queries": result.num_queries,
         "words": len(words[0]),
         "words_changed": editdistance.eval(*words),

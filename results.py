@@ -13,6 +13,7 @@ import os
 import re
 import sys
 from collections import Counter
+from pathlib import Path
 from statistics import mean
 
 import filelock
@@ -44,23 +45,24 @@ class Results:
         self.read()
 
     def read(self):
-        lines = self.path.read_text("utf8").split("\n")[:-1] if self.path.is_file() else []
+        with self.lock:
+            content = self.path.read_bytes() if self.path.is_file() else b""
         try:
-            self.rows = {row["example"]: row for row in map(json.loads, lines)}
+            self.rows = {row["example"]: row for row in map(json.loads, content.splitlines())}
         except (ValueError, KeyError, TypeError):
             raise BadInput(f"{self.path} has a line that is none of attack.py's: delete the file") from None
 
     def add(self, row):
         self.rows[row["example"]] = row
-        with self.lock, open(self.path, "a", encoding="utf8") as file:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        with self.lock, open(self.path, "ab") as file:
+            file.write(as_line(row))
 
     def show(self, bar, shared):
         """Move the bar; shared: other processes write as well."""
         if shared:
             self.read()
         bar.n = len(self.rows)
-        bar.set_postfix_str(f"Aua {percent(self.figures()['aua'])}")
+        bar.set_postfix_str(f"Aua {self.figures()['aua'] or 0:.1%}")
 
     def figures(self):
         """The paper's figures, as shares; None where there is nothing to divide by."""
@@ -78,32 +80,37 @@ class Results:
             "outcomes": dict(counts),
         }
 
-    def summarize(self, clean):
-        """Write the summary and, when all examples are there, their lines in the order of the sample."""
+    def summarize(self, clean, count):
+        """Write the summary and, when all examples are there, their lines in the order of the sample; print `count`
+        successful attacks, and how many ended in which way. Returns the figures."""
         if len(self.rows) == len(self.sample):
-            with self.lock, runtime.replacing(self.path) as beside, open(beside, "w", encoding="utf8") as file:
-                for number in self.sample:
-                    file.write(json.dumps(self.rows[number], ensure_ascii=False) + "\n")
+            with runtime.replacing(self.path) as beside, open(beside, "wb") as file:
+                file.writelines(as_line(self.rows[number]) for number in self.sample)
+            Path(self.lock.lock_file).unlink(missing_ok=True)
         figures = {"clean": clean, **self.figures(), "examples": len(self.rows)}
         runtime.write_json(self.summary, self.made_by | figures)
+        for row in [row for row in self.rows.values() if row["outcome"] == "succeeded"][:count]:
+            print_change(row)
+        outcomes = ", ".join(f"{number} {outcome}" for outcome, number in sorted(figures["outcomes"].items()))
+        print(f"{len(self.rows)} of {len(self.sample)} examples attacked: {outcomes or 'none'}; {self.path}")
         return figures
 
 
-def percent(share):
-    return "-" if share is None else f"{share:.1%}"
+def as_line(row):
+    return json.dumps(row, ensure_ascii=False).encode("utf8", "replace") + b"\n"
 
 
-def print_summary(figures, name, count, results):
-    """The figures in a line under their names, then `count` successful attacks."""
-    for row in [row for row in results.rows.values() if row["outcome"] == "succeeded"][:count]:
-        print_change(row)
-    outcomes = ", ".join(f"{number} {outcome}" for outcome, number in sorted(figures["outcomes"].items()))
-    print(f"{'':12s}  Clean%    Aua%    Suc%  #Query  words changed  similarity")
-    queries = "-" if figures["queries"] is None else f"{figures['queries']:.1f}"
-    similarity = "-" if figures["similarity"] is None else f"{figures['similarity']:.3f}"
-    shares = "  ".join(f"{percent(figures[key]):>6s}" for key in ("clean", "aua", "suc"))
-    print(f"{name:12s}  {shares}  {queries:>6s}  {percent(figures['words_changed']):>13s}  {similarity:>10s}")
-    print(f"{outcomes}; each example: {results.path}")
+def print_table(table):
+    """The figures of each attack in a line."""
+
+    def written(value, form):
+        return "-" if value is None else format(value, form)
+
+    print("              Clean%    Aua%    Suc%  #Query  words changed  similarity")
+    for name, row in table.items():
+        shares = "  ".join(f"{written(row[key], '.1%'):>6s}" for key in ("clean", "aua", "suc"))
+        print(f"{name:12s}  {shares}  {written(row['queries'], '.1f'):>6s}", end="  ")
+        print(f"{written(row['words_changed'], '.1%'):>13s}  {written(row['similarity'], '.3f'):>10s}")
 
 
 def print_change(row):
