@@ -65,6 +65,7 @@ class Options:
     revision: str = option(None, "branch or commit of a model on the hub")
     ticket: str = option("drawn", "as of finetune.py: drawn, none, random, or a file")
     method: str = option("vanilla", "as of finetune.py")
+    ablation: str = option(None, "as of finetune.py")
     output: str = option("runs", "folder that finetune.py wrote to")
     seed: int = option(0, "of the fine-tuning, of the choice of examples and of random edits", at_least=0, below=2**31)
     n: int = option(300, "test rows that are attacked", at_least=1)
@@ -151,8 +152,8 @@ def find_victim(options, task, device, dtype):
     Raises BadInput where there is neither, with the command that makes it.
     """
     folder = runtime.model_folder(options.output, options.model) / runtime.task_folder(options.task)
-    run = folder / f"{Path(options.ticket).stem}-{options.method}-seed{options.seed}"
-    given = runtime.flags(options, "model", "output", "ticket", "method", "seed")
+    run = folder / runtime.run_name(options)
+    given = runtime.flags(options, "model", "output", "ticket", "method", "ablation", "seed")
     makes = f"python finetune.py --task {options.task}{given} makes one"
     masked_lm = options.masked_lm or runtime.DEFAULT_MODEL
     if (run / "model.safetensors").is_file():

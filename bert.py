@@ -226,16 +226,22 @@ class Bert(nn.Module):
         no others. gates: (c_H (layers, H), c_F (layers, F)). delta: (B, T, d), added to the token embeddings, the
         perturbation of eq. 6. Returns (B, T, d), with `keep` (len(keep), d).
         """
+        return self.encode(self.embed(ids, segments, delta), mask, keep, gates)
+
+    def embed(self, ids, segments=None, delta=None):
+        """(B, T) -> (B, T, d), what the first layer sees."""
         words = self.word_embeddings(ids)
         if delta is not None:
             words = words + delta
         segments = self.segment_embeddings.weight[0] if segments is None else self.segment_embeddings(segments)
         positions = self.position_embeddings.weight[self.config.first_position :][: ids.shape[1]]
-        x = words + positions + segments  # (B, T, d)
-        x = self.dropout(self.embedding_norm(x))
+        return self.dropout(self.embedding_norm(words + positions + segments))
+
+    def encode(self, x, mask=None, keep=None, gates=None):
+        """The layers one after another; x (B, T, d), the rest as of `forward`."""
         bias = None
         if mask is not None:
-            bias = torch.zeros(mask.shape, device=ids.device).masked_fill_(~mask.bool(), -math.inf)[:, None, None]
+            bias = torch.zeros(mask.shape, device=x.device).masked_fill_(~mask.bool(), -math.inf)[:, None, None]
             bias.clamp_(min=torch.finfo(torch.bfloat16).min)  # finite, so that a row of padding alone is no NaN
         for i, layer in enumerate(self.layers):
             c = None if gates is None else (gates[0][i], gates[1][i])
@@ -266,7 +272,10 @@ class Bert(nn.Module):
     def class_logits(self, ids, mask=None, segments=None, gates=None, delta=None):
         """(B, T) -> (B, labels), from the pooled state of the first token; arguments as `forward`."""
         first = torch.arange(0, ids.numel(), ids.shape[1], device=ids.device)
-        states = self(ids, mask, segments, first, gates, delta)  # (B, d)
+        return self.classify(self(ids, mask, segments, first, gates, delta))
+
+    def classify(self, states):
+        """The last states of the first tokens (B, d) -> (B, labels)."""
         if self.config.model_type == "roberta":
             states = self.dropout(states)
         pooled = torch.tanh(self.pooler(states))
@@ -293,6 +302,14 @@ class Bert(nn.Module):
         for name, kept, dimension in cuts(head_mask, ffn_mask, config.head_size):
             state[name] = state[name].index_select(dimension, kept.nonzero().flatten().to(state[name].device))
         return self.with_state(config, state)
+
+    def redrawn(self, head_mask, ffn_mask):
+        """This full model with what the masks would prune initialized anew: Table 6's ablation of the structure."""
+        state, fresh = self.state_dict(), Bert(self.config).state_dict()
+        for name, kept, dimension in cuts(head_mask, ffn_mask, self.config.head_size):
+            shape = [-1 if i == dimension else 1 for i in range(state[name].dim())]
+            state[name] = torch.where(kept.view(shape), state[name], fresh[name])
+        return self.with_state(self.config, state)
 
     def dense(self, head_mask, ffn_mask):
         """The full-sized Bert that equals this one, which `pruned` made with these masks: zeros where that cut."""

@@ -17,6 +17,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 
@@ -119,6 +120,16 @@ def reviews(source):
         for row in csv.DictReader(file):
             if row["source"] == source:
                 yield (row["text"].replace("<br />", " "),), int(row["label"])
+
+
+def first_rows(rows, count, task):
+    """`count` of the training rows, always the same ones; all where count is None."""
+    if count is None:
+        return rows
+    if count > len(rows):
+        raise BadInput(f"--train-rows {count}: {task} has {len(rows):,}")
+    chosen = np.random.Generator(np.random.PCG64(0)).permutation(len(rows))[:count]
+    return [rows[i] for i in sorted(chosen)]
 
 
 # name of a repository on the hub -> the commit whose files are used unless another is asked for

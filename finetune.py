@@ -3,7 +3,8 @@
     python finetune.py --task rt                      the ticket that draw.py drew for rt
     python finetune.py --task rt --ticket none        the full model
     python finetune.py --task rt --ticket random      as many heads and neurons as the ticket, at random
-    python finetune.py --task rt --method freelb      with adversarial training on top
+    python finetune.py --task rt --method freelb      with adversarial training on top; or pgd
+    python finetune.py --task rt --ablation no-structure     Table 6: what of the ticket is it that matters?
 
 Fine-tuning starts from the pre-trained weights, theta_0, not from those of the search; what the ticket prunes is
 physically gone. The epoch with the best accuracy on a held-out tenth of the training rows is kept, and only that
@@ -25,9 +26,19 @@ import runtime
 import tokens
 import weights
 from bert import Bert, Config
-from freelb import freelb
+from freelb import freelb, pgd
 from gates import draw_masks
+from infobert import Anchor, InfoBERT
 from runtime import BadInput, option
+
+
+# method -> its adversary: K, size of a step, first magnitude, largest norm. InfoBERT's are its authors' own.
+ADVERSARIES = {
+    "vanilla": (1, 0.0, 0.0, 0.0),
+    "pgd": (3, 0.03, 0.05, 0.2),
+    "freelb": (3, 0.03, 0.05, 0.2),
+    "infobert": (3, 0.04, 0.08, 0.0),
+}
 
 
 @dataclass
@@ -40,21 +51,33 @@ class Options:
     revision: str = option(
         None, "branch or commit of a model on the hub; bert-base-uncased and roberta-base are pinned"
     )
-    ticket: str = option("drawn", "drawn: the one of draw.py --task TASK; none: the full model; random; or a file")
-    method: str = option("vanilla", "vanilla, or freelb: adversarial training", choices=("vanilla", "freelb"))
+    ticket: str = option(
+        "drawn", "drawn: that of draw.py --task TASK; none: the full model; random; or a file, also robustt.py's"
+    )
+    method: str = option("vanilla", "ordinary training, or adversarial", choices=tuple(ADVERSARIES))
+    ablation: str = option(
+        None,
+        "of the ticket: its structure with weights drawn anew, or the full model with the pruned weights drawn anew",
+        choices=("no-initialization", "no-structure"),
+    )
     output: str = option("runs", "folder for what is made; this script writes below OUTPUT/MODEL/TASK")
     seed: int = option(0, "of all that is random; each seed has a folder of its own", at_least=0, below=2**63)
     epochs: int = option(10, "passes over the training rows", at_least=1)
+    train_rows: int = option(None, "train on so many rows, always the same, instead of all", at_least=1)
     batch_size: int = option(32, "rows a step", at_least=1)
     max_length: int = option(None, "tokens a text is cut to, instead of the task's", at_least=3)
     learning_rate: float = option(1e-4, "eta, AdamW's, at its peak", above=0)
     warmup: float = option(0.1, "share of all steps in which the learning rate rises", at_least=0, below=1)
     weight_decay: float = option(0.01, "AdamW's, on matrices", at_least=0)
     clip_norm: float = option(1.0, "largest norm of the whole gradient", above=0)
-    adv_steps: int = option(3, "K, FreeLB's ascent steps", at_least=1)
-    adv_lr: float = option(0.03, "size of an ascent step", at_least=0)
-    adv_init_mag: float = option(0.05, "magnitude of the initial perturbation", at_least=0)
-    adv_max_norm: float = option(0.2, "the perturbation's largest L2 norm per example; 0: no bound", at_least=0)
+    adv_steps: int = option(None, "K, ascent steps [3]", at_least=1)
+    adv_lr: float = option(None, "size of an ascent step [0.03; infobert: 0.04]", at_least=0)
+    adv_init_mag: float = option(None, "magnitude of the initial perturbation [0.05; infobert: 0.08]", at_least=0)
+    adv_max_norm: float = option(
+        None, "the perturbation's largest L2 norm per example, 0: no bound [0.2; infobert: 0]", at_least=0
+    )
+    alpha: float = option(5e-3, "InfoBERT's, of the anchored features", at_least=0)
+    beta: float = option(5e-3, "InfoBERT's, of the information bottleneck", at_least=0)
     precision: str = option("auto", "of matrix products; auto: bf16 where it is fast", choices=("auto", "bf16", "fp32"))
     export_hf: str = option(
         None, "also write a dense copy, zeros where pruned, that transformers loads, to this folder"
@@ -73,10 +96,11 @@ def main():
     folder = runtime.output_folder(options.output, options.model) / runtime.task_folder(options.task)
     config = Config.read(source)
     masks, ticket_sha256 = find_ticket(options, folder / "ticket.safetensors", model_sha256, config)
-    folder = folder / f"{Path(options.ticket).stem}-{options.method}-seed{options.seed}"
+    folder = folder / runtime.run_name(options)
     tokenizer = tokens.Tokenizer(source)
     max_length = min(options.max_length or task.max_length, config.max_length)
     splits = task.load(options.data_revision)
+    splits["train"] = data.first_rows(splits["train"], options.train_rows, options.task)
     sets = {name: tokens.Rows(tokenizer, rows, max_length, device) for name, rows in splits.items()}
     del splits  # the texts; from here on there are token ids
     print(f"task {options.task}: {', '.join(f'{len(rows):,} {name}' for name, rows in sets.items())} rows; {task.note}")
@@ -84,6 +108,8 @@ def main():
     print(f"ticket: {options.ticket}" + f"; {longer:,} texts are cut to {max_length} tokens" * (longer > 0))
 
     settings = asdict(options)
+    for name, value in zip(("adv_steps", "adv_lr", "adv_init_mag", "adv_max_norm"), ADVERSARIES[options.method]):
+        settings[name] = value if settings[name] is None or options.method == "vanilla" else settings[name]
     for name in ("output", "overwrite", "export_hf"):
         del settings[name]
     made_by = {
@@ -103,9 +129,14 @@ def main():
             print(remark)
         if options.export_hf and masks is None and model.config.is_pruned:
             raise BadInput(f"{options.model} was pruned elsewhere, by masks unknown here: it cannot be exported dense")
-        if masks is not None:
+        of_weights = masks if isinstance(masks, dict) else {}
+        if options.ablation == "no-structure":
+            model = model.redrawn(*masks)
+        elif masks is not None and not of_weights:
             model = model.pruned(*masks)
-        finetune(options, made_by, model.to(device), sets, folder, tokenizer, task, dtype)
+        if options.ablation == "no-initialization":
+            model.apply(model.initialize)
+        finetune(options, made_by, model.to(device), of_weights, sets, folder, tokenizer, task, dtype)
     for leftover in folder.glob("*.state.safetensors"):
         leftover.unlink()
     metrics = runtime.read_json(folder / "metrics.json")
@@ -116,26 +147,35 @@ def main():
     print(f"{metrics['parameters']:,} parameters, {metrics['seconds']:.0f} s of training; model: {folder}")
     if options.export_hf:
         if not is_exported:
-            export(exported.parent, folder, masks, tokenizer, task, made_by)
+            pruned = None if options.ablation == "no-structure" or isinstance(masks, dict) else masks
+            export(exported.parent, folder, pruned, tokenizer, task, made_by)
         print(f"for transformers, with zeros where the ticket pruned: {exported.parent}")
 
 
 def find_ticket(options, drawn, model_sha256, config):
-    """((head mask, FFN mask), sha256 of the ticket's file) as --ticket says; (None, None) for the full model.
+    """((head mask, FFN mask), sha256 of the ticket's file) as --ticket says; (None, None) for the full model; of a
+    ticket by robustt.py, {name: mask of a weight} in place of the two.
 
     Raises BadInput where the ticket is not there, is no ticket, or was drawn from another model.
     """
     if options.ticket == "none":
+        if options.ablation:
+            raise BadInput(f"--ablation {options.ablation} is of a ticket: --ticket none has none")
         return None, None
     path = drawn if options.ticket in ("drawn", "random") else Path(options.ticket)
     if not path.is_file():
         remedy = f"python draw.py --task {options.task}{runtime.flags(options, 'model', 'output')} makes it"
         raise BadInput(f"the ticket {path} is not there: {remedy if path == drawn else 'give drawn, random or none'}")
     tensors, notes = weights.read_notes(path)
-    if notes.get("script") != "draw.py" or not {"head", "ffn"} <= tensors.keys():
-        raise BadInput(f"{path} is no ticket: give a file that draw.py wrote")
+    of_weights = notes.get("script") == "robustt.py"
+    if not of_weights and (notes.get("script") != "draw.py" or not {"head", "ffn"} <= tensors.keys()):
+        raise BadInput(f"{path} is no ticket: give a file that draw.py or robustt.py wrote")
     if notes.get("model_sha256") != model_sha256:
         raise BadInput(f"{path} was drawn for another model than {options.model} ")
+    if of_weights:
+        if options.ablation:
+            raise BadInput(f"--ablation {options.ablation} is of a ticket of heads and neurons, not of single weights")
+        return tensors, weights.sha256(path)
     masks = tensors["head"], tensors["ffn"]
     for mask, width in zip(masks, (config.num_attention_heads, config.intermediate_size)):
         if mask.dtype != torch.bool or mask.shape != (config.num_hidden_layers, width):
@@ -149,20 +189,27 @@ def find_ticket(options, drawn, model_sha256, config):
     return masks, weights.sha256(path)
 
 
-def finetune(options, made_by, model, sets, folder, tokenizer, task, dtype):
-    """Algorithm 2, lines 7-9. Writes the best epoch's model and metrics.json into `folder`."""
-    groups = runtime.decay_groups(model, options.weight_decay)
+def finetune(options, made_by, model, of_weights, sets, folder, tokenizer, task, dtype):
+    """Algorithm 2, lines 7-9. Writes the best epoch's model and metrics.json into `folder`. of_weights: {name: mask},
+    false at single weights that are held at 0."""
+    of_weights = {
+        model.get_parameter(name): mask.to(model.word_embeddings.weight.device) for name, mask in of_weights.items()
+    }
+    hold_at_zero(of_weights)
+    adversary = {name: made_by["settings"][f"adv_{name}"] for name in ("steps", "lr", "init_mag", "max_norm")}
+    climb = pgd if options.method == "pgd" else freelb
+    trained, info = torch.nn.ModuleDict({"model": model}), None
+    if options.method == "infobert":
+        trained["anchor"] = Anchor(model.config.hidden_size).to(model.word_embeddings.weight.device)
+        info = InfoBERT(model, trained["anchor"], options.alpha, options.beta, options.batch_size)
+    groups = runtime.decay_groups(trained, options.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=options.learning_rate, fused=True)
-    adversary = {"steps": options.adv_steps, "lr": options.adv_lr}
-    adversary |= {"init_mag": options.adv_init_mag, "max_norm": options.adv_max_norm}
-    if options.method == "vanilla":
-        adversary = {"steps": 1, "lr": 0.0, "init_mag": 0.0, "max_norm": 0.0}
     state, best_path = folder / "finetune.state.safetensors", folder / "best.state.safetensors"
     seconds, scores = 0.0, []  # the validation accuracy of each epoch
     weights.made_before(best_path, made_by, options.overwrite)
     if weights.made_before(state, made_by, options.overwrite):
         tensors, notes = weights.read_notes(state)
-        weights.restore(tensors, optimizer, model=model)
+        weights.restore(tensors, optimizer, **trained)
         seconds, scores = notes["seconds"], notes["scores"]
     steps_per_epoch = -(-len(sets["train"]) // options.batch_size)
     steps = options.epochs * steps_per_epoch
@@ -179,12 +226,15 @@ def finetune(options, made_by, model, sets, folder, tokenizer, task, dtype):
             def loss_of(delta):
                 return F.cross_entropy(model.class_logits(ids, mask, segments, delta=delta).float(), labels)
 
+            if info is not None:
+                loss_of, adversary["anchored"] = info.losses(ids, mask, segments, labels)
             with runtime.autocast(ids.device, dtype):
                 present = torch.ones_like(ids) if mask is None else mask
-                total += freelb(loss_of, present, model.config.hidden_size, **adversary)
-            torch.nn.utils.clip_grad_norm_(model.parameters(), options.clip_norm)
+                total += climb(loss_of, present, model.config.hidden_size, **adversary)
+            torch.nn.utils.clip_grad_norm_(trained.parameters(), options.clip_norm)
             runtime.set_learning_rate(optimizer, options.learning_rate, step, steps, options.warmup)
             optimizer.step()
+            hold_at_zero(of_weights)
             optimizer.zero_grad()
             step += 1
             bar.update()
@@ -196,7 +246,7 @@ def finetune(options, made_by, model, sets, folder, tokenizer, task, dtype):
         if scores[-1] > max(scores[:-1], default=-1.0):
             weights.write_safetensors(best_path, model.state_dict(), made_by)
         notes = made_by | {"seconds": seconds, "scores": scores}
-        weights.write_safetensors(state, weights.training_state(optimizer, model=model), notes)
+        weights.write_safetensors(state, weights.training_state(optimizer, **trained), notes)
         bar.set_postfix_str(f"loss {mean_loss:.3f}, held-out accuracy {scores[-1]:.2%}")
     bar.close()
     model.load_state_dict(weights.read_safetensors(best_path)[0])
@@ -207,12 +257,21 @@ def finetune(options, made_by, model, sets, folder, tokenizer, task, dtype):
         "validation_accuracy_by_epoch": scores,
         "test_accuracy": accuracy(model, sets["test"], options.batch_size, dtype),
         "test_rows": len(sets["test"]),
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters": sum(p.numel() for p in model.parameters())
+        - sum((~mask).sum().item() for mask in of_weights.values()),
         "seconds": seconds,
+        "tokens_per_second": options.epochs * len(sets["train"].ids) / seconds,
+        "peak_memory": runtime.peak_memory(model.word_embeddings.weight.device),
     }
     runtime.write_json(folder / "metrics.json", made_by | metrics)
     tokenizer.save(folder)
     model.save(folder, task.labels, made_by)  # last: where it is, the run is complete
+
+
+@torch.no_grad()
+def hold_at_zero(of_weights):
+    for weight, mask in of_weights.items():
+        weight.mul_(mask)
 
 
 def export(target, folder, masks, tokenizer, task, made_by):

@@ -6,16 +6,17 @@ Left out: perturbations bounded in the max norm, and perturbing anything but the
 import torch
 
 
-def freelb(loss_of, mask, dim, steps, lr, init_mag, max_norm):
+def freelb(loss_of, mask, dim, steps, lr, init_mag, max_norm, anchored=None):
     """K forward and backward passes, each but the last followed by a step up the loss; every pass's gradient counts.
 
     loss_of(delta): the loss on one batch whose token embeddings are moved by delta (B, T, dim). mask: (B, T), 1 at
     tokens and 0 at padding. steps: K. lr: the size of an ascent step. init_mag: of the first delta. max_norm:
     epsilon, the L2 radius per example that delta never leaves; 0: no bound, as in the authors' scripts.
     The mean gradient of the K passes is added to the parameters' .grad. Returns the mean loss. With steps = 1 and
-    init_mag = 0 this is an ordinary training step.
+    init_mag = 0 this is an ordinary training step. anchored(gradient at delta): a loss that every pass adds for the
+    parameters alone, once that gradient is known (InfoBERT); it is not in what is returned.
     """
-    return climb(loss_of, mask, dim, steps, lr, init_mag, max_norm, weights=[1 / steps] * steps)
+    return climb(loss_of, mask, dim, steps, lr, init_mag, max_norm, [1 / steps] * steps, anchored)
 
 
 def pgd(loss_of, mask, dim, steps, lr, init_mag, max_norm):
@@ -23,7 +24,7 @@ def pgd(loss_of, mask, dim, steps, lr, init_mag, max_norm):
     return climb(loss_of, mask, dim, steps, lr, init_mag, max_norm, weights=[0] * (steps - 1) + [1])
 
 
-def climb(loss_of, mask, dim, steps, lr, init_mag, max_norm, weights):
+def climb(loss_of, mask, dim, steps, lr, init_mag, max_norm, weights, anchored=None):
     """The loop of both: `weights` are the shares of the passes in the parameters' gradient and in the loss."""
     mask = mask.float()[..., None]  # (B, T, 1)
     tokens = mask.sum(1, keepdim=True).clamp(min=1)  # (B, 1, 1), padding not counted
@@ -36,10 +37,14 @@ def climb(loss_of, mask, dim, steps, lr, init_mag, max_norm, weights):
         if delta.is_cuda:
             torch.cuda.set_rng_state(random_state[1])
         last = step == steps - 1
-        delta.requires_grad_(not last)
+        delta.requires_grad_(not last or anchored is not None)
         loss = loss_of(delta)
         if weight:
-            (loss * weight).backward()
+            (loss * weight).backward(retain_graph=anchored is not None)
+        if anchored is not None:
+            gradient = delta.grad.clone()
+            (anchored(gradient) * weight).backward()
+            delta.grad = gradient  # the ascent follows the loss alone
         if not last:
             gradient = (delta.grad if weight else torch.autograd.grad(loss, delta)[0]) * mask
             length = gradient.flatten(1).norm(dim=1).clamp(min=1e-8)[:, None, None]  # (B, 1, 1)

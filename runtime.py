@@ -171,6 +171,12 @@ def task_folder(task):
     return Path(task).stem
 
 
+def run_name(options):
+    """The name of a fine-tuning run's folder."""
+    ablation = f"-{options.ablation}" if options.ablation else ""
+    return f"{Path(options.ticket).stem}-{options.method}{ablation}-seed{options.seed}"
+
+
 def cache_folder():
     """For what can be made again: $XDG_CACHE_HOME/orticket, or ~/.cache/orticket."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "orticket"

@@ -2,24 +2,29 @@
 (Algorithm 1), with FreeLB as the adversary, until the tickets drawn from them stop changing.
 
     python search.py                                      embedded MiniLM on BBC News, no network needed
-    python search.py --adv-steps 1 --adv-init-mag 0       the ordinary ("vanilla") ticket, no adversary
+    python search.py --adv-steps 1 --adv-init-mag 0       the ordinary ("vanilla") ticket, no adversary (Table 3)
+    python search.py --source rt                          on a task's loss instead of MLM's (Table 4)
+    python search.py --seeds 10                           ten searches, one after another
 
 The command killed at any moment and typed again goes on from the last mini-epoch and ends with the same bytes.
 Defaults are those of section 3.5 of the paper where it gives one.
 """
 
+import hashlib
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import filelock
 import matplotlib
+import numpy as np
 import torch
+import torch.nn.functional as F
 
 import data
 import runtime
 import tokens
 import weights
-from bert import Bert
+from bert import Bert, Config
 from freelb import freelb
 from gates import Coefficients, EarlyStopping, draw_masks
 from runtime import BadInput, option
@@ -31,10 +36,12 @@ class Options:
     revision: str = option(
         None, "branch or commit of a model on the hub; bert-base-uncased and roberta-base are pinned"
     )
+    source: str = option("mlm", "mlm on the corpus; or a task, whose own loss is then searched on")
     corpus: str = option("bbc", "bbc, imdb, wikitext-2-raw-v1 (the paper's), a text file or a folder with .txt files")
     data_revision: str = option(None, "branch or commit of a corpus on the hub, instead of the pinned one")
     output: str = option("runs", "folder for what is made; this script writes below OUTPUT/MODEL")
     seed: int = option(0, "of masking, batches, dropout and perturbations", at_least=0, below=2**63)
+    seeds: int = option(1, "searches, from --seed on; the files' names then end in the seed", at_least=1)
     epochs: int = option(1, "at most so many passes over the corpus", at_least=1)
     block: int = option(128, "tokens a training example, [CLS] and [SEP] included", at_least=4)
     batch_size: int = option(32, "examples a step", at_least=1)
@@ -68,42 +75,94 @@ def main():
     output = runtime.output_folder(options.output, options.model)
     print(runtime.first_line(options.model, device, dtype))
     tokenizer = tokens.Tokenizer(folder)
-    blocks = tokens.Blocks(tokenizer, *data.find_corpus(options.corpus, options.data_revision), options.block)
-    print(f"corpus {options.corpus}: {len(blocks):,} blocks of {options.block} tokens")
+    source = (MLM if options.source == "mlm" else Classification)(options, tokenizer, Config.read(folder))
+    print(source.description)
+    for seed in range(options.seed, options.seed + options.seeds):
+        name = "" if options.source == "mlm" else f"-{runtime.task_folder(options.source)}"
+        name += f"-seed{seed}" if options.seeds > 1 else ""
+        of_seed = replace(options, seed=seed)
+        settings = {key: value for key, value in asdict(of_seed).items() if key not in ("output", "overwrite", "seeds")}
+        made_by = {
+            "script": "search.py",
+            "settings": settings | {"precision": runtime.precision_name(dtype)},
+            "model_sha256": model_sha256,
+            "corpus_sha256": source.sha256,
+            "versions": runtime.versions(),
+        }
+        path, state = output / f"coefficients{name}.safetensors", output / f"search{name}.state.safetensors"
+        if not weights.made_before(path, made_by, options.overwrite):
+            search(of_seed, made_by, folder, tokenizer, source, path, state, device, dtype)
+        state.unlink(missing_ok=True)
+        plot(path, output / f"search{name}.png")
+        report(path, output / f"search{name}.png", options)
 
-    settings = asdict(options)
-    for name in ("output", "overwrite"):
-        del settings[name]
-    made_by = {
-        "script": "search.py",
-        "settings": settings | {"precision": runtime.precision_name(dtype)},
-        "model_sha256": model_sha256,
-        "corpus_sha256": blocks.sha256,
-        "versions": runtime.versions(),
-    }
-    path = output / "coefficients.safetensors"
-    if not weights.made_before(path, made_by, options.overwrite):
-        search(options, made_by, folder, tokenizer, blocks, output, device, dtype)
-    (output / "search.state.safetensors").unlink(missing_ok=True)
-    plot(path, output / "search.png")
-    report(path, options)
+
+class MLM:
+    """What is searched on: masked language modelling on blocks of a corpus. `steps` are those of an epoch."""
+
+    def __init__(self, options, tokenizer, config):
+        if options.block > config.max_length:
+            raise BadInput(f"--block {options.block}: {options.model} reads at most {config.max_length} tokens")
+        corpus = data.find_corpus(options.corpus, options.data_revision)
+        self.blocks = tokens.Blocks(tokenizer, *corpus, options.block)
+        self.tokenizer, self.sha256, self.labels = tokenizer, self.blocks.sha256, None
+        self.steps = -(-len(self.blocks) // options.batch_size)
+        self.description = f"corpus {options.corpus}: {len(self.blocks):,} blocks of {options.block} tokens"
+
+    def epoch(self, seed, epoch, batch_size):
+        """The epoch's batches, as numbers of blocks."""
+        runtime.seed_step(seed, 1, epoch)
+        return torch.randperm(len(self.blocks)).split(batch_size)
+
+    def batch(self, chosen, model, c, device):
+        """(mask of its tokens (B, T), the loss as a function of delta (B, T, d)); masks words anew at every call."""
+        ids = self.blocks.rows(chosen)
+        ids, positions, labels = (t.to(device) for t in tokens.mask_tokens(ids, self.tokenizer))
+        return torch.ones_like(ids), lambda delta: model.mlm_loss(
+            model(ids, keep=positions, gates=c.gates, delta=delta), labels
+        )
 
 
-def search(options, made_by, folder, tokenizer, blocks, output, device, dtype):
-    """Algorithm 1. Writes coefficients.safetensors into `output`, and search.state.safetensors while it runs."""
+class Classification:
+    """Or: a task of its own, its training rows with a newly initialized classifier."""
+
+    def __init__(self, options, tokenizer, config):
+        task = data.find_task(options.source)
+        rows = task.load(options.data_revision)["train"]
+        length = min(task.max_length, config.max_length)
+        self.rows = tokens.Rows(tokenizer, rows, length, torch.device("cpu"))
+        self.labels = len(task.labels)
+        self.sha256 = hashlib.sha256((self.rows.sha256 + str(self.rows.labels.tolist())).encode()).hexdigest()
+        self.steps = -(-len(rows) // options.batch_size)
+        self.description = f"task {options.source}: {len(rows):,} training rows"
+
+    def epoch(self, seed, epoch, batch_size):
+        generator = np.random.Generator(np.random.PCG64([seed, epoch]))
+        return [torch.from_numpy(chosen) for chosen in tokens.batches(self.rows.lengths, batch_size, generator)]
+
+    def batch(self, chosen, model, c, device):
+        ids, mask, segments, labels = (t if t is None else t.to(device) for t in self.rows.batch(chosen))
+
+        def loss_of(delta):
+            logits = model.class_logits(ids, mask, segments, gates=c.gates, delta=delta)
+            return F.cross_entropy(logits.float(), labels)
+
+        return torch.ones_like(ids) if mask is None else mask, loss_of
+
+
+def search(options, made_by, folder, tokenizer, source, path, state, device, dtype):
+    """Algorithm 1. Writes the coefficients to `path`, and to `state` how far it is."""
     torch.manual_seed(options.seed)
-    model = Bert.load(folder, mlm=True)
+    model = Bert.load(folder, mlm=source.labels is None, num_labels=source.labels)
     config = model.config
     if config.is_pruned:
         raise BadInput(f"{options.model} has narrower layers than its config.json: search the model before pruning")
-    if options.block > config.max_length:
-        raise BadInput(f"--block {options.block}: {options.model} reads at most {config.max_length} tokens")
     c = Coefficients(config.num_hidden_layers, config.num_attention_heads, config.intermediate_size)
     draw_masks(*c.gates, options.tau_head, options.tau_ffn)  # ratios that cannot be had are refused now
     for remark in model.remarks:
         print(remark)
     if "mlm_head" in model.initialized:
-        fit_mlm_head(options, made_by, model.to(device), tokenizer, blocks, output, dtype)
+        fit_mlm_head(options, made_by, model.to(device), tokenizer, source.blocks, path.parent, dtype)
     model.to(device).train()  # line 1: theta <- theta_0, c <- 1
     c.to(device)
     groups = [*runtime.decay_groups(model, options.weight_decay), {"params": c.parameters(), "weight_decay": 0.0}]
@@ -111,7 +170,7 @@ def search(options, made_by, folder, tokenizer, blocks, output, device, dtype):
     adversary = {"steps": options.adv_steps, "lr": options.adv_lr}
     adversary |= {"init_mag": options.adv_init_mag, "max_norm": options.adv_max_norm}
 
-    steps_per_epoch = -(-len(blocks) // options.batch_size)
+    steps_per_epoch = source.steps
     steps = options.epochs * steps_per_epoch
     mini_epochs = math.ceil(options.epochs / options.mini_epoch - 1e-9)
     ends = sorted(
@@ -119,7 +178,6 @@ def search(options, made_by, folder, tokenizer, blocks, output, device, dtype):
     )
     stopping = EarlyStopping(options.tau_head, options.tau_ffn, options.gamma, options.patience)
     trace = {"trace.head": [], "trace.ffn": [], "trace.distances": [], "trace.loss": []}  # an entry a mini-epoch
-    state = output / "search.state.safetensors"
     step = 0
     if weights.made_before(state, made_by, options.overwrite):
         tensors, _ = weights.read_notes(state)
@@ -135,17 +193,11 @@ def search(options, made_by, folder, tokenizer, blocks, output, device, dtype):
     while step < steps and not stopping.over:  # line 2
         epoch, batch = divmod(step, steps_per_epoch)
         if order_of != epoch:
-            runtime.seed_step(options.seed, 1, epoch)
-            order_of, order = epoch, torch.randperm(len(blocks))
-        ids = blocks.rows(order[batch * options.batch_size :][: options.batch_size])
+            order_of, order = epoch, source.epoch(options.seed, epoch, options.batch_size)
         runtime.seed_step(options.seed, 2, step)
-        ids, positions, labels = (t.to(device) for t in tokens.mask_tokens(ids, tokenizer))
-
-        def loss_of(delta):
-            return model.mlm_loss(model(ids, keep=positions, gates=c.gates, delta=delta), labels)
-
+        present, loss_of = source.batch(order[batch], model, c, device)
         with runtime.autocast(device, dtype):  # L_adv of eq. 6
-            loss = freelb(loss_of, torch.ones_like(ids), config.hidden_size, **adversary)
+            loss = freelb(loss_of, present, config.hidden_size, **adversary)
         c.penalty(options.lambda_head, options.lambda_ffn).backward()  # R(c) of eq. 5, once a step
         torch.nn.utils.clip_grad_norm_([*model.parameters(), *c.parameters()], options.clip_norm)
         runtime.set_learning_rate(optimizer, options.learning_rate, step, steps, options.warmup)
@@ -172,7 +224,7 @@ def search(options, made_by, folder, tokenizer, blocks, output, device, dtype):
     final = {"head": trace["trace.head"][-1], "ffn": trace["trace.ffn"][-1]}
     final |= {name: torch.stack(series) for name, series in trace.items()}
     notes = made_by | {"config": asdict(config), "stopped_early": stopping.over, "mini_epochs_at_most": len(ends)}
-    weights.write_safetensors(output / "coefficients.safetensors", final, notes)
+    weights.write_safetensors(path, final, notes)
 
 
 def fit_mlm_head(options, made_by, model, tokenizer, blocks, output, dtype):
@@ -240,7 +292,8 @@ def plot(path, picture):
     above.plot(x, distances[:, 1], marker="s", label=f"neurons, tau = {settings['tau_ffn']:.3g}")
     above.axhline(settings["gamma"], color="black", linestyle="--", linewidth=1, label=f"gamma = {settings['gamma']:g}")
     above.set(ylabel="normalized Hamming distance", ylim=(0, None))
-    above.set_title(f"Masks from one mini-epoch to the next: {settings['model']} on {settings['corpus']}")
+    on = settings["corpus"] if settings["source"] == "mlm" else settings["source"]
+    above.set_title(f"Masks from one mini-epoch to the next: {settings['model']} on {on}")
     above.legend()
     below.plot(x, tensors["trace.loss"].numpy(), color="gray", marker=".")
     below.set(xlabel=f"mini-epoch ({settings['mini_epoch']:g} epoch each)", ylabel="loss")
@@ -250,7 +303,7 @@ def plot(path, picture):
         figure.savefig(beside, dpi=150, format="png")
 
 
-def report(path, options):
+def report(path, picture, options):
     """Three lines: what happened, where the result is, what to type next."""
     tensors, notes = weights.read_notes(path)
     ran, most, settings = len(tensors["trace.loss"]), notes["mini_epochs_at_most"], notes["settings"]
@@ -258,8 +311,9 @@ def report(path, options):
     if not notes["stopped_early"]:
         why = "that was all of them; the masks had not settled"
     print(f"searched {ran} of {most} mini-epochs: {why}")
-    print(f"coefficients: {path}, distances: {path.parent / 'search.png'}")
-    print(f"next: python draw.py --task sst2{runtime.flags(options, 'model', 'output')}")
+    print(f"coefficients: {path}, distances: {picture}")
+    given = "" if path.stem == "coefficients" else f" --coefficients {path}"
+    print(f"next: python draw.py --task sst2{runtime.flags(options, 'model', 'output')}{given}")
 
 
 if __name__ == "__main__":

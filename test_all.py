@@ -47,8 +47,10 @@ import finetune
 import freelb
 import gates
 import hub
+import infobert
 import published
 import resources
+import robustt
 import runtime
 import search
 import tensorflow1
@@ -1781,6 +1783,203 @@ def change(folder, **entries):
     (folder / "config.json").write_text(json.dumps(config))
 
 
+# ---------------------------------------------------------------------------------------- defences and ablations
+
+
+def test_the_bottleneck_is_half_the_mean_squared_distance_of_drawn_pairs_of_real_tokens(monkeypatch):
+    embeddings = torch.randn(2, 3, 4, requires_grad=True)
+    present = torch.tensor([[1, 1, 0], [1, 1, 1]])
+    drawn = torch.tensor([3, 0, 0, 4, 2])
+    monkeypatch.setattr(torch, "randint", lambda *size, device=None: drawn)
+    t = [embeddings[0, 0], embeddings[0, 1], embeddings[1, 0], embeddings[1, 1], embeddings[1, 2]]
+    expected = sum(((t[i] - t[j]) ** 2).sum() for i, j in enumerate(drawn.tolist())) / 2 / 5
+    torch.testing.assert_close(infobert.bottleneck(embeddings, present), expected)
+
+
+@pytest.mark.parametrize("low, high", [(0.5, 0.9), (0.0, 1.0), (0.3, 0.3)])
+def test_robust_tokens_are_the_middle_ranks_of_the_gradients_norm(low, high):
+    lengths = [1, 2, 7, 10]
+    gradient = torch.randn(4, 10, 3)
+    present = torch.arange(10) < torch.tensor(lengths)[:, None]
+    found = set(zip(*(part.tolist() for part in infobert.robust_tokens(gradient, present, low, high))))
+    expected = set()
+    for row, n in enumerate(lengths):  # as the authors' code goes about it
+        order = sorted(range(n), key=lambda i: gradient[row, i].norm().item())
+        expected |= {(row, order[i]) for i in range(math.ceil(n * low), math.ceil(n * high))}
+    assert found == expected
+
+
+def test_the_anchor_is_infonce_over_all_pairs():
+    anchor, n = infobert.Anchor(4, width=5), 6
+    tokens_, sentences = torch.randn(n, 4), torch.randn(n, 4)
+
+    def f(token, sentence):
+        hidden = anchor.of_token(token) + anchor.of_sentence.weight @ sentence
+        return F.softplus(anchor.score(hidden.relu()))
+
+    together = sum(f(tokens_[i], sentences[i]) for i in range(n)) / n
+    others = sum(torch.log(sum(f(tokens_[j], sentences[i]).exp() for j in range(n)) / n) for i in range(n)) / n
+    torch.testing.assert_close(anchor(tokens_, sentences), (together - others).squeeze())
+
+
+def test_infobert_without_its_weights_is_freelb_and_its_anchor_never_moves_delta(tmp_path):
+    saved(tmp_path, FAMILIES["bert"]["classes"], num_labels=2)
+    model = Bert.load(tmp_path).train()
+    anchor = infobert.Anchor(24)
+    ids, mask, _ = inputs(model.config, 4, 9)
+    labels, adversary = torch.tensor([0, 1, 1, 0]), {"steps": 3, "lr": 0.5, "init_mag": 0.1, "max_norm": 0.0}
+    found = {}
+    for alpha, beta in ((None, None), (0.0, 0.0), (1.0, 0.0), (0.0, 1.0)):
+        model.zero_grad()
+        anchored, deltas = None, []
+
+        def loss_of(delta):
+            deltas.append(delta.detach().clone())
+            return F.cross_entropy(model.class_logits(ids, mask, None, delta=delta), labels)
+
+        if alpha is not None:
+            loss, anchored = infobert.InfoBERT(model, anchor, alpha, beta, 4).losses(ids, mask, None, labels)
+
+            def loss_of(delta, loss=loss):
+                deltas.append(delta.detach().clone())
+                return loss(delta)
+
+        model.eval()  # no dropout, and the same delta
+        torch.manual_seed(3)
+        freelb.freelb(loss_of, mask, 24, **adversary, anchored=anchored)
+        found[alpha, beta] = (
+            torch.stack(deltas),
+            torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]),
+        )
+    for part in (0, 1):
+        torch.testing.assert_close(found[0.0, 0.0][part], found[None, None][part])
+    torch.testing.assert_close(found[1.0, 0.0][0], found[None, None][0])
+    assert (found[1.0, 0.0][1] - found[None, None][1]).abs().max() > 1e-4
+    assert (found[0.0, 1.0][0] - found[None, None][0])[2].abs().max() > 1e-4  # the bottleneck does move it
+
+
+def test_a_gate_is_a_hard_concrete_variable():
+    gate = robustt.Gates((200_000,), 0.9)
+    weight = torch.full((200_000,), 2.0)
+    assert gate.eval()(weight) == pytest.approx(1.8, abs=1e-5)
+    with torch.no_grad():
+        gate.scores.fill_(-1.0)
+    drawn = gate.train()(weight) / 2
+    assert 0 <= drawn.min() and drawn.max() <= 1
+    assert abs((drawn > 0).float().mean() - gate.open_share()) < 0.01  # Louizos et al., eq. 12
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.5])
+def test_exactly_the_smallest_scores_of_all_matrices_are_pruned(sparsity):
+    scores = {"a": torch.randn(7, 3), "b": torch.randn(4, 5).round()}
+    masks = robustt.draw(scores, sparsity)
+    flat = torch.cat([scores[name].flatten() for name in scores])
+    kept = torch.cat([masks[name].flatten() for name in scores])
+    assert (~kept).sum() == math.ceil(sparsity * 41)
+    if sparsity:
+        assert flat[~kept].max() <= flat[kept].min() and masks["b"].shape == (4, 5)
+
+
+def test_robust_tickets_are_searched_drawn_and_retrained_with_the_pruned_weights_at_zero(tiny, tmp_path, capsys):
+    flags = ["--task", "bbc", "--model", tiny, "--output", tmp_path, "--precision", "fp32", "--train-rows", "64"]
+    assert call(robustt, *flags) == 2 and "--ticket none" in capsys.readouterr().err
+    assert call(finetune, *flags, "--ticket", "none", "--epochs", "1", "--max-length", "16") == 0
+    assert call(robustt, *flags, "--epochs", "2", "--adv-steps", "2") == 0
+    path = tmp_path / "tiny" / "bbc" / "robustt-seed0.safetensors"
+    masks, whole = weights.read_notes(path)[0], path.read_bytes()
+    assert len(masks) == 9 and sum((~mask).sum() for mask in masks.values()) == math.ceil(
+        0.3 * sum(mask.numel() for mask in masks.values())
+    )
+    path.unlink()
+    original = weights.write_safetensors
+    interrupt = lambda *a: original(*a) or (_ for _ in ()).throw(KeyboardInterrupt)  # noqa: E731
+    with unittest.mock.patch.object(weights, "write_safetensors", interrupt):
+        assert call(robustt, *flags, "--epochs", "2", "--adv-steps", "2") == 130
+    assert call(robustt, *flags, "--epochs", "2", "--adv-steps", "2") == 0 and path.read_bytes() == whole
+    assert call(finetune, *flags, "--ticket", path, "--epochs", "2", "--max-length", "16") == 0
+    folder = tmp_path / "tiny" / "bbc" / "robustt-seed0-vanilla-seed0"
+    model, metrics = Bert.load(folder), json.loads((folder / "metrics.json").read_text())
+    for name, mask in masks.items():
+        weight = model.get_parameter(name)
+        assert (weight[~mask] == 0).all() and (weight[mask] != 0).all()
+    zeros = sum((~mask).sum().item() for mask in masks.values())
+    assert metrics["parameters"] == sum(p.numel() for p in model.parameters()) - zeros
+
+
+def test_the_ablations_keep_the_structure_or_the_weights_of_the_ticket(tiny, tmp_path, capsys):
+    c = {"head": torch.randn(2, 3), "ffn": torch.randn(2, 40)}
+    masks = gates.draw_masks(c["head"], c["ffn"], 1 / 6, 0.3)
+    model = Bert.load(tiny, num_labels=5)
+    redrawn = model.redrawn(*masks)
+    kept = model.pruned(*masks), redrawn.pruned(*masks)
+    for a, b in zip(*(part.state_dict().values() for part in kept)):
+        assert torch.equal(a, b)
+    inverse = ~masks[0], ~masks[1]
+    pruned = [part.pruned(*inverse).state_dict() for part in (model, redrawn)]
+    for name in ("intermediate.weight", "output.weight", "query_key_value.weight"):
+        for layer in (0, 1):
+            a, b = (state[f"layers.{layer}.{name}"] for state in pruned)
+            assert a.numel() == 0 or not torch.equal(a, b)
+    notes = {"script": "draw.py", "model_sha256": data.find_model(str(tiny))[1], "settings": {}}
+    weights.write_safetensors(tmp_path / "ticket.safetensors", {"head": masks[0], "ffn": masks[1]}, notes)
+    flags = ["--task", "bbc", "--model", tiny, "--output", tmp_path, "--max-length", "8", "--epochs", "1"]
+    flags += ["--ticket", tmp_path / "ticket.safetensors", "--learning-rate", "1e-9", "--precision", "fp32"]
+    sizes = {}
+    for ablation in ("no-initialization", "no-structure"):
+        assert call(finetune, *flags, "--ablation", ablation) == 0
+        folder = tmp_path / "tiny" / "bbc" / f"ticket-vanilla-{ablation}-seed0"
+        sizes[ablation] = Bert.load(folder)
+    full = Bert.load(tiny)
+    assert sizes["no-initialization"].config.neurons == tuple(masks[1].sum(1).tolist())
+    assert not torch.allclose(sizes["no-initialization"].word_embeddings.weight, full.word_embeddings.weight, atol=0.01)
+    assert not sizes["no-structure"].config.is_pruned
+    torch.testing.assert_close(
+        sizes["no-structure"].word_embeddings.weight, full.word_embeddings.weight, atol=1e-4, rtol=0
+    )
+    assert call(finetune, *flags[:-4], "--ticket", "none", "--ablation", "no-structure") == 2
+    assert "--ticket none has none" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", ["pgd", "infobert"])
+def test_every_method_trains_resumes_and_says_what_it_cost(tiny, tmp_path, method):
+    flags = ["--task", "bbc", "--model", tiny, "--ticket", "none", "--max-length", "8", "--epochs", "2"]
+    flags += ["--precision", "fp32", "--train-rows", "100", "--method", method]
+    assert call(finetune, *flags, "--output", tmp_path / "whole") == 0
+    original = weights.write_safetensors
+
+    def interrupted(path, *rest):
+        original(path, *rest)
+        if path.name == "finetune.state.safetensors":
+            raise KeyboardInterrupt
+
+    with unittest.mock.patch.object(weights, "write_safetensors", interrupted):
+        assert call(finetune, *flags, "--output", tmp_path / "killed") == 130
+    assert call(finetune, *flags, "--output", tmp_path / "killed") == 0
+    files = [tmp_path / run / "tiny" / "bbc" / f"none-{method}-seed0" for run in ("whole", "killed")]
+    assert files[0].joinpath("model.safetensors").read_bytes() == files[1].joinpath("model.safetensors").read_bytes()
+    metrics = json.loads((files[0] / "metrics.json").read_text())
+    assert metrics["settings"]["adv_lr"] == {"pgd": 0.03, "infobert": 0.04}[method]
+    tokens_ = metrics["tokens_per_second"] * metrics["seconds"]
+    assert 2 * 100 * 3 <= round(tokens_) <= 2 * 100 * 8 and metrics["peak_memory"] > 1e8
+
+
+def test_a_search_on_a_tasks_own_loss_gives_coefficients_of_its_own(tiny, tmp_path, capsys):
+    (tmp_path / "mine.csv").write_text("text,label\n" + "".join(f"a b {'cd'[i % 2]} e,{i % 2}\n" for i in range(90)))
+    flags = ["--model", tiny, "--source", tmp_path / "mine.csv", "--output", tmp_path, "--batch-size", "8"]
+    flags += ["--mini-epoch", "0.25", "--precision", "fp32", "--seeds", "2", "--learning-rate", "1e-3"]
+    assert call(search, *flags) == 0
+    out = capsys.readouterr().out
+    assert "mine.csv: 73 training rows" in out and "--coefficients" in out
+    found = [weights.read_notes(tmp_path / "tiny" / f"coefficients-mine-seed{i}.safetensors") for i in (0, 1)]
+    assert [notes["settings"]["seed"] for _, notes in found] == [0, 1]
+    assert not torch.equal(found[0][0]["head"], found[1][0]["head"]) and (found[0][0]["ffn"] != 1).any()
+    assert call(search, *flags[:-4], "--seed", "1", "--learning-rate", "1e-3") == 0
+    alone = weights.read_notes(tmp_path / "tiny" / "coefficients-mine.safetensors")[0]
+    assert torch.equal(alone["head"], found[1][0]["head"])
+    path = tmp_path / "tiny" / "coefficients-mine.safetensors"
+    assert call(draw, "--task", "rt", "--model", tiny, "--output", tmp_path, "--coefficients", path) == 0
+
+
 # ---------------------------------------------------------------------------------------------------- attacks
 
 ANTONYMS = ("good bad", "happy sad", "love hate", "best worst", "beautiful ugly", "strong weak", "boring interesting")
@@ -2123,7 +2322,7 @@ def test_textattacks_own_vectors_are_read_from_its_cache_without_running_code(tm
 
 
 def test_only_attack_may_import_textattack_and_help_needs_no_model():
-    for script in ("search.py", "draw.py", "finetune.py", "attack.py", "counterfit.py", "bench.py"):
+    for script in ("search.py", "draw.py", "finetune.py", "robustt.py", "attack.py", "counterfit.py", "bench.py"):
         check = f"import sys, runpy; sys.argv = [{script!r}, '--help']\n"
         check += f"try: runpy.run_path({script!r}, run_name='__main__')"
         check += (

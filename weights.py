@@ -133,7 +133,7 @@ def made_before(path, made_by, overwrite):
         notes = {}
     differs = [f"another {key}" for key in made_by if key.endswith("sha256") and notes.get(key) != made_by[key]]
     old, new = notes.get("settings", {}), json.loads(json.dumps(made_by["settings"]))
-    compared = [key for key in new if key not in ("model", "corpus", "task", "revision", "data_revision")]
+    compared = [key for key in new if key not in ("model", "corpus", "source", "task", "revision", "data_revision")]
     differs += [f"{key} {old.get(key)!r}, not {new[key]!r}" for key in compared if old.get(key) != new[key]]
     if not differs:
         return True

@@ -1,0 +1,142 @@
+"""The paper's tables, each made by one command out of the scripts. Killed and typed again, it goes on.
+
+    python paper.py table1 --tasks sst2 --model minilm --seeds 3 --train-rows 20000 --epochs 3 --n 300
+
+Table 1 compares methods on clean and attacked test rows. Each cell is a run of finetune.py and one of attack.py with
+the same rows, epochs and batch; a run that is there already is not repeated. The table goes to RESULTS/table1.md and
+.json, means over the seeds with standard deviations; everything else below OUTPUT. No number is typed by hand.
+"""
+
+import statistics
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import data
+import runtime
+from runtime import BadInput, option
+
+# name in the table -> (--ticket, --method) of finetune.py and attack.py
+METHODS = {
+    "Vanilla": ("none", "vanilla"),
+    "PGD": ("none", "pgd"),
+    "FreeLB": ("none", "freelb"),
+    "InfoBERT": ("none", "infobert"),
+    "RobustT": ("robustt", "vanilla"),
+    "ORTicket": ("drawn", "vanilla"),
+    "ORTicket + FreeLB": ("drawn", "freelb"),
+    "Vanilla ticket": ("of a search without adversary", "vanilla"),
+    "Random ticket": ("random", "vanilla"),
+}
+
+
+@dataclass
+class Options:
+    table: str = option("table1", "which", choices=("table1",), positional=True)
+    tasks: tuple = option(("sst2",), "columns")
+    model: str = option(runtime.DEFAULT_MODEL, runtime.MODEL_HELP)
+    methods: tuple = option(tuple(METHODS), "rows")
+    attacks: tuple = option(("textfooler",), "of attack.py")
+    seeds: int = option(1, "runs of each method, from seed 0 on", at_least=1)
+    train_rows: int = option(None, "train on so many rows, always the same", at_least=1)
+    epochs: int = option(10, "of every fine-tuning", at_least=1)
+    mask_epochs: int = option(20, "of RobustT's search for masks", at_least=1)
+    batch_size: int = option(32, "rows a step", at_least=1)
+    learning_rate: float = option(1e-4, "of every fine-tuning", above=0)
+    n: int = option(300, "test rows that are attacked", at_least=1)
+    output: str = option("runs", "folder for the runs")
+    results: str = option("results", "folder for the tables")
+
+
+def main():
+    options = runtime.parse(Options, __doc__)
+    for name, known in (("methods", METHODS), ("tasks", data.TASKS)):
+        for value in getattr(options, name):
+            if value not in known:
+                raise BadInput(f"--{name} {value!r}: give some of {', '.join(known)}")
+    cells = [(task, seed, name) for task in options.tasks for seed in range(options.seeds) for name in options.methods]
+    rows, bar = {}, runtime.progress(len(cells), description=options.table, unit="run")
+    for task, seed, name in cells:
+        bar.set_postfix_str(f"{name} on {task}, seed {seed}")
+        rows.setdefault((task, name), []).append(run(options, task, seed, name))
+        bar.update()
+        write(options, rows)
+    bar.close()
+    print((Path(options.results) / f"{options.table}.md").read_text("utf8"), end="")
+
+
+def script(name, **flags):
+    """Run a script of ours; its messages are shown only where it fails."""
+    given = [
+        part for flag, value in flags.items() if value is not None for part in (f"--{flag.replace('_', '-')}", value)
+    ]
+    ended = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name(name)), *map(str, given)], stdout=subprocess.PIPE, text=True
+    )
+    if ended.returncode == 130:
+        raise KeyboardInterrupt
+    if ended.returncode:
+        raise BadInput(f"{name} {' '.join(map(str, given))} failed with exit code {ended.returncode}")
+
+
+def run(options, task, seed, name):
+    """Make what the method needs, fine-tune, attack; {figure: number} of the run."""
+    ticket, method = METHODS[name]
+    where = {"model": options.model, "output": options.output}
+    rows = {"task": task, "seed": seed, "train_rows": options.train_rows, "batch_size": options.batch_size}
+    trained = rows | {"epochs": options.epochs, "learning_rate": options.learning_rate}
+    if ticket == "of a search without adversary":
+        ticket, where["output"] = "drawn", str(Path(options.output) / "vanilla-search")
+        script("search.py", **where, adv_steps=1, adv_init_mag=0)
+    elif ticket in ("drawn", "random"):
+        script("search.py", **where)
+    if ticket in ("drawn", "random"):
+        script("draw.py", **where, task=task)
+    folder = runtime.model_folder(where["output"], options.model) / runtime.task_folder(task)
+    if ticket == "robustt":
+        script("finetune.py", **where, **trained, ticket="none")
+        script("robustt.py", **where, **rows, epochs=options.mask_epochs)
+        ticket = str(folder / f"robustt-seed{seed}.safetensors")
+    script("finetune.py", **where, **trained, ticket=ticket, method=method)
+    for attack in options.attacks:
+        given = {"task": task, "seed": seed, "ticket": ticket, "method": method, "n": options.n, "attack": attack}
+        script("attack.py", **where, **given)
+    folder = folder / f"{Path(ticket).stem}-{method}-seed{seed}"
+    figures = runtime.read_json(folder / "metrics.json")
+    found = {"Clean%": 100 * figures["test_accuracy"]}
+    for attack in options.attacks:
+        attacked = runtime.read_json(folder / f"{attack}.json")
+        for column, key, scale in (("Aua%", "aua", 100), ("Suc%", "suc", 100), ("#Query", "queries", 1)):
+            found[f"{attack} {column}"] = None if attacked[key] is None else scale * attacked[key]
+    found |= {"seconds": figures["seconds"], "tokens/s": figures["tokens_per_second"]}
+    return found | {"GB": figures["peak_memory"] / 1e9, "M parameters": figures["parameters"] / 1e6}
+
+
+def write(options, rows):
+    """The table so far: for each task and method the means over its seeds and, of several, standard deviations."""
+    columns = list(next(iter(rows.values()))[0])
+    lines = []
+    for task in dict.fromkeys(task for task, _ in rows):
+        lines += ["", f"| {task}, {options.model} | runs | {' | '.join(columns)} |", "|---" * (len(columns) + 2) + "|"]
+        for (of, name), runs in rows.items():
+            if of == task:
+                cells = [[run[column] for run in runs if run[column] is not None] for column in columns]
+                lines.append(f"| {name} | {len(runs)} | {' | '.join(map(cell, cells))} |")
+    settings = ", ".join(f"{key} {value}" for key, value in asdict(options).items() if key not in ("output", "results"))
+    text = "\n".join([f"Made by paper.py: {settings}.", *lines, ""])
+    folder = Path(options.results)
+    found = [{"task": task, "method": name, "runs": runs} for (task, name), runs in rows.items()]
+    runtime.write_json(folder / f"{options.table}.json", {"settings": asdict(options), "rows": found})
+    with runtime.replacing(folder / f"{options.table}.md") as beside:
+        Path(beside).write_text(text, "utf8")
+
+
+def cell(numbers):
+    if len(numbers) < 2:
+        return f"{numbers[0]:,.1f}" if numbers else "-"
+    return f"{statistics.mean(numbers):,.1f} ± {statistics.stdev(numbers):,.1f}"
+
+
+if __name__ == "__main__":
+    runtime.run(main)

@@ -1,0 +1,190 @@
+"""Robust lottery tickets (Zheng et al. 2022), RobustT: which single weights of a fine-tuned model resist an adversary.
+
+    python finetune.py --task rt --ticket none                          fine-tune
+    python robustt.py --task rt                                         learn masks, the weights frozen; draw the ticket
+    python finetune.py --task rt --ticket runs/minilm/rt/robustt-seed0.safetensors      retrain from theta_0
+
+Every weight w of the encoder's matrices and of the pooler becomes w z, with z a hard concrete gate (Louizos et al.
+2018) whose score is all that is trained, on FreeLB's loss plus lambda times the expected share of open gates. The
+weights with the smallest scores, of all matrices together, are pruned. Unlike ORTicket's, such a ticket belongs to
+its task, and saves neither time nor memory: it is a mask over the dense model. Defaults are those of the authors'
+scripts. Killed and typed again, the command goes on after the last whole epoch.
+"""
+
+import math
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import parametrize
+
+import data
+import runtime
+import tokens
+import weights
+from bert import Bert
+from freelb import freelb
+from runtime import BadInput, option
+
+LEFT, RIGHT, TEMPERATURE = -0.1, 1.1, 2 / 3  # the stretched interval and the temperature of hard concrete gates
+
+
+@dataclass
+class Options:
+    task: str = option("rt", f"{', '.join(data.TASKS)}; or a file of one's own: .csv, .tsv, .jsonl")
+    text_columns: tuple = option(("text",), "of one's own file: the column with the text, or two for pairs")
+    label_column: str = option("label", "of one's own file")
+    data_revision: str = option(None, "branch or commit of the task on the hub, instead of the pinned one")
+    model: str = option(runtime.DEFAULT_MODEL, "the model that finetune.py --ticket none fine-tuned")
+    output: str = option("runs", "folder that finetune.py wrote to; the ticket goes to OUTPUT/MODEL/TASK")
+    seed: int = option(0, "of the fine-tuned model, and of all that is random", at_least=0, below=2**63)
+    sparsity: float = option(0.3, "share of the weights that are pruned", at_least=0, below=1)
+    epochs: int = option(20, "passes over the training rows", at_least=1)
+    train_rows: int = option(None, "as of finetune.py", at_least=1)
+    batch_size: int = option(32, "rows a step", at_least=1)
+    learning_rate: float = option(0.1, "of the scores, at its peak", above=0)
+    warmup: float = option(0.1, "share of all steps in which the learning rate rises", at_least=0, below=1)
+    weight_decay: float = option(1e-6, "AdamW's", at_least=0)
+    regularization: float = option(0.5, "lambda at last: 0 for a tenth of all steps, then rising for three", at_least=0)
+    initial: float = option(0.9, "value of the gates at first", above=0, below=1)
+    adv_steps: int = option(5, "K, FreeLB's ascent steps", at_least=1)
+    adv_lr: float = option(0.03, "size of an ascent step", at_least=0)
+    adv_init_mag: float = option(0.05, "magnitude of the initial perturbation", at_least=0)
+    adv_max_norm: float = option(0.0, "the perturbation's largest L2 norm per example, 0: no bound", at_least=0)
+    clip_norm: float = option(1.0, "largest norm of the whole gradient", above=0)
+    precision: str = option("auto", "of matrix products; auto: bf16 where it is fast", choices=("auto", "bf16", "fp32"))
+    overwrite: bool = option(False, "replace a ticket that other settings made")
+
+
+class Gates(nn.Module):
+    """Hard concrete gates over a weight: `scores` of its shape are what is learned."""
+
+    def __init__(self, shape, initial):
+        super().__init__()
+        p = (initial - LEFT) / (RIGHT - LEFT)
+        self.scores = nn.Parameter(torch.full(shape, math.log(p / (1 - p))))
+
+    def forward(self, weight):
+        s = self.scores
+        if self.training:
+            u = torch.rand_like(s).clamp(1e-4, 1 - 1e-4)
+            s = (u.log() - (-u).log1p() + s) / TEMPERATURE
+        return weight * (s.sigmoid() * (RIGHT - LEFT) + LEFT).clamp(0, 1)
+
+    def open_share(self):
+        """The expected share of gates above 0: the L0 norm."""
+        return (self.scores - TEMPERATURE * math.log(-LEFT / RIGHT)).sigmoid().mean()
+
+
+def main():
+    options = runtime.parse(Options, __doc__)
+    runtime.keep_memory()
+    device = runtime.pick_device()
+    dtype = runtime.pick_precision(device, options.precision)
+    print(runtime.first_line(options.model, device, dtype))
+    task = data.find_task(options.task, tuple(options.text_columns), options.label_column)
+    folder = runtime.output_folder(options.output, options.model) / runtime.task_folder(options.task)
+    source = folder / f"none-vanilla-seed{options.seed}"
+    if not (source / "model.safetensors").is_file():
+        given = runtime.flags(options, "model", "output", "seed")
+        raise BadInput(f"{source} is not there: python finetune.py --task {options.task} --ticket none{given} makes it")
+    model, tokenizer = Bert.load(source).to(device), tokens.Tokenizer(source)
+    rows = data.first_rows(task.load(options.data_revision)["train"], options.train_rows, options.task)
+    rows = tokens.Rows(tokenizer, rows, min(task.max_length, model.config.max_length), device)
+    print(f"task {options.task}: {len(rows):,} training rows; the weights of {source} stay as they are")
+    settings = {key: value for key, value in asdict(options).items() if key not in ("output", "overwrite")}
+    made_by = {
+        "script": "robustt.py",
+        "settings": settings | {"precision": runtime.precision_name(dtype)},
+        "model_sha256": data.find_model(options.model)[1],
+        "finetuned_sha256": weights.sha256(source / "model.safetensors"),
+        "task_sha256": rows.sha256,
+        "versions": runtime.versions(),
+    }
+    path = folder / f"robustt-seed{options.seed}.safetensors"
+    state = path.with_suffix(".state.safetensors")
+    if not weights.made_before(path, made_by, options.overwrite):
+        search(options, made_by, model, rows, path, state, dtype)
+    state.unlink(missing_ok=True)
+    kept = weights.read_notes(path)[0]
+    total = sum(mask.numel() for mask in kept.values())
+    left = sum(mask.sum().item() for mask in kept.values())
+    print(f"{left:,} of {total:,} weights are left; ticket: {path}")
+    print(f"next: python finetune.py --task {options.task} --ticket {path}{runtime.flags(options, 'model', 'output')}")
+
+
+def search(options, made_by, model, rows, path, state, dtype):
+    """Learn the gates, draw the ticket: {name of a weight: bool of its shape, false where pruned}, to `path`."""
+    torch.manual_seed(options.seed)
+    model.requires_grad_(False)
+    gated = {name: model.get_submodule(name) for name in matrices(model)}
+    gates = nn.ModuleDict()
+    for name, module in gated.items():
+        gates[name.replace(".", "/")] = Gates(module.weight.shape, options.initial).to(module.weight.device)
+        parametrize.register_parametrization(module, "weight", gates[name.replace(".", "/")])
+    optimizer = torch.optim.AdamW(
+        gates.parameters(), options.learning_rate, weight_decay=options.weight_decay, fused=True
+    )
+    adversary = {"steps": options.adv_steps, "lr": options.adv_lr}
+    adversary |= {"init_mag": options.adv_init_mag, "max_norm": options.adv_max_norm}
+    steps_per_epoch = -(-len(rows) // options.batch_size)
+    steps, first = options.epochs * steps_per_epoch, 0
+    if weights.made_before(state, made_by, options.overwrite):
+        tensors, notes = weights.read_notes(state)
+        weights.restore(tensors, optimizer, gates=gates)
+        first = notes["epochs_done"]
+    step = first * steps_per_epoch
+    bar = runtime.progress(steps, step, "masks")
+    model.train()
+    for epoch in range(first, options.epochs):
+        generator = np.random.Generator(np.random.PCG64([options.seed, epoch]))
+        for ids, mask, segments, labels in rows.batches(options.batch_size, generator):
+            runtime.seed_step(options.seed, step)
+
+            def loss_of(delta):
+                return F.cross_entropy(model.class_logits(ids, mask, segments, delta=delta).float(), labels)
+
+            with runtime.autocast(ids.device, dtype):
+                loss = freelb(
+                    loss_of, torch.ones_like(ids) if mask is None else mask, model.config.hidden_size, **adversary
+                )
+            nn.utils.clip_grad_norm_(gates.parameters(), options.clip_norm)
+            ramp = min(1.0, max(0.0, (step / steps - 0.1) / 0.3))
+            share = torch.stack([gate.open_share() for gate in gates.values()]).mean()
+            (options.regularization * ramp * share).backward()
+            runtime.set_learning_rate(optimizer, options.learning_rate, step, steps, options.warmup)
+            optimizer.step()
+            optimizer.zero_grad()
+            step += 1
+            bar.update()
+            if not bar.disable:
+                bar.set_postfix_str(f"loss {loss:.3f}, open {share:.1%}", refresh=False)
+        if not math.isfinite(loss):
+            raise BadInput(f"training diverged in epoch {epoch + 1}: lower --learning-rate {options.learning_rate:g}")
+        notes = made_by | {"epochs_done": epoch + 1}
+        weights.write_safetensors(state, weights.training_state(optimizer, gates=gates), notes)
+    bar.close()
+    scores = {f"{name}.weight": gates[name.replace(".", "/")].scores.detach().cpu() for name in gated}
+    weights.write_safetensors(path, draw(scores, options.sparsity), made_by)
+
+
+def matrices(model):
+    """Names of the modules whose weights are gated: those of the layers, and the pooler."""
+    kinds = ("query_key_value", "attention_output", "intermediate", "output")
+    return [f"layers.{i}.{kind}" for i in range(len(model.layers)) for kind in kinds] + ["pooler"]
+
+
+def draw(scores, sparsity):
+    """{name: scores} -> {name: bool}: exactly ceil(sparsity N) false, those with the smallest scores of all together,
+    the earlier first among equals."""
+    flat = torch.cat([score.flatten() for score in scores.values()])
+    kept = torch.ones(len(flat), dtype=torch.bool)
+    kept[flat.argsort(stable=True)[: math.ceil(sparsity * len(flat))]] = False
+    parts = kept.split([score.numel() for score in scores.values()])
+    return {name: part.view(score.shape) for (name, score), part in zip(scores.items(), parts)}
+
+
+if __name__ == "__main__":
+    runtime.run(main)
