@@ -274,7 +274,7 @@ def build(textattack, found, name, options, made_by, task, victim):
         if isinstance(constraint, textattack.constraints.semantics.sentence_encoders.SentenceEncoder):
             used["sentence encoder"] = "Universal Sentence Encoder"
             if options.encoder == "minilm":
-                constraint.model = resources.Encoder(victim.device, torch.float32)
+                constraint.model = resources.Encoder(victim.device, victim.dtype)
                 if constraint.skip_text_shorter_than_window:
                     constraint.model.skip_shorter = constraint.window_size
                     constraint.model.count_words = lambda text: len(shared.utils.words_from_text(text))

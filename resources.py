@@ -31,11 +31,15 @@ TABLE = Path(__file__).with_name("synonyms.npz")  # counterfit.py made it
 
 
 class Texts:
-    """A model that reads texts: they are tokenized, sorted by length, padded to the longest of their batch."""
+    """A model that reads texts: they are tokenized, sorted by length, padded to the longest of their batch.
+
+    The same tokens are computed once, also when they come again: words misspelled in several ways are often the same
+    tokens. That saves time, and as they come out equal to the bit, no rounding error chooses among them.
+    """
 
     def __init__(self, model, tokenizer, max_length, device, dtype, batch_size=64):
         self.model, self.tokenizer, self.max_length = model.to(device).eval(), tokenizer, max_length
-        self.device, self.dtype, self.batch_size = device, dtype, batch_size
+        self.device, self.dtype, self.batch_size, self.known = device, dtype, batch_size, {}
 
     @torch.inference_mode()
     def each(self, texts, compute):
@@ -43,15 +47,18 @@ class Texts:
         in their order, on the CPU."""
         rows = [(text if isinstance(text, tuple) else (text,), 0) for text in texts]
         rows = tokens.Rows(self.tokenizer, rows, self.max_length, self.device, cached=False)
-        result = None
-        for chosen in tokens.batches(rows.lengths.numpy(), self.batch_size, None):
-            ids, mask, segments, _ = rows.batch(torch.from_numpy(chosen))
-            with runtime.autocast(ids.device, self.dtype):
-                part = compute(ids, mask, segments).float().cpu()
-            if result is None:
-                result = part.new_empty(len(rows), *part.shape[1:])
-            result[chosen] = part
-        return result
+        ends, lengths, flat = rows.ends.tolist(), rows.lengths.tolist(), rows.ids.numpy()
+        keys = [(flat[end - n : end].tobytes(), second) for end, n, second in zip(ends, lengths, rows.second.tolist())]
+        if len(self.known) > 10_000:
+            self.known.clear()
+        first = {key: number for number, key in enumerate(keys) if key not in self.known}
+        new = np.array(list(first.values()), dtype=np.int64)
+        for chosen in tokens.batches(rows.lengths.numpy()[new], self.batch_size, None) if len(new) else ():
+            ids, mask, segments, _ = rows.batch(torch.from_numpy(new[chosen]))
+            with runtime.autocast(self.device, self.dtype):
+                found = compute(ids.to(self.device), *(t if t is None else t.to(self.device) for t in (mask, segments)))
+            self.known |= zip((keys[number] for number in new[chosen]), found.float().cpu())
+        return torch.stack([self.known[key] for key in keys])
 
 
 class Classifier(Texts):
@@ -73,19 +80,17 @@ class Encoder(Texts):
     def __init__(self, device, dtype):
         path, _ = data.find_model("minilm")
         super().__init__(Bert.load(path, num_labels=0), tokens.Tokenizer(path), 256, device, dtype)
-        self.known, self.skip_shorter, self.count_words = {}, 0, None
+        self.skip_shorter, self.count_words = 0, None
 
     def __call__(self, texts):
-        if len(self.known) > 10_000:
-            self.known.clear()
-        new = [text for text in dict.fromkeys(texts) if text not in self.known]
-        if self.skip_shorter:
-            long = [text for text in new if self.count_words(text) >= self.skip_shorter]
-            self.known |= dict.fromkeys(new, torch.zeros(self.model.config.hidden_size))
-            new = long
-        if new:
-            self.known |= zip(new, self.each(new, self.mean_state))
-        return torch.stack([self.known[text] for text in texts])
+        long = [number for number, text in enumerate(texts) if self.is_read(text)]
+        vectors = torch.zeros(len(texts), self.model.config.hidden_size)
+        if long:
+            vectors[long] = self.each([texts[number] for number in long], self.mean_state)
+        return vectors
+
+    def is_read(self, text):
+        return not self.skip_shorter or self.count_words(text) >= self.skip_shorter
 
     def mean_state(self, ids, mask, segments):
         states = self.model(ids, mask, segments).float()  # (B, T, d)
