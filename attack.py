@@ -235,7 +235,7 @@ def nltk_data(nltk, folder, package):
             patience = socket.getdefaulttimeout()
             socket.setdefaulttimeout(hub.TIMEOUT[1])
             try:
-                with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+                with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
                     warnings.simplefilter("ignore")
                     nltk.download(package, quiet=True)  # false, not an exception, where it cannot be had
             finally:
