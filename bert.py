@@ -24,7 +24,6 @@ import published
 import weights
 from runtime import BadInput, write_json
 
-
 KNOWN = {"model_type": ("bert", "roberta"), "hidden_act": ("gelu",), "position_embedding_type": ("absolute",)}
 
 
@@ -133,8 +132,7 @@ class Linear(nn.Linear):
 class Embedding(nn.Embedding):
     """Likewise."""
 
-    def reset_parameters(self):
-        pass
+    reset_parameters = Linear.reset_parameters
 
 
 class Layer(nn.Module):
@@ -302,14 +300,6 @@ class Bert(nn.Module):
         for name, kept, dimension in cuts(head_mask, ffn_mask, config.head_size):
             state[name] = state[name].index_select(dimension, kept.nonzero().flatten().to(state[name].device))
         return self.with_state(config, state)
-
-    def redrawn(self, head_mask, ffn_mask):
-        """This full model with what the masks would prune initialized anew: Table 6's ablation of the structure."""
-        state, fresh = self.state_dict(), Bert(self.config).state_dict()
-        for name, kept, dimension in cuts(head_mask, ffn_mask, self.config.head_size):
-            shape = [-1 if i == dimension else 1 for i in range(state[name].dim())]
-            state[name] = torch.where(kept.view(shape), state[name], fresh[name])
-        return self.with_state(self.config, state)
 
     def dense(self, head_mask, ffn_mask):
         """The full-sized Bert that equals this one, which `pruned` made with these masks: zeros where that cut."""

@@ -25,7 +25,7 @@ import data
 import runtime
 import tokens
 import weights
-from bert import Bert, Config
+from bert import Bert, Config, cuts
 from freelb import freelb, pgd
 from gates import draw_masks
 from infobert import Anchor, InfoBERT
@@ -131,7 +131,7 @@ def main():
             raise BadInput(f"{options.model} was pruned elsewhere, by masks unknown here: it cannot be exported dense")
         of_weights = masks if isinstance(masks, dict) else {}
         if options.ablation == "no-structure":
-            model = model.redrawn(*masks)
+            model = redrawn(model, *masks)
         elif masks is not None and not of_weights:
             model = model.pruned(*masks)
         if options.ablation == "no-initialization":
@@ -266,6 +266,15 @@ def finetune(options, made_by, model, of_weights, sets, folder, tokenizer, task,
     runtime.write_json(folder / "metrics.json", made_by | metrics)
     tokenizer.save(folder)
     model.save(folder, task.labels, made_by)  # last: where it is, the run is complete
+
+
+def redrawn(model, head_mask, ffn_mask):
+    """The full model with what the masks would prune initialized anew: Table 6's ablation of the structure."""
+    state, fresh = model.state_dict(), Bert(model.config).state_dict()
+    for name, kept, dimension in cuts(head_mask, ffn_mask, model.config.head_size):
+        shape = [-1 if i == dimension else 1 for i in range(state[name].dim())]
+        state[name] = torch.where(kept.view(shape), state[name], fresh[name])
+    return model.with_state(model.config, state)
 
 
 @torch.no_grad()
