@@ -122,7 +122,9 @@ def main():
             bar.disable = bar.disable or rank > 0
             try:
                 for place, number in enumerate(examples):
-                    if place % world == rank and number not in results.rows and os.getppid() == parent:
+                    if rank and os.getppid() != parent:
+                        return  # whoever started this helper is gone
+                    if place % world == rank and number not in results.rows:
                         textattack.shared.utils.set_seed((options.seed * 1_000_003 + number) % 2**32)
                         results.add(attack_one(attack, task, similar, number, *examples[number]))
                         results.show(bar, world > 1)
