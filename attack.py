@@ -12,7 +12,6 @@ succeed, on those classified rightly before; #Query the mean number of queries o
 the model: ATTACK.jsonl, a line an example, and ATTACK.json. Killed and typed again, the command goes on.
 """
 
-import contextlib
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -237,9 +236,9 @@ def nltk_data(nltk, folder, package):
             patience = socket.getdefaulttimeout()
             socket.setdefaulttimeout(hub.TIMEOUT[1])
             try:
-                with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
+                with warnings.catch_warnings():
                     warnings.simplefilter("ignore")
-                    nltk.download(package, quiet=True)  # false, not an exception, where it cannot be had
+                    nltk.download(package, quiet=True, print_error_to=io.StringIO())  # false where it cannot be had
             finally:
                 socket.setdefaulttimeout(patience)
     return False
