@@ -118,7 +118,6 @@ def main():
             print("\n".join(f"{name}, {what}: {which}" for what, which in used.items()))
             results = Results(folder / f"{name}.jsonl", made_by, name, used, list(examples), options.overwrite)
             bar = runtime.progress(len(examples), len(results.rows), name, "example")
-            bar.disable = bar.disable or rank > 0
             try:
                 for place, number in enumerate(examples):
                     if rank and os.getppid() != parent:

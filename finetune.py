@@ -5,6 +5,7 @@
     python finetune.py --task rt --ticket random      as many heads and neurons as the ticket, at random
     python finetune.py --task rt --method freelb      with adversarial training on top; or pgd
     python finetune.py --task rt --ablation no-structure     Table 6: what of the ticket is it that matters?
+    torchrun --nproc-per-node 2 finetune.py --task rt        on two GPUs, each taking half of every batch
 
 Fine-tuning starts from the pre-trained weights, theta_0, not from those of the search; what the ticket prunes is
 physically gone. The epoch with the best accuracy on a held-out tenth of the training rows is kept, and only that
@@ -15,13 +16,14 @@ import hashlib
 import math
 import time
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 import data
+import processes
 import runtime
 import tokens
 import weights
@@ -78,6 +80,10 @@ class Options:
     )
     alpha: float = option(5e-3, "InfoBERT's, of the anchored features", at_least=0)
     beta: float = option(5e-3, "InfoBERT's, of the information bottleneck", at_least=0)
+    accumulate: int = option(1, "parts of a step, one after another, where memory is short", at_least=1)
+    checkpointing: bool = option(
+        False, "compute activations twice instead of keeping them: less memory, a third more work"
+    )
     precision: str = option("auto", "of matrix products; auto: bf16 where it is fast", choices=("auto", "bf16", "fp32"))
     export_hf: str = option(
         None, "also write a dense copy, zeros where pruned, that transformers loads, to this folder"
@@ -85,33 +91,36 @@ class Options:
     overwrite: bool = option(False, "replace a model that other settings made in the same folder")
 
 
+NOT_SETTINGS = ("output", "overwrite", "export_hf", "accumulate", "checkpointing")  # the run is the same with others
+
+
 def main():
     options = runtime.parse(Options, __doc__)
     runtime.keep_memory()
     device = runtime.pick_device()
+    processes.join(device)
     dtype = runtime.pick_precision(device, options.precision)
     print(runtime.first_line(options.model, device, dtype))
     task = data.find_task(options.task, tuple(options.text_columns), options.label_column)
-    source, model_sha256 = data.find_model(options.model, options.revision)
     folder = runtime.output_folder(options.output, options.model) / runtime.task_folder(options.task)
-    config = Config.read(source)
-    masks, ticket_sha256 = find_ticket(options, folder / "ticket.safetensors", model_sha256, config)
+    with processes.first_alone():
+        source, model_sha256 = data.find_model(options.model, options.revision)
+        config = Config.read(source)
+        masks, ticket_sha256 = find_ticket(options, folder / "ticket.safetensors", model_sha256, config)
+        tokenizer = tokens.Tokenizer(source)
+        max_length = min(options.max_length or task.max_length, config.max_length)
+        splits = task.load(options.data_revision)
+        splits["train"] = data.first_rows(splits["train"], options.train_rows, options.task)
+        sets = {name: tokens.Rows(tokenizer, rows, max_length, device) for name, rows in splits.items()}
     folder = folder / runtime.run_name(options)
-    tokenizer = tokens.Tokenizer(source)
-    max_length = min(options.max_length or task.max_length, config.max_length)
-    splits = task.load(options.data_revision)
-    splits["train"] = data.first_rows(splits["train"], options.train_rows, options.task)
-    sets = {name: tokens.Rows(tokenizer, rows, max_length, device) for name, rows in splits.items()}
     del splits  # the texts; from here on there are token ids
     print(f"task {options.task}: {', '.join(f'{len(rows):,} {name}' for name, rows in sets.items())} rows; {task.note}")
     longer = sum(int(rows.cut) for rows in sets.values())
     print(f"ticket: {options.ticket}" + f"; {longer:,} texts are cut to {max_length} tokens" * (longer > 0))
 
-    settings = asdict(options)
+    settings = {name: value for name, value in asdict(options).items() if name not in NOT_SETTINGS}
     for name, value in zip(("adv_steps", "adv_lr", "adv_init_mag", "adv_max_norm"), ADVERSARIES[options.method]):
         settings[name] = value if settings[name] is None or options.method == "vanilla" else settings[name]
-    for name in ("output", "overwrite", "export_hf"):
-        del settings[name]
     made_by = {
         "script": "finetune.py",
         "task_sha256": hashlib.sha256("".join(rows.sha256 for rows in sets.values()).encode()).hexdigest(),
@@ -121,8 +130,12 @@ def main():
         "versions": runtime.versions(),
     }
     finished, exported = folder / "model.safetensors", Path(options.export_hf or ".") / "model.safetensors"
-    is_exported = options.export_hf and weights.made_before(exported, made_by, options.overwrite)
-    if not weights.made_before(finished, made_by, options.overwrite):
+
+    def made_before(path):
+        return processes.at_first(lambda: weights.made_before(path, made_by, options.overwrite))
+
+    is_exported = options.export_hf and made_before(exported)
+    if not made_before(finished):
         torch.manual_seed(options.seed)
         model = Bert.load(source, num_labels=len(task.labels))
         for remark in model.remarks:
@@ -137,6 +150,9 @@ def main():
         if options.ablation == "no-initialization":
             model.apply(model.initialize)
         finetune(options, made_by, model.to(device), of_weights, sets, folder, tokenizer, task, dtype)
+    processes.leave()
+    if not processes.FIRST:
+        return
     for leftover in folder.glob("*.state.safetensors"):
         leftover.unlink()
     metrics = runtime.read_json(folder / "metrics.json")
@@ -197,19 +213,22 @@ def finetune(options, made_by, model, of_weights, sets, folder, tokenizer, task,
     }
     hold_at_zero(of_weights)
     adversary = {name: made_by["settings"][f"adv_{name}"] for name in ("steps", "lr", "init_mag", "max_norm")}
+    adversary["accumulate"] = options.accumulate
     climb = pgd if options.method == "pgd" else freelb
-    trained, info = torch.nn.ModuleDict({"model": model}), None
+    parts, info = {"model": model}, None
     if options.method == "infobert":
-        trained["anchor"] = Anchor(model.config.hidden_size).to(model.word_embeddings.weight.device)
-        info = InfoBERT(model, trained["anchor"], options.alpha, options.beta, options.batch_size)
+        parts["anchor"] = Anchor(model.config.hidden_size).to(model.word_embeddings.weight.device)
+        info = InfoBERT(model, parts["anchor"], options.alpha, options.beta, options.batch_size)
+    model.checkpointing = options.checkpointing
+    trained = processes.together(**parts)
     groups = runtime.decay_groups(trained, options.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=options.learning_rate, fused=True)
     state, best_path = folder / "finetune.state.safetensors", folder / "best.state.safetensors"
     seconds, scores = 0.0, []  # the validation accuracy of each epoch
-    weights.made_before(best_path, made_by, options.overwrite)
-    if weights.made_before(state, made_by, options.overwrite):
-        tensors, notes = weights.read_notes(state)
-        weights.restore(tensors, optimizer, **trained)
+    processes.at_first(lambda: weights.made_before(best_path, made_by, options.overwrite))
+    tensors, notes = processes.at_first(lambda: weights.resumed(state, made_by, options.overwrite))
+    if tensors:
+        weights.restore(tensors, optimizer, **parts)
         seconds, scores = notes["seconds"], notes["scores"]
     steps_per_epoch = -(-len(sets["train"]) // options.batch_size)
     steps = options.epochs * steps_per_epoch
@@ -220,17 +239,19 @@ def finetune(options, made_by, model, of_weights, sets, folder, tokenizer, task,
         total = torch.zeros((), device=model.word_embeddings.weight.device)  # a list of losses would split the heap
         generator = np.random.Generator(np.random.PCG64([options.seed, epoch]))
         model.train()
-        for ids, mask, segments, labels in sets["train"].batches(options.batch_size, generator):
+        for batch in sets["train"].batches(options.batch_size, generator):
             runtime.seed_step(options.seed, step)
 
-            def loss_of(delta):
-                return F.cross_entropy(model.class_logits(ids, mask, segments, delta=delta).float(), labels)
+            def loss_for(rows):
+                part = tokens.part(batch, rows)
+                share = len(part[-1]) / len(batch[-1])
+                if info is not None:
+                    return info.losses(*part, share)
+                return lambda delta: model.class_loss(*part, delta=delta) * share, None
 
-            if info is not None:
-                loss_of, adversary["anchored"] = info.losses(ids, mask, segments, labels)
-            with runtime.autocast(ids.device, dtype):
-                present = torch.ones_like(ids) if mask is None else mask
-                total += climb(loss_of, present, model.config.hidden_size, **adversary)
+            with runtime.autocast(total.device, dtype):
+                present = tokens.present(*batch)
+                total += processes.gradients(trained, climb, loss_for, present, model.config.hidden_size, **adversary)
             torch.nn.utils.clip_grad_norm_(trained.parameters(), options.clip_norm)
             runtime.set_learning_rate(optimizer, options.learning_rate, step, steps, options.warmup)
             optimizer.step()
@@ -243,13 +264,14 @@ def finetune(options, made_by, model, of_weights, sets, folder, tokenizer, task,
         if not math.isfinite(mean_loss):
             raise BadInput(f"training diverged in epoch {epoch + 1}: lower --learning-rate {options.learning_rate:g}")
         scores.append(accuracy(model, sets["validation"], options.batch_size, dtype))
-        if scores[-1] > max(scores[:-1], default=-1.0):
+        if processes.FIRST and scores[-1] > max(scores[:-1], default=-1.0):
             weights.write_safetensors(best_path, model.state_dict(), made_by)
-        notes = made_by | {"seconds": seconds, "scores": scores}
-        weights.write_safetensors(state, weights.training_state(optimizer, **trained), notes)
+        if processes.FIRST:
+            notes = made_by | {"seconds": seconds, "scores": scores}
+            weights.write_safetensors(state, weights.training_state(optimizer, **parts), notes)
         bar.set_postfix_str(f"loss {mean_loss:.3f}, held-out accuracy {scores[-1]:.2%}")
     bar.close()
-    model.load_state_dict(weights.read_safetensors(best_path)[0])
+    model.load_state_dict(processes.at_first(lambda: dict(weights.read_safetensors(best_path)[0])))
     best = scores.index(max(scores))
     metrics = {
         "best_epoch": best + 1,
@@ -263,9 +285,10 @@ def finetune(options, made_by, model, of_weights, sets, folder, tokenizer, task,
         "tokens_per_second": options.epochs * len(sets["train"].ids) / seconds,
         "peak_memory": runtime.peak_memory(model.word_embeddings.weight.device),
     }
-    runtime.write_json(folder / "metrics.json", made_by | metrics)
-    tokenizer.save(folder)
-    model.save(folder, task.labels, made_by)  # last: where it is, the run is complete
+    if processes.FIRST:
+        runtime.write_json(folder / "metrics.json", made_by | metrics)
+        tokenizer.save(folder)
+        model.save(folder, task.labels, made_by)  # last: where it is, the run is complete
 
 
 def redrawn(model, head_mask, ffn_mask):
@@ -318,13 +341,14 @@ def model_card(metrics, task):
 
 @torch.inference_mode()
 def accuracy(model, rows, batch_size, dtype):
-    """The share of rows that the model classifies as labelled, without dropout."""
+    """The share of rows that the model classifies as labelled, without dropout; the processes share the batches."""
     model.eval()
-    right = 0
-    for ids, mask, segments, labels in rows.batches(4 * batch_size):
+    right = torch.zeros((), device=model.word_embeddings.weight.device)
+    batches = islice(rows.batches(4 * batch_size), processes.RANK, None, processes.WORLD)
+    for ids, mask, segments, labels in batches:
         with runtime.autocast(ids.device, dtype):
-            right += (model.class_logits(ids, mask, segments).argmax(1) == labels).sum().item()
-    return right / len(rows)
+            right += (model.class_logits(ids, mask, segments).argmax(1) == labels).sum()
+    return processes.total(right).item() / len(rows)
 
 
 if __name__ == "__main__":

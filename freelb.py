@@ -19,12 +19,12 @@ def freelb(loss_of, mask, dim, steps, lr, init_mag, max_norm, anchored=None):
     return climb(loss_of, mask, dim, steps, lr, init_mag, max_norm, [1 / steps] * steps, anchored)
 
 
-def pgd(loss_of, mask, dim, steps, lr, init_mag, max_norm):
+def pgd(loss_of, mask, dim, steps, lr, init_mag, max_norm, anchored=None):
     """As `freelb`, but only the last pass, at the worst delta found, gives the parameters a gradient."""
-    return climb(loss_of, mask, dim, steps, lr, init_mag, max_norm, weights=[0] * (steps - 1) + [1])
+    return climb(loss_of, mask, dim, steps, lr, init_mag, max_norm, [0] * (steps - 1) + [1], anchored)
 
 
-def climb(loss_of, mask, dim, steps, lr, init_mag, max_norm, weights, anchored=None):
+def climb(loss_of, mask, dim, steps, lr, init_mag, max_norm, weights, anchored):
     """The loop of both: `weights` are the shares of the passes in the parameters' gradient and in the loss."""
     mask = mask.float()[..., None]  # (B, T, 1)
     tokens = mask.sum(1, keepdim=True).clamp(min=1)  # (B, 1, 1), padding not counted
@@ -39,14 +39,16 @@ def climb(loss_of, mask, dim, steps, lr, init_mag, max_norm, weights, anchored=N
         last = step == steps - 1
         delta.requires_grad_(not last or anchored is not None)
         loss = loss_of(delta)
-        if weight:
-            (loss * weight).backward(retain_graph=anchored is not None)
-        if anchored is not None:
-            gradient = delta.grad.clone()
-            (anchored(gradient) * weight).backward()
-            delta.grad = gradient  # the ascent follows the loss alone
+        if anchored is not None:  # the ascent follows the loss alone
+            gradient = torch.autograd.grad(loss, delta, retain_graph=True)[0]
+            ((loss + anchored(gradient)) * weight).backward()
+        elif weight:
+            (loss * weight).backward()
+            gradient = delta.grad
+        else:
+            gradient = torch.autograd.grad(loss, delta)[0]
         if not last:
-            gradient = (delta.grad if weight else torch.autograd.grad(loss, delta)[0]) * mask
+            gradient = gradient * mask
             length = gradient.flatten(1).norm(dim=1).clamp(min=1e-8)[:, None, None]  # (B, 1, 1)
             delta = project(delta.detach() + lr * gradient / length, max_norm)
         mean_loss += weight * loss.detach()

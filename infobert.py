@@ -59,8 +59,9 @@ class InfoBERT:
     def __init__(self, model, anchor, alpha, beta, batch_size):
         self.model, self.anchor, self.alpha, self.beta, self.batch_size = model, anchor, alpha, beta, batch_size
 
-    def losses(self, ids, mask, segments, labels):
-        """(loss_of(delta), anchored(gradient at delta)); the second is of the pass that the first has just done."""
+    def losses(self, ids, mask, segments, labels, share=1):
+        """(loss_of(delta), anchored(gradient at delta)); the second is of the pass that the first has just done.
+        share: of the batch that these rows are, a factor of both."""
         present = torch.ones_like(ids) if mask is None else mask
         seen = {}
 
@@ -69,7 +70,7 @@ class InfoBERT:
             first = torch.arange(0, ids.numel(), ids.shape[1], device=ids.device)
             seen["tokens"], seen["sentences"] = embeddings, self.model.encode(embeddings, mask, first)
             loss = F.cross_entropy(self.model.classify(seen["sentences"]).float(), labels)
-            return loss + self.beta * bottleneck(embeddings, present)
+            return (loss + self.beta * bottleneck(embeddings, present)) * share
 
         def anchored(gradient):
             rows, columns = robust_tokens(gradient, present)
@@ -78,6 +79,6 @@ class InfoBERT:
                 self.anchor(seen["tokens"][rows[part], columns[part]], seen["sentences"][rows[part]])
                 for part in order.split(self.batch_size)
             ]
-            return -self.alpha * torch.stack(bounds).mean()
+            return -self.alpha * torch.stack(bounds).mean() * share
 
         return loss_of, anchored

@@ -1,16 +1,19 @@
 """The paper's tables, each made by one command out of the scripts. Killed and typed again, it goes on.
 
-    python paper.py table1 --tasks sst2 --model minilm --seeds 3 --train-rows 20000 --epochs 3 --n 300
+    python paper.py table1 --tasks sst2 --model minilm --train-rows 20000 --epochs 3 --mask-epochs 2
+    python paper.py table1 ... --methods Vanilla FreeLB --seeds 3        more seeds of some, in the same table
 
 Table 1 compares methods on clean and attacked test rows. Each cell is a run of finetune.py and one of attack.py with
-the same rows, epochs and batch; a run that is there already is not repeated. The table goes to RESULTS/table1.md and
-.json, means over the seeds with standard deviations; everything else below OUTPUT. No number is typed by hand.
+the same rows, epochs and batch. RESULTS/table1.json keeps what each run found and with which settings; a run that is
+there is not repeated. RESULTS/table1.md shows all of them, one table for each task and settings, means over the seeds
+with standard deviations. Models go below OUTPUT; other settings need another OUTPUT. No number is typed by hand.
 """
 
+import json
 import statistics
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import data
@@ -29,6 +32,10 @@ METHODS = {
     "Vanilla ticket": ("of a search without adversary", "vanilla"),
     "Random ticket": ("random", "vanilla"),
 }
+
+
+# what tells one run of a method and seed from another
+SETTINGS = ("model", "train_rows", "epochs", "mask_epochs", "batch_size", "learning_rate", "attacks", "n")
 
 
 @dataclass
@@ -55,15 +62,25 @@ def main():
         for value in getattr(options, name):
             if value not in known:
                 raise BadInput(f"--{name} {value!r}: give some of {', '.join(known)}")
-    cells = [(task, seed, name) for task in options.tasks for seed in range(options.seeds) for name in options.methods]
-    rows, bar = {}, runtime.progress(len(cells), description=options.table, unit="run")
-    for task, seed, name in cells:
+    settings = {name: getattr(options, name) for name in SETTINGS} | {"attacks": " ".join(options.attacks)}
+    path = Path(options.results) / f"{options.table}.json"
+    runs = runtime.read_json(path)["runs"] if path.is_file() else []
+    there = {(run["task"], run["method"], run["seed"]) for run in runs if run["settings"] == settings}
+    cells = [(task, name, seed) for task in options.tasks for seed in range(options.seeds) for name in options.methods]
+    missing = [cell for cell in cells if cell not in there]
+    bar = runtime.progress(len(cells), len(cells) - len(missing), options.table, "run")
+    for task, name, seed in missing:
         bar.set_postfix_str(f"{name} on {task}, seed {seed}")
-        rows.setdefault((task, name), []).append(run(options, task, seed, name))
+        figures = run(options, task, name, seed)
+        where = {"machine": runtime.describe(runtime.pick_device()), "versions": runtime.versions()}
+        runs.append({"task": task, "method": name, "seed": seed, "settings": settings, "figures": figures} | where)
+        runtime.write_json(path, {"runs": runs})
         bar.update()
-        write(options, rows)
     bar.close()
-    print((Path(options.results) / f"{options.table}.md").read_text("utf8"), end="")
+    text = written(runs)
+    with runtime.replacing(path.with_suffix(".md")) as beside:
+        Path(beside).write_text(text, "utf8")
+    print(text, end="")
 
 
 def script(name, **flags):
@@ -80,7 +97,7 @@ def script(name, **flags):
         raise BadInput(f"{name} {' '.join(map(str, given))} failed with exit code {ended.returncode}")
 
 
-def run(options, task, seed, name):
+def run(options, task, name, seed):
     """Make what the method needs, fine-tune, attack; {figure: number} of the run."""
     ticket, method = METHODS[name]
     where = {"model": options.model, "output": options.output}
@@ -113,23 +130,30 @@ def run(options, task, seed, name):
     return found | {"GB": figures["peak_memory"] / 1e9, "M parameters": figures["parameters"] / 1e6}
 
 
-def write(options, rows):
-    """The table so far: for each task and method the means over its seeds and, of several, standard deviations."""
-    columns = list(next(iter(rows.values()))[0])
-    lines = []
-    for task in dict.fromkeys(task for task, _ in rows):
-        lines += ["", f"| {task}, {options.model} | runs | {' | '.join(columns)} |", "|---" * (len(columns) + 2) + "|"]
-        for (of, name), runs in rows.items():
-            if of == task:
-                cells = [[run[column] for run in runs if run[column] is not None] for column in columns]
-                lines.append(f"| {name} | {len(runs)} | {' | '.join(map(cell, cells))} |")
-    settings = ", ".join(f"{key} {value}" for key, value in asdict(options).items() if key not in ("output", "results"))
-    text = "\n".join([f"Made by paper.py: {settings}.", *lines, ""])
-    folder = Path(options.results)
-    found = [{"task": task, "method": name, "runs": runs} for (task, name), runs in rows.items()]
-    runtime.write_json(folder / f"{options.table}.json", {"settings": asdict(options), "rows": found})
-    with runtime.replacing(folder / f"{options.table}.md") as beside:
-        Path(beside).write_text(text, "utf8")
+def written(runs):
+    """All runs as Markdown: for each task and settings a table with the mean of each method's seeds and, where there
+    are several, the standard deviation."""
+    tables = {}
+    for of in runs:
+        key = json.dumps([of["task"], of["settings"]])
+        tables.setdefault(key, {}).setdefault(of["method"], []).append(of["figures"])
+    lines = ["Made by paper.py out of the runs in the .json beside it. ± is the standard deviation over the seeds."]
+    for key, rows in tables.items():
+        task, settings = json.loads(key)
+        given = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in settings.items() if value is not None)
+        columns = list(dict.fromkeys(column for seeds in rows.values() for figures in seeds for column in figures))
+        head = " | ".join([f"{task}, {settings['model']}", "runs", *columns])
+        lines += ["", f"{given}.", "", f"| {head} |", "|---" * (len(columns) + 2) + "|"]
+        for method in sorted(rows, key=list(METHODS).index):
+            numbers = [[of[column] for of in rows[method] if of.get(column) is not None] for column in columns]
+            lines.append(f"| {' | '.join([method, str(len(rows[method])), *map(cell, numbers)])} |")
+        widest = 196 * (0.25 / settings["n"]) ** 0.5
+        lines += [
+            "",
+            f"By the choice of the {settings['n']} attacked rows alone, one run's Aua% and Suc% are uncertain",
+        ]
+        lines[-1] += f" by up to ± {widest:.1f} points (95 % interval)."
+    return "\n".join([*lines, ""])
 
 
 def cell(numbers):

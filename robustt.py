@@ -16,7 +16,6 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -131,8 +130,8 @@ def search(options, made_by, model, rows, path, state, dtype):
     adversary |= {"init_mag": options.adv_init_mag, "max_norm": options.adv_max_norm}
     steps_per_epoch = -(-len(rows) // options.batch_size)
     steps, first = options.epochs * steps_per_epoch, 0
-    if weights.made_before(state, made_by, options.overwrite):
-        tensors, notes = weights.read_notes(state)
+    tensors, notes = weights.resumed(state, made_by, options.overwrite)
+    if tensors:
         weights.restore(tensors, optimizer, gates=gates)
         first = notes["epochs_done"]
     step = first * steps_per_epoch
@@ -140,15 +139,14 @@ def search(options, made_by, model, rows, path, state, dtype):
     model.train()
     for epoch in range(first, options.epochs):
         generator = np.random.Generator(np.random.PCG64([options.seed, epoch]))
-        for ids, mask, segments, labels in rows.batches(options.batch_size, generator):
+        for batch in rows.batches(options.batch_size, generator):
             runtime.seed_step(options.seed, step)
-
-            def loss_of(delta):
-                return F.cross_entropy(model.class_logits(ids, mask, segments, delta=delta).float(), labels)
-
-            with runtime.autocast(ids.device, dtype):
+            with runtime.autocast(batch[0].device, dtype):
                 loss = freelb(
-                    loss_of, torch.ones_like(ids) if mask is None else mask, model.config.hidden_size, **adversary
+                    lambda delta: model.class_loss(*batch, delta=delta),
+                    tokens.present(*batch),
+                    model.config.hidden_size,
+                    **adversary,
                 )
             nn.utils.clip_grad_norm_(gates.parameters(), options.clip_norm)
             ramp = min(1.0, max(0.0, (step / steps - 0.1) / 0.3))

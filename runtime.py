@@ -13,6 +13,7 @@ import resource
 import shlex
 import shutil
 import sys
+import time
 from fractions import Fraction
 from pathlib import Path
 
@@ -43,6 +44,8 @@ def run(main):
         code, line = 130, f"\n{script}: interrupted; the same command goes on where it can"
     else:
         return
+    if int(os.environ.get("RANK", 0)):
+        time.sleep(2)  # of several processes with the same error one shows it, and torchrun then ends the others
     print(line, file=sys.stderr)
     sys.exit(code)
 
@@ -214,11 +217,14 @@ def first_line(model, device, dtype):
     """What every script that computes says first: the model and why it, the machine, the precision."""
     has = "with" if device.type == "cuda" else "without"
     why = f" (the default {has} CUDA)" if model == DEFAULT_MODEL else ""
-    return f"model {model}{why} on {describe(device)} in {precision_name(dtype)}"
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    times = f"{world} processes, each " * (world > 1)
+    return f"model {model}{why} on {times}{describe(device)} in {precision_name(dtype)}"
 
 
 def pick_device():
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """The GPU, of several that of this process, or the CPU."""
+    return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
 
 
 def pick_precision(device, precision):
@@ -284,9 +290,10 @@ def decay_groups(model, weight_decay):
 
 
 def progress(total, initial=0, description="", unit="step"):
-    """A tqdm bar with rate and remaining time, silent where standard error is no terminal."""
+    """A tqdm bar with rate and remaining time; silent at all processes but the first, and without a terminal."""
     settings = {"unit_scale": True, "unit_divisor": 1024} if unit == "B" else {}
-    return tqdm(total=total, initial=initial, desc=description, disable=None, dynamic_ncols=True, unit=unit, **settings)
+    settings |= {"disable": os.environ.get("RANK", "0") != "0" or None, "dynamic_ncols": True, "unit": unit}
+    return tqdm(total=total, initial=initial, desc=description, **settings)
 
 
 def versions():

@@ -5,6 +5,7 @@
     python search.py --adv-steps 1 --adv-init-mag 0       the ordinary ("vanilla") ticket, no adversary (Table 3)
     python search.py --source rt                          on a task's loss instead of MLM's (Table 4)
     python search.py --seeds 10                           ten searches, one after another
+    torchrun --nproc-per-node 2 search.py                 on two GPUs, each taking half of every batch
 
 The command killed at any moment and typed again goes on from the last mini-epoch and ends with the same bytes.
 Defaults are those of section 3.5 of the paper where it gives one.
@@ -18,9 +19,9 @@ import filelock
 import matplotlib
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 import data
+import processes
 import runtime
 import tokens
 import weights
@@ -62,26 +63,35 @@ class Options:
     patience: int = option(5, "mini-epochs in a row below gamma that end the search", at_least=1)
     head_steps: int = option(200, "steps to fit an MLM head where the model comes without one", at_least=1)
     head_learning_rate: float = option(3e-3, "of that head", above=0)
+    accumulate: int = option(1, "parts of a step, one after another, where memory is short", at_least=1)
+    checkpointing: bool = option(
+        False, "compute activations twice instead of keeping them: less memory, a third more work"
+    )
     precision: str = option("auto", "of matrix products; auto: bf16 where it is fast", choices=("auto", "bf16", "fp32"))
     overwrite: bool = option(False, "replace the coefficients of another search in the same folder")
+
+
+NOT_SETTINGS = ("output", "overwrite", "seeds", "accumulate", "checkpointing")  # the search is the same with others
 
 
 def main():
     options = runtime.parse(Options, __doc__)
     runtime.keep_memory()
     device = runtime.pick_device()
+    processes.join(device)
     dtype = runtime.pick_precision(device, options.precision)
-    folder, model_sha256 = data.find_model(options.model, options.revision)
     output = runtime.output_folder(options.output, options.model)
-    print(runtime.first_line(options.model, device, dtype))
-    tokenizer = tokens.Tokenizer(folder)
-    source = (MLM if options.source == "mlm" else Classification)(options, tokenizer, Config.read(folder))
+    with processes.first_alone():
+        folder, model_sha256 = data.find_model(options.model, options.revision)
+        print(runtime.first_line(options.model, device, dtype))
+        tokenizer = tokens.Tokenizer(folder)
+        source = (MLM if options.source == "mlm" else Classification)(options, tokenizer, Config.read(folder))
     print(source.description)
     for seed in range(options.seed, options.seed + options.seeds):
         name = "" if options.source == "mlm" else f"-{runtime.task_folder(options.source)}"
         name += f"-seed{seed}" if options.seeds > 1 else ""
         of_seed = replace(options, seed=seed)
-        settings = {key: value for key, value in asdict(of_seed).items() if key not in ("output", "overwrite", "seeds")}
+        settings = {key: value for key, value in asdict(of_seed).items() if key not in NOT_SETTINGS}
         made_by = {
             "script": "search.py",
             "settings": settings | {"precision": runtime.precision_name(dtype)},
@@ -90,11 +100,13 @@ def main():
             "versions": runtime.versions(),
         }
         path, state = output / f"coefficients{name}.safetensors", output / f"search{name}.state.safetensors"
-        if not weights.made_before(path, made_by, options.overwrite):
+        if not processes.at_first(lambda: weights.made_before(path, made_by, options.overwrite)):
             search(of_seed, made_by, folder, tokenizer, source, path, state, device, dtype)
-        state.unlink(missing_ok=True)
-        plot(path, output / f"search{name}.png")
-        report(path, output / f"search{name}.png", options)
+        if processes.FIRST:
+            state.unlink(missing_ok=True)
+            plot(path, output / f"search{name}.png")
+            report(path, output / f"search{name}.png", options)
+    processes.leave()
 
 
 class MLM:
@@ -115,12 +127,21 @@ class MLM:
         return torch.randperm(len(self.blocks)).split(batch_size)
 
     def batch(self, chosen, model, c, device):
-        """(mask of its tokens (B, T), the loss as a function of delta (B, T, d)); masks words anew at every call."""
-        ids = self.blocks.rows(chosen)
-        ids, positions, labels = (t.to(device) for t in tokens.mask_tokens(ids, self.tokenizer))
-        return torch.ones_like(ids), lambda delta: model.mlm_loss(
-            model(ids, keep=positions, gates=c.gates, delta=delta), labels
-        )
+        """(mask of its tokens (B, T), what processes.gradients calls loss_for); masks words anew at every call."""
+        ids, positions, labels = tokens.mask_tokens(self.blocks.rows(chosen), self.tokenizer)
+
+        def loss_for(rows):
+            first, end = (torch.searchsorted(positions, row * ids.shape[1]).item() for row in (rows.start, rows.stop))
+            keep = positions[first:end] - rows.start * ids.shape[1]  # of the B T tokens of these rows
+            part = [t.to(device) for t in (ids[rows], keep, labels[first:end])]
+
+            def loss_of(delta):
+                loss = model.mlm_loss(model(part[0], keep=part[1], gates=c.gates, delta=delta), part[2])
+                return loss * ((end - first) / len(labels))
+
+            return loss_of, None
+
+        return torch.ones(ids.shape, device=device), loss_for
 
 
 class Classification:
@@ -141,13 +162,14 @@ class Classification:
         return [torch.from_numpy(chosen) for chosen in tokens.batches(self.rows.lengths, batch_size, generator)]
 
     def batch(self, chosen, model, c, device):
-        ids, mask, segments, labels = (t if t is None else t.to(device) for t in self.rows.batch(chosen))
+        batch = [t if t is None else t.to(device) for t in self.rows.batch(chosen)]
 
-        def loss_of(delta):
-            logits = model.class_logits(ids, mask, segments, gates=c.gates, delta=delta)
-            return F.cross_entropy(logits.float(), labels)
+        def loss_for(rows):
+            part = tokens.part(batch, rows)
+            share = len(part[-1]) / len(chosen)
+            return lambda delta: model.class_loss(*part, c.gates, delta) * share, None
 
-        return torch.ones_like(ids) if mask is None else mask, loss_of
+        return tokens.present(*batch), loss_for
 
 
 def search(options, made_by, folder, tokenizer, source, path, state, device, dtype):
@@ -162,12 +184,15 @@ def search(options, made_by, folder, tokenizer, source, path, state, device, dty
     for remark in model.remarks:
         print(remark)
     if "mlm_head" in model.initialized:
-        fit_mlm_head(options, made_by, model.to(device), tokenizer, source.blocks, path.parent, dtype)
+        with processes.first_alone():
+            fit_mlm_head(options, made_by, model.to(device), tokenizer, source.blocks, path.parent, dtype)
+    model.checkpointing = options.checkpointing
     model.to(device).train()  # line 1: theta <- theta_0, c <- 1
     c.to(device)
     groups = [*runtime.decay_groups(model, options.weight_decay), {"params": c.parameters(), "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=options.learning_rate, fused=True)
-    adversary = {"steps": options.adv_steps, "lr": options.adv_lr}
+    trained = processes.together(model=model, c=c)
+    adversary = {"accumulate": options.accumulate, "steps": options.adv_steps, "lr": options.adv_lr}
     adversary |= {"init_mag": options.adv_init_mag, "max_norm": options.adv_max_norm}
 
     steps_per_epoch = source.steps
@@ -179,8 +204,7 @@ def search(options, made_by, folder, tokenizer, source, path, state, device, dty
     stopping = EarlyStopping(options.tau_head, options.tau_ffn, options.gamma, options.patience)
     trace = {"trace.head": [], "trace.ffn": [], "trace.distances": [], "trace.loss": []}  # an entry a mini-epoch
     step = 0
-    if weights.made_before(state, made_by, options.overwrite):
-        tensors, _ = weights.read_notes(state)
+    if tensors := processes.at_first(lambda: weights.resumed(state, made_by, options.overwrite))[0]:
         weights.restore(tensors, optimizer, model=model, c=c)
         trace = {name: list(tensors[name].clone()) for name in trace}
         for head, ffn in zip(trace["trace.head"], trace["trace.ffn"]):
@@ -195,9 +219,9 @@ def search(options, made_by, folder, tokenizer, source, path, state, device, dty
         if order_of != epoch:
             order_of, order = epoch, source.epoch(options.seed, epoch, options.batch_size)
         runtime.seed_step(options.seed, 2, step)
-        present, loss_of = source.batch(order[batch], model, c, device)
+        present, loss_for = source.batch(order[batch], model, c, device)
         with runtime.autocast(device, dtype):  # L_adv of eq. 6
-            loss = freelb(loss_of, present, config.hidden_size, **adversary)
+            loss = processes.gradients(trained, freelb, loss_for, present, config.hidden_size, **adversary)
         c.penalty(options.lambda_head, options.lambda_ffn).backward()  # R(c) of eq. 5, once a step
         torch.nn.utils.clip_grad_norm_([*model.parameters(), *c.parameters()], options.clip_norm)
         runtime.set_learning_rate(optimizer, options.learning_rate, step, steps, options.warmup)
@@ -218,9 +242,13 @@ def search(options, made_by, folder, tokenizer, source, path, state, device, dty
                 series.append(value)
             total, counted = torch.zeros_like(total), 0
             stacked = {name: torch.stack(series) for name, series in trace.items()}
-            weights.write_safetensors(state, weights.training_state(optimizer, model=model, c=c) | stacked, made_by)
+            if processes.FIRST:
+                tensors = weights.training_state(optimizer, model=model, c=c) | stacked
+                weights.write_safetensors(state, tensors, made_by)
             status = f", distance heads {distances[0]:.3f}, neurons {distances[1]:.3f}, streak {stopping.streak}"
     bar.close()
+    if not processes.FIRST:
+        return
     final = {"head": trace["trace.head"][-1], "ffn": trace["trace.ffn"][-1]}
     final |= {name: torch.stack(series) for name, series in trace.items()}
     notes = made_by | {"config": asdict(config), "stopped_early": stopping.over, "mini_epochs_at_most": len(ends)}

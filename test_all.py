@@ -1783,6 +1783,131 @@ def change(folder, **entries):
     (folder / "config.json").write_text(json.dumps(config))
 
 
+# --------------------------------------------------------------------------------------------- several processes
+
+
+def torchrun(processes, *arguments):
+    """(exit code, standard output, standard error) of `torchrun --nproc-per-node PROCESSES ARGUMENTS`."""
+    process = spawn(["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes, *arguments])
+    out, err = process.communicate()
+    return process.returncode, out, err
+
+
+@pytest.fixture(scope="module")
+def without_dropout(tmp_path_factory):
+    """A random model; each process draws dropout for itself, and without any the processes must agree with one."""
+    folder = tmp_path_factory.mktemp("models") / "model"
+    saved(folder, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    return folder
+
+
+def test_two_processes_go_on_where_one_was_interrupted_and_find_what_one_finds(without_dropout, corpus, tmp_path):
+    """Of a batch of 43 blocks the processes have 21 and 22; of the last, of 1 block, one of them has none."""
+    command = {
+        name: quick_search(without_dropout, corpus, tmp_path / name, "--batch-size", 43, "--gamma", 1e-9)
+        for name in ("one", "two")
+    }
+    assert call(search, *command["one"][1:]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gates.EarlyStopping, "update", interrupted_at(3))
+        assert call(search, *command["two"][1:]) == 130
+    code, out, err = torchrun(2, *command["two"])
+    assert code == 0 and out.count("searched 9 of 9 mini-epochs") == 1 and "2 processes" in out, err
+    found, expected = (
+        weights.read_notes(tmp_path / name / "model" / "coefficients.safetensors")[0] for name in ("two", "one")
+    )
+    assert found.keys() == expected.keys()
+    for name in found:
+        torch.testing.assert_close(found[name], expected[name], atol=1e-5, rtol=1e-5, equal_nan=True)
+    assert (found["head"] - 1).abs().max() > 4e-3  # it did search
+    assert {path.name for path in (tmp_path / "two" / "model").iterdir()} == {"coefficients.safetensors", "search.png"}
+
+
+@pytest.mark.parametrize("more", [["--checkpointing"], ["--accumulate", 2], ["--accumulate", 5]])
+def test_saving_memory_does_not_change_what_a_search_finds(without_dropout, corpus, tmp_path, more):
+    command = quick_search(without_dropout, corpus, tmp_path / "plain", "--batch-size", 43, "--mini-epoch", 1)[1:]
+    assert call(search, *command) == 0
+    command[command.index("--output") + 1] = tmp_path / "saving"
+    assert call(search, *command, *more) == 0
+    found, expected = (
+        weights.read_notes(tmp_path / name / "model" / "coefficients.safetensors")[0] for name in ("saving", "plain")
+    )
+    for name in found:
+        torch.testing.assert_close(found[name], expected[name], atol=1e-5, rtol=1e-5, equal_nan=True)
+
+
+def test_checkpointing_repeats_the_dropout_of_the_first_time(tiny):
+    """With dropout, the gradients are the same to the last bit."""
+    model, found = Bert.load(tiny, num_labels=2).train(), []
+    ids, mask, segments = inputs(model.config, 3, 10)
+    for model.checkpointing in (False, True):
+        torch.manual_seed(5)
+        model.class_loss(ids, mask, segments, torch.tensor([0, 1, 1])).backward()
+        found.append(gradients(model))
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0]) and len(found[0]) > 30
+
+
+@pytest.fixture(scope="module")
+def sentences(tmp_path_factory):
+    """A task of one's own: the label is whether the first letter is in the alphabet's first half."""
+    path = tmp_path_factory.mktemp("task") / "letters.csv"
+    generator = np.random.Generator(np.random.PCG64(1))
+    rows = [
+        " ".join("".join(generator.choice(list(LETTERS), 3)) for _ in range(generator.integers(1, 6)))
+        for _ in range(95)
+    ]
+    path.write_text("text,label\n" + "\n".join(f"{row},{'early' if row[0] < 'n' else 'late'}" for row in rows))
+    return path
+
+
+def few_epochs(model, task, output, *more):
+    flags = f"--task {task} --model {model} --output {output} --ticket none --epochs 2 --batch-size 6 --precision fp32"
+    return ["finetune.py", *flags.split(), *map(str, more)]
+
+
+def test_two_processes_fine_tune_as_one(without_dropout, sentences, tmp_path):
+    command = {
+        name: few_epochs(without_dropout, sentences, tmp_path / name, "--method", "freelb") for name in ("one", "two")
+    }
+    assert call(finetune, *command["one"][1:]) == 0
+    code, out, err = torchrun(2, *command["two"])
+    assert code == 0 and out.count("best of 2 epochs") == 1, err
+    same_models(*(next((tmp_path / name).rglob("model.safetensors")).parent for name in ("one", "two")))
+
+
+def same_models(*folders):
+    one, other = (json.loads((folder / "metrics.json").read_text()) for folder in folders)
+    assert one["validation_accuracy_by_epoch"] == other["validation_accuracy_by_epoch"]
+    assert one["test_accuracy"] == other["test_accuracy"]
+    one, other = (weights.read_notes(folder / "model.safetensors")[0] for folder in folders)
+    for name in one:
+        if not name.endswith("key.bias"):  # softmax takes no notice of it: its gradient is rounding, scaled by Adam
+            torch.testing.assert_close(one[name], other[name], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["pgd", "freelb"])
+def test_accumulating_does_not_change_what_is_fine_tuned(without_dropout, sentences, tmp_path, method):
+    folders = []
+    for accumulate in (1, 4):
+        command = few_epochs(without_dropout, sentences, tmp_path / str(accumulate), "--method", method)
+        assert call(finetune, *command[1:], "--accumulate", accumulate) == 0
+        folders.append(next((tmp_path / str(accumulate)).rglob("model.safetensors")).parent)
+    same_models(*folders)
+
+
+def test_infobert_runs_in_parts(without_dropout, sentences, tmp_path):
+    """Its regularizers are of the rows of a part, not of the joint batch: the model is another one, but a model."""
+    command = few_epochs(without_dropout, sentences, tmp_path, "--method", "infobert", "--accumulate", 2)
+    assert call(finetune, *command[1:]) == 0
+    metrics = json.loads(next(tmp_path.rglob("metrics.json")).read_text())
+    assert 0 < metrics["test_accuracy"] <= 1
+
+
+def test_processes_that_all_fail_show_one_line(without_dropout, corpus, tmp_path):
+    code, _, err = torchrun(2, *quick_search(without_dropout, corpus, tmp_path, "--tau-head", 0.99))
+    assert code != 0 and err.count("search.py: error:") == 1
+
+
 # ---------------------------------------------------------------------------------------- defences and ablations
 
 

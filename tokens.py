@@ -171,6 +171,16 @@ class Rows:
         return ids, None if mask.all() else mask, segments, self.labels[chosen]
 
 
+def present(ids, mask, segments, labels):
+    """(B, T), 1 at tokens and 0 at padding."""
+    return torch.ones_like(ids) if mask is None else mask
+
+
+def part(batch, rows):
+    """The rows in the slice `rows` of a batch of `Rows`."""
+    return [of if of is None else of[rows] for of in batch]
+
+
 def encode(tokenizer, texts, max_length):
     """Tuples of one or two texts -> {"ids": (tokens,) int32, one row after another, "ends": (rows,) int64, "second":
     (rows,) int32, where in its row the second text begins, at the row's end where there is none, "cut": (), how many

@@ -143,6 +143,14 @@ def made_before(path, made_by, overwrite):
     return False
 
 
+def resumed(path, made_by, overwrite):
+    """(tensors, notes) of a killed run's state, where `made_before` finds one of these settings; else ({}, {})."""
+    if not made_before(path, made_by, overwrite):
+        return {}, {}
+    tensors, notes = read_notes(path)
+    return dict(tensors), notes
+
+
 def training_state(optimizer, **modules):
     """What a killed run needs to go on: {name: tensor} of the modules' and of the optimizer's state."""
     tensors = {

@@ -1,0 +1,118 @@
+"""Several processes, on one machine or more: `torchrun --nproc-per-node N search.py ...`, and finetune.py likewise.
+
+Every process holds the whole model, reads the same batches and takes its share of the rows of each;
+DistributedDataParallel averages the gradients, so that all take the same step. What is random about a batch, its order,
+its masked words and FreeLB's first delta, is drawn for the joint batch, whatever the number of processes: N of them
+compute what one would, but for the dropout, which each draws for itself. Process 0 alone prints and writes; the files
+it writes need not be there on other machines. Without torchrun all of this is one process, and does nothing.
+"""
+
+import contextlib
+import os
+import sys
+from datetime import timedelta
+
+import torch
+from torch import distributed, nn
+
+import runtime
+
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+FIRST = RANK == 0
+
+
+def join(device):
+    """Meet the other processes; `device` is this one's. torchrun ends all where one ends in an error, so that no
+    timeout is needed: process 0 may download for hours while the others wait."""
+    if WORLD > 1:
+        if not FIRST:
+            sys.stdout = open(os.devnull, "w")
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=7))
+
+
+def leave():
+    if WORLD > 1:
+        distributed.destroy_process_group()
+
+
+@contextlib.contextmanager
+def first_alone():
+    """The block at each machine's first process and then at its others, so that what it caches is made once."""
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    if WORLD > 1 and not first:
+        distributed.barrier()
+    yield
+    if WORLD > 1 and first:
+        distributed.barrier()
+
+
+def at_first(work):
+    """What work() returns at process 0, at every process: for whatever depends on the files that process 0 writes."""
+    if WORLD == 1:
+        return work()
+    result = [work() if FIRST else None]
+    distributed.broadcast_object_list(result)
+    return result[0]
+
+
+def total(number):
+    """The sum of all processes' tensors."""
+    if WORLD > 1:
+        distributed.all_reduce(number)
+    return number
+
+
+class Trained(nn.Module):
+    """The modules that are trained. DistributedDataParallel averages gradients of what passes through its forward."""
+
+    def __init__(self, **modules):
+        super().__init__()
+        self.parts = nn.ModuleDict(modules)
+
+    def forward(self, loss_of, delta):
+        return loss_of(delta)
+
+
+def together(**modules):
+    """The modules as `gradients` takes them."""
+    trained = Trained(**modules)
+    return nn.parallel.DistributedDataParallel(trained) if WORLD > 1 else trained
+
+
+def gradients(trained, climb, loss_for, mask, dim, steps, accumulate=1, **adversary):
+    """Run `climb`, freelb.freelb or freelb.pgd, on a joint batch: the parameters' .grad grows by its gradient. Returns
+    its loss.
+
+    loss_for(rows): (loss_of, anchored), as `climb` takes them, for the slice `rows` of the batch; they return what
+    these rows contribute to the mean over the joint batch. mask: (B, T), of the joint batch. accumulate: parts of its
+    share that a process computes one after another, which takes so much less memory.
+    """
+    parts = WORLD * accumulate
+    if parts == 1:
+        loss_of, anchored = loss_for(slice(0, len(mask)))
+        return climb(loss_of, mask, dim, steps, **adversary, anchored=anchored)
+    seed, loss = torch.initial_seed(), torch.zeros((), device=mask.device)
+
+    def add(part, last):
+        first, end = len(mask) * part // parts, len(mask) * (part + 1) // parts
+        rows, scale = slice(first, end), WORLD  # the engine divides by it
+        if first == end:  # a last batch of few rows: nothing of this part counts, but the others wait for it
+            rows, scale = slice(0, 1), 0
+        loss_of, anchored = loss_for(rows)
+        passes = iter(range(1, steps + 1))
+
+        def of_part(delta):
+            runtime.seed_step(seed, part)  # its dropout, the same in every pass
+            averaged = WORLD == 1 or (next(passes) == steps and last)
+            with contextlib.nullcontext() if averaged else trained.no_sync():
+                return scale * trained(loss_of, delta[rows])
+
+        anchored_of_part = anchored and (lambda gradient: scale * anchored(gradient[rows]))
+        with torch.random.fork_rng([mask.device] if mask.is_cuda else []):  # every part draws the same joint delta
+            return climb(of_part, mask, dim, steps, **adversary, anchored=anchored_of_part)
+
+    for i in range(accumulate):
+        loss += add(RANK * accumulate + i, last=i == accumulate - 1)
+    return total(loss) / WORLD
