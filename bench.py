@@ -1,19 +1,18 @@
-"""Speed side by side with Hugging Face transformers, as ratios on the same work in the same run.
+"""Speed side by side with Hugging Face transformers and TextAttack, as ratios on the same work in the same run.
 
     python bench.py search                    one FreeLB step on masked language modelling
-    python bench.py search --attention eager  against transformers' plain attention rather than its default, SDPA
-    python bench.py search --same-allocator   the peer with our allocator setting as well
+    python bench.py finetune --task sst2      vanilla fine-tuning and classifying, of the full model and of a ticket
     python bench.py load                      a checkpoint of BERT-base's size, in each format
     python bench.py attack                    TextFooler on the full MiniLM that finetune.py made, and by TextAttack
     python bench.py attack --attack bertattack --n 4 --rounds 1
+    python bench.py scale                     how the cost grows with the work, with a plot
 
 Each side runs in a process of its own, as its users would start it, the sides in turn; the first steps of each warm
-up and are not counted. Both start from the same weights and see the same batches, and their losses (dropout off), the
+up and are not counted. Both start from the same weights and see the same examples, and their losses (dropout off), the
 sums of what they loaded or the texts they found are compared, so that a fast wrong answer cannot win.
 """
 
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -22,50 +21,60 @@ import time
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import attack
 import data
+import finetune
+import peers
 import runtime
+import scale
+import tokens
 from bert import Bert, Config
 from freelb import freelb
-from gates import Coefficients
+from gates import Coefficients, draw_masks
 from published import read_weights
 from runtime import BadInput, option
-from tensorflow1 import MAGIC, crc32c
 
-SIDES = ("orticket", "transformers")
+SUBCOMMANDS = ("search", "finetune", "load", "attack", "scale")
+PEERS = {"transformers, SDPA": "sdpa", "transformers, eager": "eager"}  # and their attention
 ADVERSARY = {"lr": 0.03, "init_mag": 0.05, "max_norm": 0.2}
 
 
 @dataclass
 class Options:
-    what: str = option("search", "what to time", choices=("search", "load", "attack"), positional=True)
+    what: str = option("search", "what to time", choices=SUBCOMMANDS, positional=True)
     batch_size: int = option(32, "examples a step", at_least=1)
-    block: int = option(128, "tokens an example", at_least=8)
-    adv_steps: int = option(3, "K, FreeLB's ascent steps", at_least=1)
-    steps: int = option(3, "counted steps in each process", at_least=1)
+    block: int = option(128, "of search: tokens an example", at_least=8)
+    adv_steps: int = option(3, "of search: K, FreeLB's ascent steps", at_least=1)
+    steps: int = option(3, "of search: counted steps in each process", at_least=1)
+    rows: int = option(640, "of finetune: training rows", at_least=1)
     rounds: int = option(3, "processes of each side, in turn", at_least=1)
-    attention: str = option("sdpa", "the peer's attention", choices=("sdpa", "eager"))
     same_allocator: bool = option(False, "give the peer, too, runtime.keep_memory()")
     attack: str = option("textfooler", "which attack", choices=tuple(attack.RECIPES))
-    task: str = option("rt", "whose test rows are attacked; the model is that of finetune.py --task TASK --ticket none")
-    n: int = option(20, "test rows that are attacked", at_least=1)
+    task: str = option("rt", "of finetune and attack; the attacked model is that of finetune.py --ticket none")
+    n: int = option(20, "of attack: test rows that are attacked", at_least=1)
     vectors: str = option(None, "word vectors, as of attack.py")
-    output: str = option("runs", "folder that finetune.py wrote to")
+    megabytes: int = option(1000, "of scale: the largest corpus", at_least=1)
+    output: str = option("runs", "folder that finetune.py wrote to; of scale: that gets scale.png and scale.json")
     json: str = option(None, "also write the figures to this file")
-    worker: str = option(None, "internal: SIDE,CASE,FOLDER, one process of one side")
+    worker: str = option(None, "internal: SIDE;CASE;FOLDER, one process of one side")
 
 
 def main():
     options = runtime.parse(Options, __doc__)
     if options.worker:
-        work = {"search": time_search, "load": time_load, "attack": time_attack}[options.what]
-        return work(options, *options.worker.split(","))
+        works = {"search": time_training, "finetune": time_training, "load": time_load, "attack": time_attack}
+        return works[options.what](options, *options.worker.split(";"))
+    if options.what == "scale":
+        return scale.bench(options)
     with tempfile.TemporaryDirectory() as folder:
-        work = {"search": bench_search, "load": bench_load, "attack": bench_attack}[options.what]
-        figures = work(options, Path(folder))
+        works = {"search": bench_training, "finetune": bench_training, "load": bench_load, "attack": bench_attack}
+        figures = works[options.what](options, Path(folder))
     if options.json:
         runtime.write_json(options.json, {" ".join(case): row for case, row in figures.items()})
 
@@ -76,7 +85,7 @@ def in_turn(options, cases, folder):
     bar = runtime.progress(options.rounds * len(cases), description="processes")
     for _ in range(options.rounds):
         for case in cases:
-            command = [sys.executable, __file__, *sys.argv[1:], "--worker", ",".join((*case, str(folder)))]
+            command = [sys.executable, __file__, *sys.argv[1:], "--worker", ";".join((*case, str(folder)))]
             ended = subprocess.run(command, capture_output=True, text=True)
             if ended.returncode:
                 raise BadInput(f"{' '.join(case)} failed: {ended.stderr.strip().splitlines()[-1]}")
@@ -92,95 +101,150 @@ def agree(values, tolerance):
         raise BadInput(f"the sides differ by {max(values) - min(values):.4g}: they do not do the same work")
 
 
-# ------------------------------------------------------------------------------------------------------- search
+# ------------------------------------------------------------------------------------------ search and fine-tuning
 
 
-def bench_search(options, folder):
-    device = runtime.pick_device()
+def bench_training(options, folder):
+    device, is_search = runtime.pick_device(), options.what == "search"
     precisions = ["fp32"] if runtime.pick_precision(device, "auto") == torch.float32 else ["bf16", "fp32"]
-    Bert.load(data.find_model("minilm")[0], mlm=True).save(folder, (), {})
+    cases = [(side, precision) for precision in precisions for side in ("orticket", *PEERS)]
+    labels = () if is_search else data.find_task(options.task).labels
+    torch.manual_seed(0)
+    source = data.find_model("minilm")[0]
+    Bert.load(source, mlm=is_search, num_labels=len(labels) or None).save(folder, labels, {})
+    tokens.Tokenizer(source).save(folder)
+    if is_search:
+        work = f"FreeLB step, K = {options.adv_steps}, {options.batch_size} x {options.block} tokens"
+    else:
+        cases.insert(1, ("its ticket", precisions[0]))
+        work = f"fine-tuning, {options.rows} rows of {options.task} in batches of {options.batch_size}"
     figures = {}
-    for case, results in in_turn(options, [(s, precision) for precision in precisions for s in SIDES], folder).items():
-        seconds = statistics.median(second for result in results for second in result["seconds"])
-        memory = max(result["memory"] for result in results) / 1e9
-        figures[case] = {"seconds": seconds, "memory_gb": memory, "loss": results[0]["loss"]}
-    print(
-        f"FreeLB step, MiniLM, K = {options.adv_steps}, {options.batch_size} x {options.block} tokens, "
-        f"{runtime.describe(device)}; transformers with {options.attention} attention; "
-        f"medians of {options.rounds} x {options.steps} steps"
-    )
-    print("                       seconds  tokens/s  peak GB     loss  times orticket's", precisions[0])
-    fastest = figures["orticket", precisions[0]]["seconds"]
+    for case, results in in_turn(options, cases, folder).items():
+        figures[case] = {key: statistics.median(result[key] for result in results) for key in results[0]}
+        figures[case]["range"] = [of(result["seconds"] for result in results) for of in (min, max)]
+    print(f"{work}, MiniLM, {runtime.describe(device)}; medians of {options.rounds} processes' medians")
+    print("seconds are of a step" if is_search else "seconds are of all rows; classifying: of the test rows")
+    print(f"{'':27s}  seconds     (range)   times  tokens/s  of peak  peak GB    loss", end="")
+    print("" if is_search else "  classifying  times")
+    fastest = figures["orticket", precisions[0]]
     for (side, precision), row in figures.items():
-        rate = options.batch_size * options.block / row["seconds"]
-        print(f"{side:>14s} in {precision}  {row['seconds']:8.2f}  {rate:8,.0f}  {row['memory_gb']:7.2f}", end="  ")
-        print(f"{row['loss']:7.4f}  {row['seconds'] / fastest:8.2f}")
-    agree([row["loss"] for row in figures.values()], 0.02)
+        low, high = row["range"]
+        times, share = row["seconds"] / fastest["seconds"], row["flops"] / row["seconds"] / row["peak"]
+        print(f"{side:>19s} in {precision}  {row['seconds']:7.2f} {low:6.2f}-{high:<6.2f} {times:5.2f}", end="  ")
+        print(
+            f"{row['tokens'] / row['seconds']:8,.0f}  {share:7.1%}  {row['memory'] / 1e9:7.2f} {row['loss']:7.4f}",
+            end="",
+        )
+        print("" if is_search else f"  {row['classify']:11.2f}  {row['classify'] / fastest['classify']:5.2f}")
+    print("times: orticket's seconds in these; of peak: FLOP/s as a share of those of a product of large matrices")
+    whole = [row for (side, _), row in figures.items() if side != "its ticket"]
+    agree([row["loss"] for row in whole], 0.02)
+    if not is_search:
+        agree([row["right"] for row in whole], 0.03)
     return figures
 
 
-def time_search(options, side, precision, folder):
-    """One process of one side: prints {"loss", "seconds" of each counted step, "memory" in bytes} as JSON."""
-    device = runtime.pick_device()
+def time_training(options, side, precision, folder):
+    """One process of one side: prints its "seconds", "flops", "loss" and so on as JSON."""
+    device, is_search = runtime.pick_device(), options.what == "search"
     dtype = runtime.pick_precision(device, precision)
-    if side == "orticket" or options.same_allocator:
+    if side not in PEERS or options.same_allocator:
         runtime.keep_memory()
     torch.manual_seed(0)
-    ids = torch.randint(1000, 30000, (options.batch_size, options.block), device=device)
-    positions = (torch.rand(ids.shape, device=device) < 0.15).flatten().nonzero().flatten()
-    tokens, labels = torch.ones_like(ids), ids.flatten()[positions]
-    if side == "orticket":
-        loss_of, parameters, train = ours(folder, ids, positions, labels, device)
+    if is_search:
+        ids = torch.randint(1000, 30000, (options.batch_size, options.block), device=device)
+        positions = (torch.rand(ids.shape, device=device) < 0.15).flatten().nonzero().flatten()
+        given = (ids, positions, ids.flatten()[positions]), ADVERSARY | {"steps": options.adv_steps}, device
+        work = peers.search_work(folder, PEERS[side], *given) if side in PEERS else search_work(folder, *given)
     else:
-        loss_of, parameters, train = peer(folder, ids, positions, labels, device, options.attention)
-    optimizer = torch.optim.AdamW(parameters, lr=2e-5, fused=True)
+        task = data.find_task(options.task)
+        splits = task.load(None)
+        rows = data.first_rows(splits["train"], options.rows, options.task)
+        given = rows, splits["test"], options.batch_size, task.max_length, device
+        if side in PEERS:
+            work = peers.finetune_work(folder, PEERS[side], *given)
+        else:
+            work = finetune_work(folder, side == "its ticket", dtype, *given)
+    modules = torch.nn.ModuleList(work.modules)
+    optimizer = torch.optim.AdamW(modules.parameters(), lr=2e-5, fused=True)
 
-    def adversarial_loss():
-        torch.manual_seed(1)  # the same delta on both sides
-        with runtime.autocast(device, dtype):
-            return freelb(loss_of, tokens, 384, options.adv_steps, **ADVERSARY)
-
-    train(False)
-    loss = adversarial_loss().item()
-    optimizer.zero_grad()
-    train(True)
-    seconds = []
-    for _ in range(2 + options.steps):
+    def seconds_of(call):
         start = time.perf_counter()
-        adversarial_loss().item()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        result = call()
         if device.type == "cuda":
             torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    print(json.dumps({"loss": loss, "seconds": seconds[2:], "memory": runtime.peak_memory(device)}))
+        return time.perf_counter() - start, result
+
+    def epoch():
+        for _ in work.steps():
+            torch.nn.utils.clip_grad_norm_(modules.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    with runtime.autocast(device, dtype):
+        modules.eval()
+        torch.manual_seed(1)  # the same delta on both sides
+        found = {"loss": float(work.loss()), "tokens": work.tokens}
+        optimizer.zero_grad()
+        if not is_search:
+            with torch.inference_mode():
+                work.classify()
+                found["classify"], right = seconds_of(work.classify)
+            found["right"] = right / len(splits["test"])
+        modules.train()
+        with FlopCounterMode(display=False) as counter:
+            epoch()
+        found["flops"] = counter.get_total_flops()
+        if is_search:
+            epoch()
+        found["seconds"] = statistics.median(seconds_of(epoch)[0] for _ in range(options.steps if is_search else 1))
+        found["memory"] = runtime.peak_memory(device)
+        size = 8192 if device.type == "cuda" else 2048
+        a = torch.randn(size, size, device=device)
+        fastest = min(seconds_of(lambda: torch.mm(a, a))[0] for _ in range(8))
+        found["peak"] = 2 * size**3 / fastest
+    print(json.dumps(found))
 
 
-def ours(folder, ids, positions, labels, device):
+def search_work(folder, batch, adversary, device):
+    """What search.py does with a batch (ids, positions, labels)."""
     model, c = Bert.load(folder, mlm=True).to(device), Coefficients(6, 12, 1536).to(device)
+    ids, positions, labels = batch
 
     def loss_of(delta):
         return model.mlm_loss(model(ids, keep=positions, gates=c.gates, delta=delta), labels)
 
-    return loss_of, [*model.parameters(), *c.parameters()], model.train
+    def loss():
+        return freelb(loss_of, torch.ones_like(ids), 384, **adversary)
+
+    def steps():
+        yield loss()
+
+    return SimpleNamespace(modules=[model, c], steps=steps, loss=loss, tokens=ids.numel())
 
 
-def peer(folder, ids, positions, labels, device, attention):
-    """transformers' BertForMaskedLM as FreeLB's published scripts drive it; it has no coefficients to learn."""
-    os.environ["TRANSFORMERS_VERBOSITY"] = "error"
-    from transformers import BertForMaskedLM
+def finetune_work(folder, is_ticket, dtype, rows, test, batch_size, max_length, device):
+    """What finetune.py does with these rows; the ticket is one of ratios 1/6 and 0.3."""
+    model, tokenizer = Bert.load(folder), tokens.Tokenizer(Path(folder))
+    if is_ticket:
+        model = model.pruned(*draw_masks(torch.rand(6, 12), torch.rand(6, 1536), 1 / 6, 0.3))
+    model.to(device)
+    rows, test = (tokens.Rows(tokenizer, part, max_length, device, cached=False) for part in (rows, test))
 
-    model = BertForMaskedLM.from_pretrained(folder, attn_implementation=attention).to(device)
-    mask, wanted = torch.ones_like(ids), torch.full_like(ids.flatten(), -100)
-    wanted[positions] = labels
-    wanted = wanted.view(ids.shape)
+    def steps():
+        for batch in rows.batches(batch_size, np.random.default_rng(0)):
+            loss_of = lambda delta: model.class_loss(*batch, delta=delta)  # noqa: E731
+            yield freelb(loss_of, tokens.present(*batch), 384, steps=1, lr=0.0, init_mag=0.0, max_norm=0.0)
 
-    def loss_of(delta):
-        words = model.get_input_embeddings()(ids) + delta
-        return model(inputs_embeds=words, attention_mask=mask, labels=wanted).loss
+    def loss():
+        with torch.no_grad():
+            losses = [model.class_loss(*batch) * len(batch[-1]) for batch in rows.batches(batch_size)]
+        return sum(losses) / len(rows)
 
-    return loss_of, list(model.parameters()), model.train
+    def classify():
+        return finetune.accuracy(model, test, batch_size, dtype) * len(test)
+
+    return SimpleNamespace(modules=[model], steps=steps, loss=loss, classify=classify, tokens=len(rows.ids))
 
 
 # --------------------------------------------------------------------------------------------------------- load
@@ -196,10 +260,11 @@ def bench_load(options, folder):
     tensors = read_weights(folder / "safetensors")
     size = (folder / "safetensors" / "model.safetensors").stat().st_size
     torch.save(dict(tensors), folder / "bin" / "pytorch_model.bin")
-    write_tensorflow(folder / "tensorflow" / "bert_model.ckpt", tensors)
+    peers.write_tensorflow(folder / "tensorflow" / "bert_model.ckpt", tensors)
     for kind in ("bin", "tensorflow"):
         (folder / kind / "model.safetensors").unlink()
-    cases = [(side, kind) for kind in ("safetensors", "bin") for side in SIDES] + [("orticket", "tensorflow")]
+    sides = ("orticket", "transformers")
+    cases = [(side, kind) for kind in ("safetensors", "bin") for side in sides] + [("orticket", "tensorflow")]
     figures = {}
     for case, results in in_turn(options, cases, folder).items():
         figures[case] = {key: statistics.median(result[key] for result in results) for key in results[0]}
@@ -218,7 +283,6 @@ def bench_load(options, folder):
 
 def time_load(options, side, kind, folder):
     """Prints {"seconds" to load, "used": until every number was read, "memory" above that of torch, "sum"} as JSON."""
-    os.environ["TRANSFORMERS_VERBOSITY"] = "error"
     if side == "transformers":
         from transformers import BertForMaskedLM
     torch.ones(2**20).sum()
@@ -231,44 +295,6 @@ def time_load(options, side, kind, folder):
     used = time.perf_counter() - start
     memory = runtime.peak_memory(cpu) - before
     print(json.dumps({"seconds": seconds, "used": used, "memory": memory, "sum": total}))
-
-
-def write_tensorflow(prefix, tensors):
-    """A TensorFlow 1 checkpoint of published tensors, by the format that tensorflow1.py describes."""
-
-    def varint(number):
-        low = bytes([number & 127 | (128 if number > 127 else 0)])
-        return low + (varint(number >> 7) if number > 127 else b"")
-
-    def field(number, value):
-        if isinstance(value, int):
-            return varint(number << 3) + varint(value)
-        return varint(number << 3 | 2) + varint(len(value)) + value
-
-    def block(entries):
-        body = b"".join(varint(0) + varint(len(key)) + varint(len(value)) + key + value for key, value in entries)
-        body += bytes(4) + (1).to_bytes(4, "little") + bytes(1)
-        return body + crc32c(body).to_bytes(4, "little")
-
-    entries, offset = [], 0
-    with open(f"{prefix}.data-00000-of-00001", "wb") as file:
-        for name, tensor in tensors.items():
-            name = name.replace("layer.", "layer_").replace(".", "/")
-            if name.endswith("_embeddings/weight"):
-                name = name.removesuffix("/weight")
-            elif tensor.dim() == 2:
-                name, tensor = name.replace("/weight", "/kernel"), tensor.t()
-            file.write(tensor.contiguous().numpy())
-            shape = b"".join(field(2, field(1, size)) for size in tensor.shape)
-            place = field(4, offset) + field(5, tensor.numel() * 4)
-            entries.append((name.encode(), field(1, 1) + field(2, shape) + place))
-            offset += tensor.numel() * 4
-    content = block([(b"", field(1, 1)), *sorted(entries)])
-    where = varint(0) + varint(len(content) - 5)
-    index, empty = block([(b"~", where)]), block([])
-    footer = varint(len(content)) + varint(len(empty) - 5) + varint(len(content) + len(empty)) + varint(len(index) - 5)
-    footer = footer.ljust(40, b"\0") + MAGIC.to_bytes(8, "little")
-    Path(f"{prefix}.index").write_bytes(content + empty + index + footer)
 
 
 # ------------------------------------------------------------------------------------------------------- attack
@@ -355,40 +381,9 @@ def attack_of(textattack, nltk_data, options):
 
 
 def unwrapped(textattack, nltk_data, options):
-    """The same, as TextAttack's users run it: its wrapper around transformers' model, its batches, its masked-LM
-    transformation. What stays is what the two have in common: word vectors, tagger, and the encoder's weights."""
-    os.environ["TRANSFORMERS_VERBOSITY"] = "error"
-    import transformers
-
+    """The same as TextAttack's users run it."""
     recipe, examples = attack_of(textattack, nltk_data, options)
-    folder = runtime.model_folder(options.output, options.model) / options.task / "none-vanilla-seed0"
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()
-    recipe.goal_function.model = textattack.models.wrappers.HuggingFaceModelWrapper(model, tokenizer)
-    recipe.goal_function.batch_size = 32
-    minilm, _ = data.find_model("minilm")
-    encoder = transformers.AutoModel.from_pretrained(minilm).eval()
-    encoders_tokenizer = transformers.AutoTokenizer.from_pretrained(minilm)
-
-    def encode(texts):
-        batch = encoders_tokenizer(texts, padding=True, truncation=True, max_length=256, return_tensors="pt")
-        with torch.no_grad():
-            states = encoder(**batch).last_hidden_state
-        mask = batch["attention_mask"][:, :, None]
-        return torch.nn.functional.normalize((states * mask).sum(1) / mask.sum(1))
-
-    for constraint in recipe.constraints:
-        if hasattr(constraint, "sim_metric"):
-            constraint.model = encode
-    if options.attack == "bertattack":
-        with tempfile.TemporaryDirectory() as whole:
-            ours = recipe.transformation.substitutes.model
-            ours.save(whole, ("0", "1"), {})
-            masked_lm = transformers.BertForMaskedLM.from_pretrained(whole)
-        settings = {"max_candidates": options.bert_attack_k, "tokenizer": encoders_tokenizer}
-        recipe.transformation = textattack.transformations.WordSwapMaskedLM(
-            method="bert-attack", masked_language_model=masked_lm, **settings
-        )
+    peers.unwrap(recipe, textattack, options)
     return recipe, examples
 
 

@@ -1,0 +1,149 @@
+"""What bench.py compares with: transformers and TextAttack as their users run them, and files as others write them."""
+
+import os
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+import data
+import runtime
+from freelb import freelb
+from tensorflow1 import MAGIC, crc32c
+
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+
+
+def search_work(folder, attention, batch, adversary, device):
+    """transformers' BertForMaskedLM on FreeLB's loss, as its published scripts and EarlyRobust's drive it: all tokens'
+    logits, a new perturbation of the input embeddings a pass. It has no coefficients to learn."""
+    from transformers import BertForMaskedLM
+
+    model = BertForMaskedLM.from_pretrained(folder, attn_implementation=attention).to(device)
+    ids, positions, labels = batch
+    mask, wanted = torch.ones_like(ids), torch.full_like(ids.flatten(), -100)
+    wanted[positions] = labels
+    wanted = wanted.view(ids.shape)
+
+    def loss_of(delta):
+        words = model.get_input_embeddings()(ids) + delta
+        return model(inputs_embeds=words, attention_mask=mask, labels=wanted).loss
+
+    def loss():
+        return freelb(loss_of, mask, model.config.hidden_size, **adversary)
+
+    def steps():
+        yield loss()
+
+    return SimpleNamespace(modules=[model], steps=steps, loss=loss, tokens=ids.numel())
+
+
+def finetune_work(folder, attention, rows, test, batch_size, max_length, device):
+    """transformers' BertForSequenceClassification as its Trainer runs it by default: random batches, each padded to
+    its longest row by DataCollatorWithPadding. rows, test: [(tuple of texts, label)]."""
+    from transformers import BertForSequenceClassification, BertTokenizerFast, DataCollatorWithPadding
+
+    model = BertForSequenceClassification.from_pretrained(folder, attn_implementation=attention).to(device)
+    tokenizer = BertTokenizerFast.from_pretrained(folder)
+    collate = DataCollatorWithPadding(tokenizer)
+
+    def loader(rows, shuffle):
+        columns = zip(*(texts for texts, _ in rows))
+        encoded = tokenizer(*map(list, columns), truncation=True, max_length=max_length)
+        features = [{key: encoded[key][i] for key in encoded} | {"label": label} for i, (_, label) in enumerate(rows)]
+        return torch.utils.data.DataLoader(features, batch_size, shuffle=shuffle, collate_fn=collate)
+
+    train, test = loader(rows, True), loader(test, False)
+
+    def forward(batch):
+        return model(**{name: tensor.to(device) for name, tensor in batch.items()})
+
+    def steps():
+        for batch in train:
+            loss = forward(batch).loss
+            loss.backward()
+            yield loss.detach()
+
+    def classify():
+        return sum((forward(batch).logits.argmax(1).cpu() == batch["labels"]).sum().item() for batch in test)
+
+    def loss():
+        with torch.no_grad():
+            return sum(forward(batch).loss * len(batch["labels"]) for batch in train) / len(rows)
+
+    tokens = sum(len(of["input_ids"]) for of in train.dataset)
+    return SimpleNamespace(modules=[model], steps=steps, loss=loss, classify=classify, tokens=tokens)
+
+
+def unwrap(recipe, textattack, options):
+    """Attack.py's recipe again as TextAttack's users run it: its wrapper around transformers' model, its batches, its
+    masked-LM transformation. What stays is common to the two: word vectors, tagger, and the encoder's weights."""
+    import transformers
+
+    folder = runtime.model_folder(options.output, options.model) / options.task / "none-vanilla-seed0"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    recipe.goal_function.model = textattack.models.wrappers.HuggingFaceModelWrapper(model, tokenizer)
+    recipe.goal_function.batch_size = 32
+    minilm, _ = data.find_model("minilm")
+    encoder = transformers.AutoModel.from_pretrained(minilm).eval()
+    encoders_tokenizer = transformers.AutoTokenizer.from_pretrained(minilm)
+
+    def encode(texts):
+        batch = encoders_tokenizer(texts, padding=True, truncation=True, max_length=256, return_tensors="pt")
+        with torch.no_grad():
+            states = encoder(**batch).last_hidden_state
+        mask = batch["attention_mask"][:, :, None]
+        return torch.nn.functional.normalize((states * mask).sum(1) / mask.sum(1))
+
+    for constraint in recipe.constraints:
+        if hasattr(constraint, "sim_metric"):
+            constraint.model = encode
+    if options.attack == "bertattack":
+        with tempfile.TemporaryDirectory() as whole:
+            ours = recipe.transformation.substitutes.model
+            ours.save(whole, ("0", "1"), {})
+            masked_lm = transformers.BertForMaskedLM.from_pretrained(whole)
+        settings = {"max_candidates": options.bert_attack_k, "tokenizer": encoders_tokenizer}
+        recipe.transformation = textattack.transformations.WordSwapMaskedLM(
+            method="bert-attack", masked_language_model=masked_lm, **settings
+        )
+
+
+def write_tensorflow(prefix, tensors):
+    """A TensorFlow 1 checkpoint of published tensors, by the format that tensorflow1.py describes."""
+
+    def varint(number):
+        low = bytes([number & 127 | (128 if number > 127 else 0)])
+        return low + (varint(number >> 7) if number > 127 else b"")
+
+    def field(number, value):
+        if isinstance(value, int):
+            return varint(number << 3) + varint(value)
+        return varint(number << 3 | 2) + varint(len(value)) + value
+
+    def block(entries):
+        body = b"".join(varint(0) + varint(len(key)) + varint(len(value)) + key + value for key, value in entries)
+        body += bytes(4) + (1).to_bytes(4, "little") + bytes(1)
+        return body + crc32c(body).to_bytes(4, "little")
+
+    entries, offset = [], 0
+    with open(f"{prefix}.data-00000-of-00001", "wb") as file:
+        for name, tensor in tensors.items():
+            name = name.replace("layer.", "layer_").replace(".", "/")
+            if name.endswith("_embeddings/weight"):
+                name = name.removesuffix("/weight")
+            elif tensor.dim() == 2:
+                name, tensor = name.replace("/weight", "/kernel"), tensor.t()
+            file.write(tensor.contiguous().numpy())
+            shape = b"".join(field(2, field(1, size)) for size in tensor.shape)
+            place = field(4, offset) + field(5, tensor.numel() * 4)
+            entries.append((name.encode(), field(1, 1) + field(2, shape) + place))
+            offset += tensor.numel() * 4
+    content = block([(b"", field(1, 1)), *sorted(entries)])
+    where = varint(0) + varint(len(content) - 5)
+    index, empty = block([(b"~", where)]), block([])
+    footer = varint(len(content)) + varint(len(empty) - 5) + varint(len(content) + len(empty)) + varint(len(index) - 5)
+    footer = footer.ljust(40, b"\0") + MAGIC.to_bytes(8, "little")
+    Path(f"{prefix}.index").write_bytes(content + empty + index + footer)

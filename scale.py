@@ -1,0 +1,189 @@
+"""How the cost grows with the work, `python bench.py scale`: searching with the size of the corpus, fine-tuning with
+its tokens, an attack with its queries. Each is measured at several sizes; a straight line through the origin, or for
+the attack from its start-up on, is what should come out. Draws OUTPUT/scale.png and writes OUTPUT/scale.json.
+"""
+
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+
+import data
+import runtime
+import search
+import tokens
+from bert import Bert
+from freelb import freelb
+from gates import Coefficients
+from runtime import BadInput
+
+STEPS = 12  # of a search that are timed, after as many that are not
+ROWS = (500, 1000, 2000, 4000, 8000)  # of rt that are fine-tuned on
+EXAMPLES = (5, 10, 20, 40)  # of rt that are attacked
+
+
+def bench(options):
+    sizes = [megabytes for megabytes in (1, 10, 100, 1000) if megabytes < options.megabytes] + [options.megabytes]
+    figures = {"machine": runtime.describe(runtime.pick_device()), "versions": runtime.versions()}
+    bar = runtime.progress(len(sizes) + len(ROWS) + len(EXAMPLES), description="scale", unit="size")
+    cache = os.environ.get("XDG_CACHE_HOME")
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["XDG_CACHE_HOME"] = folder  # a gigabyte of tokens that nobody needs again
+        try:
+            figures["search"] = [step_of(bar, of_search, size, options, Path(folder)) for size in sizes]
+            figures["finetune"] = [step_of(bar, of_finetuning, rows, folder) for rows in ROWS]
+            figures["attack"] = [step_of(bar, of_attack, n, folder) for n in EXAMPLES]
+        finally:
+            os.environ.pop("XDG_CACHE_HOME")
+            os.environ |= {"XDG_CACHE_HOME": cache} if cache else {}
+    bar.close()
+    report(figures)
+    runtime.write_json(Path(options.output) / "scale.json", figures)
+    plot(figures, Path(options.output) / "scale.png")
+    print(f"figures: {Path(options.output) / 'scale.json'}, plot: {Path(options.output) / 'scale.png'}")
+
+
+def step_of(bar, measure, size, *given):
+    bar.set_postfix_str(f"{measure.__name__.removeprefix('of_')}, {size}")
+    found = measure(size, *given)
+    bar.update()
+    return found
+
+
+def of_search(megabytes, options, folder):
+    """Seconds per million tokens: of tokenizing a corpus of BBC's documents in another order, again and again until it
+    is as large, and of the search's steps on it; memory in GB."""
+    path = folder / f"{megabytes}.txt"
+    documents = [" ".join(text.split()) for text in data.find_corpus("bbc")[0]]
+    generator, written = random.Random(0), 0
+    with open(path, "w", encoding="utf8") as file:
+        while written < megabytes * 10**6:
+            generator.shuffle(documents)
+            for text in documents:
+                written += file.write(f"{text}\n")
+    device, source = runtime.pick_device(), data.find_model("minilm")[0]
+    dtype = runtime.pick_precision(device, "auto")
+    runtime.keep_memory()
+    torch.manual_seed(0)
+    model, tokenizer = Bert.load(source, mlm=True).to(device).train(), tokens.Tokenizer(source)
+    given = search.Options(corpus=str(path), batch_size=options.batch_size, block=options.block)
+    start = time.perf_counter()
+    mlm = search.MLM(given, tokenizer, model.config)
+    prepared = time.perf_counter() - start
+    path.unlink()
+    c = Coefficients(model.config.num_hidden_layers, model.config.num_attention_heads, model.config.intermediate_size)
+    c.to(device)
+    optimizer = torch.optim.AdamW([*model.parameters(), *c.parameters()], lr=given.learning_rate, fused=True)
+    adversary = {name: getattr(given, f"adv_{name}") for name in ("steps", "lr", "init_mag", "max_norm")}
+    order = mlm.epoch(0, 0, given.batch_size)
+    for step in range(2 * STEPS):
+        if step == STEPS:
+            start = time.perf_counter()
+        chosen = order[step % len(order)]
+        present, loss_for = mlm.batch(chosen, model, c, device)
+        with runtime.autocast(device, dtype):
+            freelb(loss_for(slice(0, len(chosen)))[0], present, model.config.hidden_size, **adversary).item()
+        optimizer.step()
+        optimizer.zero_grad()
+    seconds = time.perf_counter() - start
+    return {
+        "megabytes": megabytes,
+        "tokens": mlm.blocks.tokens,
+        "preparing": 1e6 * prepared / mlm.blocks.tokens,
+        "searching": 1e6 * seconds / (STEPS * given.batch_size * given.block),
+        "memory": runtime.peak_memory(device) / 1e9,
+    }
+
+
+def of_finetuning(rows, folder):
+    """The seconds that finetune.py counts for one epoch of `rows` rows of rt, and their tokens."""
+    run("finetune.py", "--ticket", "none", "--epochs", 1, "--train-rows", rows, "--output", folder, "--overwrite")
+    metrics = runtime.read_json(next(Path(folder).rglob("metrics.json")))
+    return {"tokens": round(metrics["tokens_per_second"] * metrics["seconds"]), "seconds": metrics["seconds"]}
+
+
+def of_attack(n, folder):
+    """The seconds of TextFooler on n rows, from typing the command, and its queries to the model."""
+    seconds = run("attack.py", "--ticket", "none", "--n", n, "--output", folder, "--overwrite")
+    path = next(Path(folder).rglob("textfooler.jsonl"))
+    rows = [json.loads(line) for line in path.read_text("utf8").splitlines()]
+    return {"queries": sum(row["queries"] for row in rows if "queries" in row), "seconds": seconds}
+
+
+def run(script, *flags):
+    """Seconds of a script of ours. Raises BadInput with its last words where it fails."""
+    start = time.perf_counter()
+    command = [sys.executable, str(Path(__file__).with_name(script)), "--model", "minilm", *map(str, flags)]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    if ended.returncode:
+        raise BadInput(f"{script} failed: {ended.stderr.strip().splitlines()[-1:]}")
+    return time.perf_counter() - start
+
+
+def line(x, y, through_origin):
+    """(intercept, slope) of the line that fits best."""
+    if through_origin:
+        return 0.0, float(np.dot(x, y) / np.dot(x, x))
+    slope, intercept = np.polyfit(x, y, 1)
+    return float(intercept), float(slope)
+
+
+def fits(figures):
+    """{what: (x, y, (intercept, slope))} of fine-tuning and attack."""
+    found = {}
+    for what, of in (("finetune", "tokens"), ("attack", "queries")):
+        x, y = (np.array([row[name] for row in figures[what]], dtype=float) for name in (of, "seconds"))
+        found[what] = x, y, line(x, y, what == "finetune")
+    return found
+
+
+def report(figures):
+    print(f"on {figures['machine']}")
+    print("search: corpus in MB     tokens  s per million tokens: preparing  searching  peak GB")
+    for row in figures["search"]:
+        print(
+            f"{row['megabytes']:20,}  {row['tokens']:11,}  {row['preparing']:29.2f}  {row['searching']:9.1f}", end="  "
+        )
+        print(f"{row['memory']:7.2f}")
+    for what, (x, y, (intercept, slope)) in fits(figures).items():
+        unit = "tokens" if what == "finetune" else "queries"
+        print(
+            f"{what}: {slope * 1000:.2f} s per 1,000 {unit}" + f", {intercept:.1f} s of start-up" * (what == "attack")
+        )
+        for a, b in zip(x, y):
+            print(f"  {a:9,.0f} {unit} {b:8.1f} s, the line says {intercept + slope * a:8.1f} s")
+
+
+def plot(figures, path):
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 3, figsize=(12, 3.6))
+    sizes = [row["megabytes"] for row in figures["search"]]
+    for name, marker in (("searching", "o"), ("preparing", "s")):
+        axes[0].plot(sizes, [row[name] for row in figures["search"]], marker=marker, label=name)
+    axes[0].set(
+        xscale="log", yscale="log", xlabel="corpus in MB", ylabel="seconds per million tokens", title="search.py"
+    )
+    axes[0].legend()
+    for axis, (what, (x, y, (intercept, slope))) in zip(axes[1:], fits(figures).items()):
+        ends = np.array([0, x.max()])
+        axis.plot(ends, intercept + slope * ends, color="gray", linewidth=1, label="straight line")
+        axis.plot(x, y, "o", label="measured")
+        unit = "tokens of an epoch" if what == "finetune" else "queries to the model"
+        axis.set(xlabel=unit, ylabel="seconds", title=f"{what}.py", xlim=(0, None), ylim=(0, None))
+        axis.xaxis.set_major_formatter("{x:,.0f}")
+        axis.xaxis.get_major_locator().set_params(nbins=5)
+        axis.legend()
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with runtime.replacing(path) as beside:
+        figure.savefig(beside, dpi=150, format="png")
