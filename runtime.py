@@ -13,6 +13,7 @@ import resource
 import shlex
 import shutil
 import sys
+import tempfile
 import time
 from fractions import Fraction
 from pathlib import Path
@@ -42,6 +43,10 @@ def run(main):
         code, line = 2, f"{script}: error: {error.filename or 'output'}: {error.strerror or error}"
     except KeyboardInterrupt:
         code, line = 130, f"\n{script}: interrupted; the same command goes on where it can"
+    except RuntimeError as error:
+        if "Connection closed by peer" not in str(error):  # gloo's words for another process that is gone
+            raise
+        code, line = 1, f"{script}: another process has ended"
     else:
         return
     if int(os.environ.get("RANK", 0)):
@@ -188,10 +193,11 @@ def cache_folder():
 def output_folder(root, model):
     """`model_folder`, made and tried at once: a run of minutes must not end at a folder that cannot be written."""
     folder = model_folder(root, model)
-    probe = folder / "writable"
-    with replacing(probe) as beside:
-        Path(beside).touch()
-    probe.unlink()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()  # a name of its own in each of several processes
+    except OSError as error:
+        raise BadInput(f"cannot write {folder}: {error.strerror or error}") from None
     return folder
 
 

@@ -329,6 +329,7 @@ def plot(path, picture):
     figure.tight_layout()
     with runtime.replacing(picture) as beside:
         figure.savefig(beside, dpi=150, format="png")
+    pyplot.close(figure)
 
 
 def report(path, picture, options):

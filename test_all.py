@@ -1908,6 +1908,21 @@ def test_processes_that_all_fail_show_one_line(without_dropout, corpus, tmp_path
     assert code != 0 and err.count("search.py: error:") == 1
 
 
+def test_where_one_process_fails_it_says_why_and_the_others_that_they_end(tmp_path):
+    (tmp_path / "some.py").write_text(
+        f"""import sys, torch; sys.path.insert(0, {str(HERE)!r}); import processes, runtime
+def main():
+    processes.join(torch.device("cpu"))
+    if processes.RANK:
+        raise runtime.BadInput("of the second process")
+    processes.total(torch.ones(1))
+runtime.run(main)"""
+    )
+    code, _, err = torchrun(2, tmp_path / "some.py")
+    assert code != 0 and err.count("some.py: error: of the second process") == 1, err
+    assert "[rank0]" not in err, err  # which torch puts before each line of a traceback
+
+
 # ---------------------------------------------------------------------------------------- defences and ablations
 
 
