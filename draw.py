@@ -12,7 +12,6 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
 import torch
 
 import runtime
@@ -110,6 +109,8 @@ def read_coefficients(path):
 
 def heat_map(head, ffn, head_mask, ffn_mask, title, picture):
     """What survives of each layer, after Figure 1: every head with its coefficient, and the share of the neurons."""
+    import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

@@ -33,6 +33,7 @@ METHODS = {
     "Random ticket": ("random", "vanilla"),
 }
 
+TIMES = ("seconds", "tokens_per_second")  # not in the .md: the machine may have had other work, unlike bench.py's
 
 # what tells one run of a method and seed from another
 SETTINGS = ("model", "train_rows", "epochs", "mask_epochs", "batch_size", "learning_rate", "attacks", "n")
@@ -71,9 +72,8 @@ def main():
     bar = runtime.progress(len(cells), len(cells) - len(missing), options.table, "run")
     for task, name, seed in missing:
         bar.set_postfix_str(f"{name} on {task}, seed {seed}")
-        figures = run(options, task, name, seed)
-        where = {"machine": runtime.describe(runtime.pick_device()), "versions": runtime.versions()}
-        runs.append({"task": task, "method": name, "seed": seed, "settings": settings, "figures": figures} | where)
+        cell = {"task": task, "method": name, "seed": seed, "settings": settings} | run(options, task, name, seed)
+        runs.append(cell | {"machine": runtime.describe(runtime.pick_device()), "versions": runtime.versions()})
         runtime.write_json(path, {"runs": runs})
         bar.update()
     bar.close()
@@ -98,7 +98,7 @@ def script(name, **flags):
 
 
 def run(options, task, name, seed):
-    """Make what the method needs, fine-tune, attack; {figure: number} of the run."""
+    """Make what the method needs, fine-tune, attack; the "figures" of the run and the "resources" of its attacks."""
     ticket, method = METHODS[name]
     where = {"model": options.model, "output": options.output}
     rows = {"task": task, "seed": seed, "train_rows": options.train_rows, "batch_size": options.batch_size}
@@ -120,14 +120,16 @@ def run(options, task, name, seed):
         given = {"task": task, "seed": seed, "ticket": ticket, "method": method, "n": options.n, "attack": attack}
         script("attack.py", **where, **given)
     folder = folder / f"{Path(ticket).stem}-{method}-seed{seed}"
-    figures = runtime.read_json(folder / "metrics.json")
-    found = {"Clean%": 100 * figures["test_accuracy"]}
+    metrics, resources = runtime.read_json(folder / "metrics.json"), {}
+    figures = {"Clean%": 100 * metrics["test_accuracy"]}
     for attack in options.attacks:
         attacked = runtime.read_json(folder / f"{attack}.json")
+        resources |= attacked["resources"]
         for column, key, scale in (("Aua%", "aua", 100), ("Suc%", "suc", 100), ("#Query", "queries", 1)):
-            found[f"{attack} {column}"] = None if attacked[key] is None else scale * attacked[key]
-    found |= {"seconds": figures["seconds"], "tokens/s": figures["tokens_per_second"]}
-    return found | {"GB": figures["peak_memory"] / 1e9, "M parameters": figures["parameters"] / 1e6}
+            figures[f"{attack} {column}"] = None if attacked[key] is None else scale * attacked[key]
+    figures |= {"GB": metrics["peak_memory"] / 1e9, "M parameters": metrics["parameters"] / 1e6}
+    figures |= {name: metrics[name] for name in TIMES}
+    return {"figures": figures, "resources": resources}
 
 
 def written(runs):
@@ -135,28 +137,29 @@ def written(runs):
     are several, the standard deviation."""
     tables = {}
     for of in runs:
-        key = json.dumps([of["task"], of["settings"]])
+        key = json.dumps([of["task"], of["settings"], of["resources"]])
         tables.setdefault(key, {}).setdefault(of["method"], []).append(of["figures"])
     lines = ["Made by paper.py out of the runs in the .json beside it. ± is the standard deviation over the seeds."]
     for key, rows in tables.items():
-        task, settings = json.loads(key)
+        task, settings, resources = json.loads(key)
         given = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in settings.items() if value is not None)
-        columns = list(dict.fromkeys(column for seeds in rows.values() for figures in seeds for column in figures))
+        lines += ["", f"{given}.", "", "The attacks' resources:", ""]
+        lines += [f"- {name}: {what}" for name, what in resources.items()]
+        names = dict.fromkeys(name for seeds in rows.values() for figures in seeds for name in figures)
+        columns = [name for name in names if name not in TIMES]
         head = " | ".join([f"{task}, {settings['model']}", "runs", *columns])
-        lines += ["", f"{given}.", "", f"| {head} |", "|---" * (len(columns) + 2) + "|"]
+        lines += ["", f"| {head} |"]
+        lines.append("|---" + "|---:" * (len(columns) + 1) + "|")
         for method in sorted(rows, key=list(METHODS).index):
             numbers = [[of[column] for of in rows[method] if of.get(column) is not None] for column in columns]
-            lines.append(f"| {' | '.join([method, str(len(rows[method])), *map(cell, numbers)])} |")
+            lines.append(f"| {' | '.join([method, str(len(rows[method])), *map(mean_and_deviation, numbers)])} |")
         widest = 196 * (0.25 / settings["n"]) ** 0.5
-        lines += [
-            "",
-            f"By the choice of the {settings['n']} attacked rows alone, one run's Aua% and Suc% are uncertain",
-        ]
-        lines[-1] += f" by up to ± {widest:.1f} points (95 % interval)."
+        lines += ["", f"The {settings['n']} attacked rows are a sample: a single run's Aua% and Suc% are uncertain by"]
+        lines[-1] += f" up to ± {widest:.1f} points (95 % interval), whatever the seed does."
     return "\n".join([*lines, ""])
 
 
-def cell(numbers):
+def mean_and_deviation(numbers):
     if len(numbers) < 2:
         return f"{numbers[0]:,.1f}" if numbers else "-"
     return f"{statistics.mean(numbers):,.1f} ± {statistics.stdev(numbers):,.1f}"

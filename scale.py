@@ -12,7 +12,6 @@ import tempfile
 import time
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
 
@@ -163,6 +162,8 @@ def report(figures):
 
 
 def plot(figures, path):
+    import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

@@ -16,7 +16,6 @@ import math
 from dataclasses import asdict, dataclass, replace
 
 import filelock
-import matplotlib
 import numpy as np
 import torch
 
@@ -309,6 +308,8 @@ def find_mlm_head(name, output, model, model_sha256, tokenizer, device):
 
 def plot(path, picture):
     """The distances of each mini-epoch against gamma, and the loss, as a PNG."""
+    import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

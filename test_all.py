@@ -48,6 +48,7 @@ import freelb
 import gates
 import hub
 import infobert
+import paper
 import published
 import resources
 import robustt
@@ -1923,6 +1924,91 @@ runtime.run(main)"""
     assert "[rank0]" not in err, err  # which torch puts before each line of a traceback
 
 
+# ------------------------------------------------------------------------------------------------ the paper's tables
+
+
+@pytest.fixture
+def scripts(monkeypatch):
+    """paper.py's scripts, replaced: each checks its flags as it really would and finetune.py and attack.py leave
+    figures where they do, which depend on the seed. Returns the commands that ran."""
+    ran, modules = [], {f"{of.__name__}.py": of for of in (search, draw, finetune, robustt, attack)}
+
+    def script(name, **flags):
+        ran.append((name, flags))
+        given = [
+            part
+            for flag, value in flags.items()
+            if value is not None
+            for part in ("--" + flag.replace("_", "-"), value)
+        ]
+        monkeypatch.setattr(sys, "argv", [name, *map(str, given)])
+        options = runtime.parse(modules[name].Options, "")
+        if name in ("finetune.py", "attack.py"):
+            folder = runtime.model_folder(options.output, options.model) / options.task / runtime.run_name(options)
+            accuracy = 0.8 + 0.01 * options.seed**2
+        if name == "finetune.py":
+            metrics = {"test_accuracy": accuracy, "peak_memory": 2e9, "parameters": 3e6}
+            runtime.write_json(folder / "metrics.json", metrics | {"seconds": 7, "tokens_per_second": 11})
+        if name == "attack.py":
+            attacked = {"aua": accuracy / 2, "suc": None, "queries": 50, "resources": {"word vectors": "of a test"}}
+            runtime.write_json(folder / f"{options.attack}.json", attacked)
+
+    monkeypatch.setattr(paper, "script", script)
+    return ran
+
+
+def make_table(folder, *more):
+    flags = ["--model", "minilm", "--n", "100", "--output", folder / "runs", "--results", folder / "results"]
+    return call(paper, "table1", *flags, *more)
+
+
+def test_a_table_is_made_of_every_methods_runs_and_none_is_repeated(scripts, tmp_path, capsys):
+    assert make_table(tmp_path) == 0
+    made = [flags for name, flags in scripts if name == "attack.py"]
+    assert len(made) == len(paper.METHODS) == len({(of["ticket"], of["method"], of["output"]) for of in made})
+    seen = len(scripts)
+    assert make_table(tmp_path, "--seeds", 3, "--methods", "PGD", "ORTicket") == 0
+    again = [(flags["seed"], flags["method"]) for name, flags in scripts[seen:] if name == "finetune.py"]
+    assert again == [(1, "pgd"), (1, "vanilla"), (2, "pgd"), (2, "vanilla")]
+    seen = len(scripts)
+    capsys.readouterr()
+    assert make_table(tmp_path, "--methods", "PGD") == 0 and len(scripts) == seen
+    printed = capsys.readouterr().out
+    assert printed == (tmp_path / "results" / "table1.md").read_text("utf8")
+    assert make_table(tmp_path, "--methods", "PGD", "--epochs", 3) == 0 and len(scripts) == seen + 2
+
+
+def test_a_table_shows_means_and_standard_deviations_over_seeds(scripts, tmp_path, capsys):
+    assert make_table(tmp_path, "--seeds", 3, "--methods", "Vanilla") == 0
+    assert make_table(tmp_path, "--methods", "PGD") == 0
+    clean = 100 * np.array([0.8, 0.81, 0.84])
+    cells = [f"{of.mean():.1f} ± {of.std(ddof=1):.1f}" for of in (clean, clean / 2)]
+    out = capsys.readouterr().out
+    assert f"| Vanilla | 3 | {cells[0]} | {cells[1]} | - | 50.0 ± 0.0 | 2.0 ± 0.0 | 3.0 ± 0.0 |" in out
+    assert "| PGD | 1 | 80.0 | 40.0 | - | 50.0 | 2.0 | 3.0 |" in out
+    assert "- word vectors: of a test" in out and "± 9.8 points" in out  # 1.96 sqrt(0.5 x 0.5 / 100)
+
+
+def test_a_table_that_is_interrupted_keeps_the_runs_it_has(scripts, tmp_path, monkeypatch):
+    script = paper.script
+
+    def interrupted(name, **flags):
+        if flags.get("method") == "freelb":
+            raise KeyboardInterrupt
+        script(name, **flags)
+
+    monkeypatch.setattr(paper, "script", interrupted)
+    assert make_table(tmp_path, "--methods", "Vanilla", "FreeLB") == 130
+    runs = json.loads((tmp_path / "results" / "table1.json").read_text())["runs"]
+    assert [run["method"] for run in runs] == ["Vanilla"]
+
+
+@pytest.mark.parametrize("flags", [["--methods", "Vanila"], ["--tasks", "sst3"]])
+def test_a_table_of_unknown_methods_or_tasks_is_refused(tmp_path, capsys, flags):
+    assert make_table(tmp_path, *flags) == 2
+    assert "give some of" in capsys.readouterr().err and not (tmp_path / "results").exists()
+
+
 # ---------------------------------------------------------------------------------------- defences and ablations
 
 
@@ -2462,14 +2548,19 @@ def test_textattacks_own_vectors_are_read_from_its_cache_without_running_code(tm
 
 
 def test_only_attack_may_import_textattack_and_help_needs_no_model():
-    for script in ("search.py", "draw.py", "finetune.py", "robustt.py", "attack.py", "counterfit.py", "bench.py"):
-        check = f"import sys, runpy; sys.argv = [{script!r}, '--help']\n"
-        check += f"try: runpy.run_path({script!r}, run_name='__main__')"
-        check += (
-            "\nexcept SystemExit as stop: assert stop.code == 0\nassert not {'textattack', 'nltk'} & set(sys.modules)"
-        )
-        ended = subprocess.run([sys.executable, "-c", check], cwd=HERE, capture_output=True, text=True)
-        assert ended.returncode == 0 and "--help" in ended.stdout, ended.stderr
+    running = []
+    for path in sorted(HERE.glob("*.py")):
+        if not path.read_text("utf8").endswith("runtime.run(main)\n"):
+            continue
+        check = f"import sys, runpy; sys.argv = [{path.name!r}, '--help']\n"
+        check += f"try: runpy.run_path({path.name!r}, run_name='__main__')\n"
+        check += "except SystemExit as stop: assert stop.code == 0\n"
+        check += "assert not {'textattack', 'nltk', 'transformers', 'matplotlib.pyplot'} & set(sys.modules)"
+        running.append(spawn(["-c", check]))
+    assert len(running) == 8
+    for process in running:
+        out, err = process.communicate()
+        assert process.returncode == 0 and "--help" in out, err
 
 
 # -------------------------------------------------------------------------------- slow: python -m pytest -m slow
