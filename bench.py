@@ -116,7 +116,7 @@ def bench_training(options, folder):
     if is_search:
         work = f"FreeLB step, K = {options.adv_steps}, {options.batch_size} x {options.block} tokens"
     else:
-        cases.insert(1, ("its ticket", precisions[0]))
+        cases[1:1] = [("its ticket", precisions[0]), ("with FreeLB", precisions[0])]
         work = f"fine-tuning, {options.rows} rows of {options.task} in batches of {options.batch_size}"
     figures = {}
     for case, results in in_turn(options, cases, folder).items():
@@ -164,7 +164,7 @@ def time_training(options, side, precision, folder):
         if side in PEERS:
             work = peers.finetune_work(folder, PEERS[side], *given)
         else:
-            work = finetune_work(folder, side == "its ticket", dtype, *given)
+            work = finetune_work(folder, side, dtype, *given)
     modules = torch.nn.ModuleList(work.modules)
     optimizer = torch.optim.AdamW(modules.parameters(), lr=2e-5, fused=True)
 
@@ -195,8 +195,6 @@ def time_training(options, side, precision, folder):
         with FlopCounterMode(display=False) as counter:
             epoch()
         found["flops"] = counter.get_total_flops()
-        if is_search:
-            epoch()
         found["seconds"] = statistics.median(seconds_of(epoch)[0] for _ in range(options.steps if is_search else 1))
         found["memory"] = runtime.peak_memory(device)
         size = 8192 if device.type == "cuda" else 2048
@@ -223,10 +221,11 @@ def search_work(folder, batch, adversary, device):
     return SimpleNamespace(modules=[model, c], steps=steps, loss=loss, tokens=ids.numel())
 
 
-def finetune_work(folder, is_ticket, dtype, rows, test, batch_size, max_length, device):
+def finetune_work(folder, side, dtype, rows, test, batch_size, max_length, device):
     """What finetune.py does with these rows; the ticket is one of ratios 1/6 and 0.3."""
+    adversary = ADVERSARY | {"steps": 3} if side == "with FreeLB" else dict.fromkeys(ADVERSARY, 0.0) | {"steps": 1}
     model, tokenizer = Bert.load(folder), tokens.Tokenizer(Path(folder))
-    if is_ticket:
+    if side == "its ticket":
         model = model.pruned(*draw_masks(torch.rand(6, 12), torch.rand(6, 1536), 1 / 6, 0.3))
     model.to(device)
     rows, test = (tokens.Rows(tokenizer, part, max_length, device, cached=False) for part in (rows, test))
@@ -234,7 +233,7 @@ def finetune_work(folder, is_ticket, dtype, rows, test, batch_size, max_length, 
     def steps():
         for batch in rows.batches(batch_size, np.random.default_rng(0)):
             loss_of = lambda delta: model.class_loss(*batch, delta=delta)  # noqa: E731
-            yield freelb(loss_of, tokens.present(*batch), 384, steps=1, lr=0.0, init_mag=0.0, max_norm=0.0)
+            yield freelb(loss_of, tokens.present(*batch), 384, **adversary)
 
     def loss():
         with torch.no_grad():

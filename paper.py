@@ -33,8 +33,7 @@ METHODS = {
     "Random ticket": ("random", "vanilla"),
 }
 
-TIMES = ("seconds", "tokens_per_second")  # not in the .md: the machine may have had other work, unlike bench.py's
-
+ATTACKED = {"Aua%": ("aua", 100), "Suc%": ("suc", 100), "#Query": ("queries", 1)}  # column -> attack.py's name, unit
 # what tells one run of a method and seed from another
 SETTINGS = ("model", "train_rows", "epochs", "mask_epochs", "batch_size", "learning_rate", "attacks", "n")
 
@@ -125,10 +124,10 @@ def run(options, task, name, seed):
     for attack in options.attacks:
         attacked = runtime.read_json(folder / f"{attack}.json")
         resources |= attacked["resources"]
-        for column, key, scale in (("Aua%", "aua", 100), ("Suc%", "suc", 100), ("#Query", "queries", 1)):
-            figures[f"{attack} {column}"] = None if attacked[key] is None else scale * attacked[key]
+        for column, (name, unit) in ATTACKED.items():
+            figures[f"{attack} {column}"] = None if attacked[name] is None else unit * attacked[name]
     figures |= {"GB": metrics["peak_memory"] / 1e9, "M parameters": metrics["parameters"] / 1e6}
-    figures |= {name: metrics[name] for name in TIMES}
+    figures |= {name: metrics[name] for name in ("seconds", "tokens_per_second")}
     return {"figures": figures, "resources": resources}
 
 
@@ -137,16 +136,17 @@ def written(runs):
     are several, the standard deviation."""
     tables = {}
     for of in runs:
-        key = json.dumps([of["task"], of["settings"], of["resources"]])
+        key = json.dumps([of["task"], of["settings"], of["resources"]], sort_keys=True)
         tables.setdefault(key, {}).setdefault(of["method"], []).append(of["figures"])
     lines = ["Made by paper.py out of the runs in the .json beside it. ± is the standard deviation over the seeds."]
     for key, rows in tables.items():
         task, settings, resources = json.loads(key)
-        given = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in settings.items() if value is not None)
+        given = [(name.replace("_", " "), settings[name]) for name in SETTINGS]
+        given = ", ".join(f"{name} {value}" for name, value in given if value is not None)
         lines += ["", f"{given}.", "", "The attacks' resources:", ""]
         lines += [f"- {name}: {what}" for name, what in resources.items()]
-        names = dict.fromkeys(name for seeds in rows.values() for figures in seeds for name in figures)
-        columns = [name for name in names if name not in TIMES]
+        columns = [f"{attack} {column}" for attack in settings["attacks"].split() for column in ATTACKED]
+        columns = ["Clean%", *columns, "GB", "M parameters"]  # no seconds: the machine may have had other work
         head = " | ".join([f"{task}, {settings['model']}", "runs", *columns])
         lines += ["", f"| {head} |"]
         lines.append("|---" + "|---:" * (len(columns) + 1) + "|")

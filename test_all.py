@@ -1979,6 +1979,7 @@ def test_a_table_is_made_of_every_methods_runs_and_none_is_repeated(scripts, tmp
 
 
 def test_a_table_shows_means_and_standard_deviations_over_seeds(scripts, tmp_path, capsys):
+    assert make_table(tmp_path, "--methods", "Vanilla") == 0
     assert make_table(tmp_path, "--seeds", 3, "--methods", "Vanilla") == 0
     assert make_table(tmp_path, "--methods", "PGD") == 0
     clean = 100 * np.array([0.8, 0.81, 0.84])
