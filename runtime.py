@@ -205,14 +205,15 @@ def output_folder(root, model):
 
 
 def keep_memory():
-    """Let oneDNN keep the code that it generates and glibc the memory that tensors free, both for the CPU's sake.
+    """Let oneDNN keep the code that it generates and glibc the memory that tensors free: to be called before the first
+    product on a CPU.
 
-    oneDNN generates code for every shape of a product: that takes longer than the product, and by default it forgets
-    all but the latest 1,024. Batches of 40 lengths in a ticket with layers of 6 widths have more. glibc by default
-    hands every large block back to the kernel, which then zeroes it page by page at the next use: about a third of a
-    training step.
+    oneDNN generates code for every shape of a bfloat16 product, which takes longer than a small product itself, and by
+    default forgets all but 1,024: batches of 40 lengths in a ticket, whose layers have 6 widths, need more. glibc by
+    default hands every large block back to the kernel, which then zeroes it page by page at the next use: about a
+    third of a training step.
     """
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16384")  # read when the first code is generated
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "8192")  # some 200 KB each
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no block of its own mapping
