@@ -2,6 +2,7 @@
 
     python paper.py table1 --tasks sst2 --model minilm --train-rows 20000 --epochs 3 --mask-epochs 2
     python paper.py table1 ... --methods Vanilla FreeLB --seeds 3        more seeds of some, in the same table
+    python paper.py table1 ... --methods ORTicket --search learning-rate=2e-4 --output runs-2e-4      another search
 
 Table 1 compares methods on clean and attacked test rows. Each cell is a run of finetune.py and one of attack.py with
 the same rows, epochs and batch. RESULTS/table1.json keeps what each run found and with which settings; a run that is
@@ -53,6 +54,8 @@ class Options:
     learning_rate: float = option(1e-4, "of every fine-tuning", above=0)
     n: int = option(300, "test rows that are attacked", at_least=1)
     output: str = option("runs", "folder for the runs")
+    search: tuple = option((), "options of search.py, such as learning-rate=2e-4, in a table of their own")
+    draw: tuple = option((), "options of draw.py, such as tau-ffn=0.1, in a table of their own")
     results: str = option("results", "folder for the tables")
 
 
@@ -63,6 +66,8 @@ def main():
             if value not in known:
                 raise BadInput(f"--{name} {value!r}: give some of {', '.join(known)}")
     settings = {name: getattr(options, name) for name in SETTINGS} | {"attacks": " ".join(options.attacks)}
+    for name in ("search", "draw"):
+        settings |= {f"{name} {flag}": value for flag, value in given(options, name).items()}
     path = Path(options.results) / f"{options.table}.json"
     runs = runtime.read_json(path)["runs"] if path.is_file() else []
     there = {(run["task"], run["method"], run["seed"]) for run in runs if run["settings"] == settings}
@@ -82,33 +87,42 @@ def main():
     print(text, end="")
 
 
+def given(options, name):
+    """The flags of --search or --draw with their values."""
+    for part in getattr(options, name):
+        if "=" not in part:
+            raise BadInput(f"--{name} {part!r}: give options of {name}.py as NAME=VALUE, such as tau-ffn=0.1")
+    return dict(part.split("=", 1) for part in getattr(options, name))
+
+
 def script(name, **flags):
     """Run a script of ours; its messages are shown only where it fails."""
-    given = [
+    line = [
         part for flag, value in flags.items() if value is not None for part in (f"--{flag.replace('_', '-')}", value)
     ]
     ended = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name(name)), *map(str, given)], stdout=subprocess.PIPE, text=True
+        [sys.executable, str(Path(__file__).with_name(name)), *map(str, line)], stdout=subprocess.PIPE, text=True
     )
     if ended.returncode == 130:
         raise KeyboardInterrupt
     if ended.returncode:
-        raise BadInput(f"{name} {' '.join(map(str, given))} failed with exit code {ended.returncode}")
+        raise BadInput(f"{name} {' '.join(map(str, line))} failed with exit code {ended.returncode}")
 
 
 def run(options, task, name, seed):
     """Make what the method needs, fine-tune, attack; the "figures" of the run and the "resources" of its attacks."""
     ticket, method = METHODS[name]
     where = {"model": options.model, "output": options.output}
+    searched = given(options, "search")
     rows = {"task": task, "seed": seed, "train_rows": options.train_rows, "batch_size": options.batch_size}
     trained = rows | {"epochs": options.epochs, "learning_rate": options.learning_rate}
     if ticket == "of a search without adversary":
         ticket, where["output"] = "drawn", str(Path(options.output) / "vanilla-search")
-        script("search.py", **where, adv_steps=1, adv_init_mag=0)
+        script("search.py", **where, **searched | {"adv-steps": 1, "adv-init-mag": 0})
     elif ticket in ("drawn", "random"):
-        script("search.py", **where)
+        script("search.py", **where, **searched)
     if ticket in ("drawn", "random"):
-        script("draw.py", **where, task=task)
+        script("draw.py", **where, task=task, **given(options, "draw"))
     folder = runtime.model_folder(where["output"], options.model) / runtime.task_folder(task)
     if ticket == "robustt":
         script("finetune.py", **where, **trained, ticket="none")
@@ -116,8 +130,8 @@ def run(options, task, name, seed):
         ticket = str(folder / f"robustt-seed{seed}.safetensors")
     script("finetune.py", **where, **trained, ticket=ticket, method=method)
     for attack in options.attacks:
-        given = {"task": task, "seed": seed, "ticket": ticket, "method": method, "n": options.n, "attack": attack}
-        script("attack.py", **where, **given)
+        rows = {"task": task, "seed": seed, "n": options.n}
+        script("attack.py", **where, **rows, ticket=ticket, method=method, attack=attack)
     folder = folder / f"{Path(ticket).stem}-{method}-seed{seed}"
     metrics, resources = runtime.read_json(folder / "metrics.json"), {}
     figures = {"Clean%": 100 * metrics["test_accuracy"]}
@@ -141,9 +155,9 @@ def written(runs):
     lines = ["Made by paper.py out of the runs in the .json beside it. ± is the standard deviation over the seeds."]
     for key, rows in tables.items():
         task, settings, resources = json.loads(key)
-        given = [(name.replace("_", " "), settings[name]) for name in SETTINGS]
-        given = ", ".join(f"{name} {value}" for name, value in given if value is not None)
-        lines += ["", f"{given}.", "", "The attacks' resources:", ""]
+        names = [*SETTINGS, *sorted(settings.keys() - set(SETTINGS))]
+        of = [f"{name.replace('_', ' ')} {settings[name]}" for name in names if settings[name] is not None]
+        lines += ["", f"{', '.join(of)}.", "", "The attacks' resources:", ""]
         lines += [f"- {name}: {what}" for name, what in resources.items()]
         columns = [f"{attack} {column}" for attack in settings["attacks"].split() for column in ATTACKED]
         columns = ["Clean%", *columns, "GB", "M parameters"]  # no seconds: the machine may have had other work

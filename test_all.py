@@ -1990,6 +1990,21 @@ def test_a_table_shows_means_and_standard_deviations_over_seeds(scripts, tmp_pat
     assert "- word vectors: of a test" in out and "± 9.8 points" in out  # 1.96 sqrt(0.5 x 0.5 / 100)
 
 
+def test_other_searches_and_ratios_have_tables_of_their_own(scripts, tmp_path, capsys):
+    assert make_table(tmp_path, "--methods", "Vanilla ticket") == 0
+    other = ["--search", "learning-rate=2e-4", "adv-steps=5", "--draw", "tau-ffn=0.1"]
+    assert make_table(tmp_path, "--methods", "Vanilla ticket", *other) == 0
+    searched = [flags for name, flags in scripts if name == "search.py"]
+    assert [flags.get("learning-rate") for flags in searched] == [None, "2e-4"]
+    assert all(flags["adv-steps"] == 1 for flags in searched)  # what makes it a vanilla ticket stays
+    assert [flags.get("tau-ffn") for name, flags in scripts if name == "draw.py"] == [None, "0.1"]
+    printed = capsys.readouterr().out
+    assert printed.count("| Vanilla ticket | 1 |") == 1 + 2  # the second command shows both tables
+    assert "n 100, draw tau-ffn 0.1, search adv-steps 5, search learning-rate 2e-4." in printed
+    assert make_table(tmp_path, "--search", "adv-steps") == 2
+    assert "--search 'adv-steps': give options of search.py as NAME=VALUE" in capsys.readouterr().err
+
+
 def test_a_table_that_is_interrupted_keeps_the_runs_it_has(scripts, tmp_path, monkeypatch):
     script = paper.script
 
