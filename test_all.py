@@ -53,6 +53,7 @@ import published
 import resources
 import robustt
 import runtime
+import scale
 import search
 import tensorflow1
 import tokens
@@ -2023,6 +2024,13 @@ def test_a_table_that_is_interrupted_keeps_the_runs_it_has(scripts, tmp_path, mo
 def test_a_table_of_unknown_methods_or_tasks_is_refused(tmp_path, capsys, flags):
     assert make_table(tmp_path, *flags) == 2
     assert "give some of" in capsys.readouterr().err and not (tmp_path / "results").exists()
+
+
+def test_lines_of_cost_against_work_are_those_of_least_squares():
+    x, y = np.array([1.0, 2, 4, 9]), np.array([5.0, 8, 11, 30])
+    with_start_up = np.linalg.lstsq(np.stack([np.ones(4), x], 1), y, rcond=None)[0]
+    assert np.allclose(scale.line(x, y, through_origin=False), with_start_up)
+    assert np.allclose(scale.line(x, y, through_origin=True), [0, np.linalg.lstsq(x[:, None], y, rcond=None)[0][0]])
 
 
 # ---------------------------------------------------------------------------------------- defences and ablations
