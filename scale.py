@@ -25,7 +25,7 @@ from gates import Coefficients
 from runtime import BadInput
 
 STEPS = 12  # of a search that are timed, after as many that are not
-ROWS = (500, 1000, 2000, 4000, 8000)  # of rt that are fine-tuned on
+ROWS = (375, 750, 1500, 3000, 6000)  # of rt that are fine-tuned on
 EXAMPLES = (5, 10, 20, 40)  # of rt that are attacked
 
 
