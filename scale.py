@@ -67,7 +67,8 @@ def of_search(megabytes, options, folder):
         while written < megabytes * 10**6:
             generator.shuffle(documents)
             for text in documents:
-                written += file.write(f"{text}\n")
+                if written < megabytes * 10**6:
+                    written += file.write(f"{text}\n")
     device, source = runtime.pick_device(), data.find_model("minilm")[0]
     dtype = runtime.pick_precision(device, "auto")
     runtime.keep_memory()
