@@ -11,7 +11,6 @@ Not here: decoding, cross attention, next-sentence prediction, relative position
 Shapes: B examples, T tokens, d hidden size, H heads, s = d / H the size of a head, F neurons, V vocabulary.
 """
 
-import json
 import math
 import os
 from dataclasses import asdict, dataclass, fields, replace
@@ -23,9 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 import published
 import weights
-from runtime import BadInput, write_json
-
-KNOWN = {"model_type": ("bert", "roberta"), "hidden_act": ("gelu",), "position_embedding_type": ("absolute",)}
+from runtime import BadInput
 
 
 @dataclass(frozen=True)
@@ -71,33 +68,11 @@ class Config:
 
     @staticmethod
     def read(path):
-        """The Config of the model at `path`, its folder or a file of its weights: config.json or, as Google names it,
-        bert_config.json. Raises BadInput where it is not a BERT or RoBERTa that this file can run."""
-        folder = path if os.path.isdir(path) else os.path.dirname(path)
-        path = os.path.join(folder, "config.json")
-        if not os.path.isfile(path) and os.path.isfile(os.path.join(folder, "bert_config.json")):
-            path = os.path.join(folder, "bert_config.json")
-        try:
-            with open(path, encoding="utf8") as file:
-                published = dict(json.load(file))
-        except FileNotFoundError:
-            raise BadInput(f"{path} is not there: a model folder holds config.json beside its weights") from None
-        except (ValueError, TypeError, RecursionError) as error:
-            raise BadInput(f"{path} is not a model configuration: {error}") from None
-        for name, known in KNOWN.items():
-            if published.get(name, known[0]) not in known:
-                raise BadInput(f"{path} has {name} {published[name]!r}; bert.py runs {' and '.join(map(repr, known))}")
-        if published.get("model_type") == "roberta":
-            published.setdefault("pad_token_id", 1)
+        """The Config of the model at `path`, its folder or a file of its weights. Raises BadInput where it is not a
+        BERT or RoBERTa that this file can run."""
         not_sizes = ("model_type", "num_labels", "heads", "neurons")
-        named = {f.name: f.type for f in fields(Config) if f.name not in not_sizes}
-        config = Config(**{name: published[name] for name in ("model_type", *named) if name in published})
-        for name, kind in named.items():
-            value = getattr(config, name)
-            least = 1 if kind is int and name != "pad_token_id" else 0
-            most = 1 if name.endswith("dropout_prob") else math.inf
-            if type(value) not in (int, kind) or not least <= value < most:
-                raise BadInput(f"{path}: {name} {value!r} is nothing that a model can have")
+        sizes = {f.name: f.type for f in fields(Config) if f.name not in not_sizes}
+        config = Config(**published.read_config(path, sizes))
         if config.hidden_size % config.num_attention_heads:
             raise BadInput(f"{path}: hidden_size {config.hidden_size} is no multiple of num_attention_heads")
         if config.max_length < 1:
@@ -287,16 +262,6 @@ class Bert(nn.Module):
         pooled = torch.tanh(self.pooler(states))
         return self.classifier(self.dropout(pooled))
 
-    @property
-    def remarks(self):
-        """What was missing and what was left out when the model was loaded, a line each; not the MLM head, which
-        search.py fits and speaks of."""
-        initialized = ", ".join(name for name in self.initialized if name != "mlm_head")
-        unused = sorted({name.rpartition(".")[0] or name for name in self.unused})
-        more = f" and {len(unused) - 6} more" if len(unused) > 6 else ""
-        lines = {"newly initialized": initialized, "left out": ", ".join(unused[:6]) + more}
-        return [f"{what}: {names}" for what, names in lines.items() if names]
-
     def pruned(self, head_mask, ffn_mask):
         """A smaller Bert without the heads and neurons that the masks, (layers, H) and (layers, F) bool, call false.
 
@@ -329,15 +294,7 @@ class Bert(nn.Module):
     def save(self, folder, labels, notes):
         """Write config.json (the published names, `labels` the classes' names) and model.safetensors, with published
         tensor names and the JSON values `notes`, how it was made, in its header."""
-        config = {k: v for k, v in asdict(self.config).items() if k not in ("num_labels", "heads", "neurons")}
-        name = {"bert": "Bert", "roberta": "Roberta"}[self.config.model_type]
-        config |= {"architectures": [f"{name}ForSequenceClassification"], "hidden_act": "gelu"}
-        config |= {
-            "num_labels": len(labels),
-            "id2label": dict(enumerate(labels)),
-            "label2id": {name: i for i, name in enumerate(labels)},
-        }
-        write_json(os.path.join(folder, "config.json"), config)
+        published.write_config(folder, asdict(self.config), labels)
         tensors = published.to_published(self.state_dict(), self.config.model_type)
         weights.write_safetensors(os.path.join(folder, "model.safetensors"), tensors, notes)
 

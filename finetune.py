@@ -24,6 +24,7 @@ import torch
 
 import data
 import processes
+import published
 import runtime
 import tokens
 import weights
@@ -138,7 +139,7 @@ def main():
     if not made_before(finished):
         torch.manual_seed(options.seed)
         model = Bert.load(source, num_labels=len(task.labels))
-        for remark in model.remarks:
+        for remark in published.remarks(model):
             print(remark)
         if options.export_hf and masks is None and model.config.is_pruned:
             raise BadInput(f"{options.model} was pruned elsewhere, by masks unknown here: it cannot be exported dense")

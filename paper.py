@@ -90,8 +90,11 @@ def main():
 def given(options, name):
     """The flags of --search or --draw with their values."""
     for part in getattr(options, name):
-        if "=" not in part:
-            raise BadInput(f"--{name} {part!r}: give options of {name}.py as NAME=VALUE, such as tau-ffn=0.1")
+        flag, equals, _ = part.partition("=")
+        if not equals or flag in ("model", "output", "task"):
+            raise BadInput(
+                f"--{name} {part!r}: give options of {name}.py as NAME=VALUE; model, output and task are paper.py's own"
+            )
     return dict(part.split("=", 1) for part in getattr(options, name))
 
 

@@ -5,6 +5,9 @@ Left out: HDF5 (tf_model.h5), Flax, ONNX.
 """
 
 import hashlib
+import json
+import math
+import os
 import pickle
 import re
 import warnings
@@ -14,9 +17,53 @@ from pathlib import Path
 import filelock
 import torch
 
-from runtime import BadInput, cache_folder, one_line, read_json, replacing
+from runtime import BadInput, cache_folder, one_line, read_json, replacing, write_json
 from tensorflow1 import read_tensorflow
 from weights import Mapped, read_safetensors, sha256
+
+# ------------------------------------------------------------------------------------------------- configuration
+
+KNOWN = {"model_type": ("bert", "roberta"), "hidden_act": ("gelu",), "position_embedding_type": ("absolute",)}
+
+
+def read_config(path, sizes):
+    """{name: value} of the model at `path`, its folder or a file of its weights: its model_type, and what config.json
+    or, as Google names it, bert_config.json says of `sizes`, {name: type}. Raises BadInput where bert.py cannot run it.
+    """
+    folder = path if os.path.isdir(path) else os.path.dirname(path)
+    path = os.path.join(folder, "config.json")
+    if not os.path.isfile(path) and os.path.isfile(os.path.join(folder, "bert_config.json")):
+        path = os.path.join(folder, "bert_config.json")
+    try:
+        with open(path, encoding="utf8") as file:
+            config = dict(json.load(file))
+    except FileNotFoundError:
+        raise BadInput(f"{path} is not there: a model folder holds config.json beside its weights") from None
+    except (ValueError, TypeError, RecursionError) as error:
+        raise BadInput(f"{path} is not a model configuration: {error}") from None
+    for name, known in KNOWN.items():
+        if config.get(name, known[0]) not in known:
+            raise BadInput(f"{path} has {name} {config[name]!r}; bert.py runs {' and '.join(map(repr, known))}")
+    if config.get("model_type") == "roberta":
+        config.setdefault("pad_token_id", 1)
+    found = {name: config[name] for name in ("model_type", *sizes) if name in config}
+    for name, kind in sizes.items():
+        least = 1 if kind is int and name != "pad_token_id" else 0
+        most = 1 if name.endswith("dropout_prob") else math.inf
+        if name in found and (type(found[name]) not in (int, kind) or not least <= found[name] < most):
+            raise BadInput(f"{path}: {name} {found[name]!r} is nothing that a model can have")
+    return found
+
+
+def write_config(folder, config, labels):
+    """config.json of a classifier, by transformers' names: `config`, a Config as a dictionary, and the classes."""
+    name = {"bert": "Bert", "roberta": "Roberta"}[config["model_type"]]
+    config = {k: v for k, v in config.items() if k not in ("num_labels", "heads", "neurons")}
+    config |= {"architectures": [f"{name}ForSequenceClassification"], "hidden_act": "gelu"}
+    config |= {"num_labels": len(labels), "id2label": dict(enumerate(labels))}
+    config |= {"label2id": {name: i for i, name in enumerate(labels)}}
+    write_json(os.path.join(folder, "config.json"), config)
+
 
 # ---------------------------------------------------------------------------------------------- files of a model
 
@@ -281,3 +328,13 @@ def to_published(state, model_type):
             prefix = "" if published.startswith(("cls.", "lm_head", "classifier")) else f"{model_type}."
             tensors[f"{prefix}{published}.{kind}"] = tensor
     return tensors
+
+
+def remarks(model):
+    """What was missing and what was left out when the Bert was loaded, a line each; not the MLM head, which search.py
+    fits and speaks of."""
+    initialized = ", ".join(name for name in model.initialized if name != "mlm_head")
+    unused = sorted({name.rpartition(".")[0] or name for name in model.unused})
+    more = f" and {len(unused) - 6} more" if len(unused) > 6 else ""
+    lines = {"newly initialized": initialized, "left out": ", ".join(unused[:6]) + more}
+    return [f"{what}: {names}" for what, names in lines.items() if names]

@@ -21,6 +21,7 @@ import torch
 
 import data
 import processes
+import published
 import runtime
 import tokens
 import weights
@@ -180,7 +181,7 @@ def search(options, made_by, folder, tokenizer, source, path, state, device, dty
         raise BadInput(f"{options.model} has narrower layers than its config.json: search the model before pruning")
     c = Coefficients(config.num_hidden_layers, config.num_attention_heads, config.intermediate_size)
     draw_masks(*c.gates, options.tau_head, options.tau_ffn)  # ratios that cannot be had are refused now
-    for remark in model.remarks:
+    for remark in published.remarks(model):
         print(remark)
     if "mlm_head" in model.initialized:
         with processes.first_alone():

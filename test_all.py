@@ -549,7 +549,7 @@ def test_name_variants_of_a_published_model_load_as_one(tmp_path, family, change
     (tmp_path / "other" / "model.safetensors").unlink()
     expected, found = (Bert.load(tmp_path / name, mlm=True) for name in ("model", "other"))
     assert found.initialized == [] and found.unused == ["cls.seq_relationship.weight"]
-    assert found.remarks == ["left out: cls.seq_relationship"]
+    assert published.remarks(found) == ["left out: cls.seq_relationship"]
     for key, tensor in expected.state_dict().items():
         assert torch.equal(tensor, found.state_dict()[key])
 
@@ -559,10 +559,10 @@ def test_what_is_missing_is_initialized_only_where_it_is_wanted(tmp_path):
     tensors = safetensors.torch.load_file(tmp_path / "model.safetensors")
     headless = {name: tensor for name, tensor in tensors.items() if not name.startswith("pooler")}
     safetensors.torch.save_file(headless, tmp_path / "model.safetensors")
-    assert Bert.load(tmp_path).initialized == [] and Bert.load(tmp_path).remarks == []
+    assert Bert.load(tmp_path).initialized == [] and published.remarks(Bert.load(tmp_path)) == []
     assert Bert.load(tmp_path, mlm=True).initialized == ["mlm_head"]
     model = Bert.load(tmp_path, num_labels=3)
-    assert model.remarks == ["newly initialized: classifier, pooler"]
+    assert published.remarks(model) == ["newly initialized: classifier, pooler"]
     assert model.pooler.weight.std().item() == pytest.approx(0.3, rel=0.1)  # the configuration's initializer_range
     assert not model.pooler.bias.any() and model.classifier.weight.shape == (3, 24)
 
@@ -2002,8 +2002,9 @@ def test_other_searches_and_ratios_have_tables_of_their_own(scripts, tmp_path, c
     printed = capsys.readouterr().out
     assert printed.count("| Vanilla ticket | 1 |") == 1 + 2  # the second command shows both tables
     assert "n 100, draw tau-ffn 0.1, search adv-steps 5, search learning-rate 2e-4." in printed
-    assert make_table(tmp_path, "--search", "adv-steps") == 2
-    assert "--search 'adv-steps': give options of search.py as NAME=VALUE" in capsys.readouterr().err
+    for wrong in ("adv-steps", "output=elsewhere"):  # the second is paper.py's own to give
+        assert make_table(tmp_path, "--search", wrong) == 2
+        assert f"--search {wrong!r}: give options of search.py as NAME=VALUE" in capsys.readouterr().err
 
 
 def test_a_table_that_is_interrupted_keeps_the_runs_it_has(scripts, tmp_path, monkeypatch):
