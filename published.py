@@ -1,5 +1,5 @@
-"""Models as their authors publish them: which files hold the weights, PyTorch's .bin, and the name of every tensor in
-`bert.py`'s terms. Neither TensorFlow nor transformers is needed.
+"""Models as their authors publish them: config.json, which files hold the weights, PyTorch's .bin, and the name of
+every tensor in `bert.py`'s terms. Neither TensorFlow nor transformers is needed.
 
 Left out: HDF5 (tf_model.h5), Flax, ONNX.
 """

@@ -1758,6 +1758,11 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_file(tiny, corpus, tmp_path)
         (lambda folder: change(folder, hidden_act="relu"), "hidden_act 'relu'; bert.py runs 'gelu'"),
         (lambda folder: change(folder, hidden_size=0), "hidden_size 0 is nothing that a model can have"),
         (lambda folder: change(folder, hidden_size=48), "has shape"),
+        (lambda folder: change(folder, hidden_size=25), "hidden_size 25 is no multiple of num_attention_heads"),
+        (
+            lambda folder: change(folder, model_type="roberta", pad_token_id=1, max_position_embeddings=2),
+            "max_position_embeddings 2 leaves no position",
+        ),
         (
             lambda folder: change(folder, num_hidden_layers=3),
             "has no tensor encoder.layer.2.attention.self.query.weight",
