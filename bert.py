@@ -98,11 +98,26 @@ class Dropout(nn.Module):
         return x * keep.mul_(1 / (1 - self.p))
 
 
+HAS_ONEDNN = torch.backends.mkldnn.is_available()
+
+
+def linear(x, weight, bias=None):
+    """F.linear. Where float32 is multiplied on a CPU and no gradient is wanted, by oneDNN: PyTorch's own product is that
+    of MKL, which on AMD's processors uses vectors of half the width."""
+    is_plain = x.dtype == torch.float32 and x.device.type == "cpu" and x.numel() and weight.numel()
+    if is_plain and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu") and HAS_ONEDNN:
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return F.linear(x, weight, bias)
+
+
 class Linear(nn.Linear):
-    """nn.Linear that leaves its initialization to Bert.initialize."""
+    """nn.Linear by `linear`, that leaves its initialization to Bert.initialize."""
 
     def reset_parameters(self):
         pass
+
+    def forward(self, x):
+        return linear(x, self.weight, self.bias)
 
 
 class Embedding(nn.Embedding):
@@ -156,10 +171,10 @@ class Layer(nn.Module):
         if gates is not None:
             attention_output = attention_output * gates[0].repeat_interleave(self.head_size)
             output = output * gates[1]
-        attended = F.linear(context, attention_output, self.attention_output.bias)
+        attended = linear(context, attention_output, self.attention_output.bias)
         x = self.attention_norm(x + self.dropout(attended))
         activation = F.gelu(self.intermediate(x))
-        return self.output_norm(x + self.dropout(F.linear(activation, output, self.output.bias)))
+        return self.output_norm(x + self.dropout(linear(activation, output, self.output.bias)))
 
 
 class Bert(nn.Module):
@@ -227,7 +242,7 @@ class Bert(nn.Module):
 
     def mlm_logits(self, states):
         """states (n, d) of the positions asked for -> (n, V)."""
-        return F.linear(self.mlm_head(states), self.decoder, self.mlm_head.bias)
+        return linear(self.mlm_head(states), self.decoder, self.mlm_head.bias)
 
     @property
     def decoder(self):
@@ -239,7 +254,7 @@ class Bert(nn.Module):
 
         The softmax takes 32 rows of V at a time: they stay in the processor's cache, where all of them would not.
         """
-        products = F.linear(self.mlm_head(states), self.decoder)  # (n, V)
+        products = linear(self.mlm_head(states), self.decoder)  # (n, V)
         losses = [
             F.cross_entropy(rows.float() + self.mlm_head.bias, wanted, reduction="sum")
             for rows, wanted in zip(products.split(32), labels.split(32))

@@ -58,7 +58,7 @@ import search
 import tensorflow1
 import tokens
 import weights
-from bert import Bert, Config, Dropout, count_parameters
+from bert import Bert, Config, Dropout, count_parameters, linear
 from runtime import BadInput
 
 HERE = Path(__file__).resolve().parent
@@ -331,6 +331,22 @@ def test_dropout_is_unbiased_and_drops_its_share(dtype):
     assert abs(y.float().mean().item() - 1) < 0.003
     assert len(y.unique()) == 2 and abs(((y == 0)[:, 0]).float().mean().item() - 0.1) < 0.04
     assert torch.equal(dropout.eval()(x), x)
+
+
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize(
+    "rows, width, neurons", [((7, 5), 24, 33), ((1,), 3, 1), ((0, 5), 3, 4), ((6,), 0, 4), ((6,), 3, 0)]
+)
+def test_a_product_is_the_same_with_and_without_gradients_whatever_the_sizes(rows, width, neurons, has_bias):
+    x, weight, bias = torch.randn(*rows, width), torch.randn(neurons, width), torch.randn(neurons) if has_bias else None
+    expected = x.double().numpy() @ weight.double().numpy().T + (bias.double().numpy() if has_bias else 0)
+    expected = torch.from_numpy(expected).float()
+    for mode in (torch.enable_grad, torch.no_grad, torch.inference_mode):
+        with mode():
+            torch.testing.assert_close(linear(x, weight, bias), expected, atol=1e-5, rtol=1e-5)
+            with torch.autocast("cpu", torch.bfloat16):
+                assert linear(x, weight, bias).dtype == torch.bfloat16
+    assert torch.autograd.functional.jacobian(lambda x: linear(x, weight, bias).sum(), x).shape == x.shape
 
 
 # ---------------------------------------------------------------------------------------------- weights.py
