@@ -287,10 +287,11 @@ def seed_step(*numbers):
 
 
 def set_learning_rate(optimizer, peak, step, steps, warmup):
-    """BERT's schedule: linearly up to `peak` over warmup x steps, then linearly down to 0."""
+    """BERT's schedule: linearly up to `peak` over warmup x steps, then linearly down to 0; in a group that has "times",
+    so many times that."""
     rise = max(1, round(warmup * steps))
     for group in optimizer.param_groups:
-        group["lr"] = peak * min((step + 1) / rise, (steps - step) / max(1, steps - rise))
+        group["lr"] = group.get("times", 1) * peak * min((step + 1) / rise, (steps - step) / max(1, steps - rise))
 
 
 def decay_groups(model, weight_decay):

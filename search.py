@@ -47,6 +47,7 @@ class Options:
     block: int = option(128, "tokens a training example, [CLS] and [SEP] included", at_least=4)
     batch_size: int = option(32, "examples a step", at_least=1)
     learning_rate: float = option(2e-5, "eta_0, of theta and c alike (Algorithm 1, lines 3 and 4)", above=0)
+    learning_rate_c: float = option(None, "of c alone, instead of eta_0", above=0)
     warmup: float = option(0.1, "share of all steps in which the learning rate rises", at_least=0, below=1)
     weight_decay: float = option(0.01, "AdamW's, on theta's matrices; never on c", at_least=0)
     clip_norm: float = option(1.0, "largest norm of the whole gradient", above=0)
@@ -189,7 +190,9 @@ def search(options, made_by, folder, tokenizer, source, path, state, device, dty
     model.checkpointing = options.checkpointing
     model.to(device).train()  # line 1: theta <- theta_0, c <- 1
     c.to(device)
-    groups = [*runtime.decay_groups(model, options.weight_decay), {"params": c.parameters(), "weight_decay": 0.0}]
+    of_c = (options.learning_rate_c or options.learning_rate) / options.learning_rate
+    groups = runtime.decay_groups(model, options.weight_decay)
+    groups.append({"params": c.parameters(), "weight_decay": 0.0, "times": of_c})
     optimizer = torch.optim.AdamW(groups, lr=options.learning_rate, fused=True)
     trained = processes.together(model=model, c=c)
     adversary = {"accumulate": options.accumulate, "steps": options.adv_steps, "lr": options.adv_lr}

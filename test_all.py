@@ -1579,6 +1579,16 @@ def test_one_step_of_a_search_uses_the_adversary_that_its_options_describe(corpu
     assert (adversarial.sign() != c.ffn.grad.sign()).any()
 
 
+def test_c_may_have_a_learning_rate_of_its_own(corpus, tmp_path):
+    """What c finds in one step is the same, at another distance from 1."""
+    saved(tmp_path / "model", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    alike, _ = one_step(tmp_path / "model", corpus, tmp_path / "alike")
+    apart, _ = one_step(tmp_path / "model", corpus, tmp_path / "apart", "--learning-rate-c", 0.05)
+    for name in ("head", "ffn"):
+        torch.testing.assert_close(apart[name] - 1, 50 * (alike[name] - 1), atol=1e-4, rtol=0)
+        assert (apart[name] - 1).abs().median() > 0.04
+
+
 def test_the_learning_rate_rises_and_falls_linearly():
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
     rates = []
