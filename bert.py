@@ -126,6 +126,9 @@ class Embedding(nn.Embedding):
     reset_parameters = Linear.reset_parameters
 
 
+FIRST = "the first token of every example"  # in place of the indices of tokens whose states are wanted
+
+
 class Layer(nn.Module):
     """One post-norm Transformer block with `heads` attention heads and `neurons` FFN neurons, either may be 0."""
 
@@ -142,30 +145,38 @@ class Layer(nn.Module):
         self.attention_dropout = Dropout(config.attention_probs_dropout_prob)
         self.dropout = Dropout(config.hidden_dropout_prob)
 
-    def attention(self, x, bias):
-        """x (B, T, d), bias (B, 1, 1, T) or None -> the heads' outputs side by side, (B, T, H s)."""
-        B, T, _ = x.shape
-        qkv = self.query_key_value(x).view(B, T, 3, self.heads, self.head_size)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, s) each
-        if x.is_cuda:
+    def attention(self, x, bias, first_only=False):
+        """x (B, T, d), bias (B, 1, 1, T) or None -> the heads' outputs side by side, (B, T, H s); with `first_only` those
+        at the first token alone, (B, 1, H s)."""
+        (B, T, _), width = x.shape, self.heads * self.head_size
+        if first_only:
+            weight, offset = self.query_key_value.weight, self.query_key_value.bias
+            q, kv = linear(x[:, :1], weight[:width], offset[:width]), linear(x, weight[width:], offset[width:])
+        else:
+            q, kv = self.query_key_value(x).split((width, 2 * width), 2)
+        q = q.view(B, q.shape[1], self.heads, self.head_size).transpose(1, 2)  # (B, H, T or 1, s)
+        k, v = kv.view(B, T, 2, self.heads, self.head_size).permute(2, 0, 3, 1, 4)  # (B, H, T, s) each
+        if x.is_cuda or (q.dtype == torch.float32 and not torch.is_grad_enabled()):
             p = self.attention_dropout.p if self.training else 0.0
             context = F.scaled_dot_product_attention(q, k, v, None if bias is None else bias.to(q.dtype), p)
-        else:  # on CPU two plain products are faster than SDPA, above all backward
-            scores = (q * self.head_size**-0.5) @ k.transpose(2, 3)  # (B, H, T, T)
+        else:  # on CPU two plain products are faster than SDPA in bfloat16, and in the backward pass
+            scores = (q * self.head_size**-0.5) @ k.transpose(2, 3)  # (B, H, T or 1, T)
             if bias is not None:
                 scores = scores + bias.to(scores.dtype)
             context = self.attention_dropout(scores.softmax(-1)) @ v
-        return context.transpose(1, 2).reshape(B, T, self.heads * self.head_size)
+        return context.transpose(1, 2).flatten(2)
 
     def forward(self, x, bias=None, gates=None, keep=None):
-        """x (B, T, d) -> (B, T, d), or with `keep`, indices into the B T tokens, -> (len(keep), d).
+        """x (B, T, d) -> (B, T, d); with `keep`, indices into the B T tokens, (len(keep), d); with FIRST (B, d).
 
         `gates`: the layer's coefficients (c_H (H,), c_F (F,)). They belong on the heads' outputs and on the neurons
         (eq. 3 and 4); here they scale the columns of the matrix that comes next, which is the same product and
         costs d rather than B T multiplications a coefficient.
         """
-        context = self.attention(x, bias)
-        if keep is not None:
+        context = self.attention(x, bias, first_only=keep is FIRST)
+        if keep is FIRST:
+            context, x = context[:, 0], x[:, 0]
+        elif keep is not None:
             context, x = context.flatten(0, 1)[keep], x.flatten(0, 1)[keep]
         attention_output, output = self.attention_output.weight, self.output.weight  # (d, H s) and (d, F)
         if gates is not None:
@@ -212,9 +223,9 @@ class Bert(nn.Module):
         """The last layer's hidden states.
 
         ids: (B, T) token ids. mask: (B, T), true at tokens and false at padding; None: no padding. segments: (B, T)
-        of 0 and 1; None: all 0. keep: indices into the B T tokens whose states are wanted; the last layer computes
-        no others. gates: (c_H (layers, H), c_F (layers, F)). delta: (B, T, d), added to the token embeddings, the
-        perturbation of eq. 6. Returns (B, T, d), with `keep` (len(keep), d).
+        of 0 and 1; None: all 0. keep: indices into the B T tokens whose states are wanted, or FIRST; the last layer
+        computes no others. gates: (c_H (layers, H), c_F (layers, F)). delta: (B, T, d), added to the token embeddings,
+        the perturbation of eq. 6. Returns (B, T, d), with indices (len(keep), d), with FIRST (B, d).
         """
         return self.encode(self.embed(ids, segments, delta), mask, keep, gates)
 
@@ -263,8 +274,7 @@ class Bert(nn.Module):
 
     def class_logits(self, ids, mask=None, segments=None, gates=None, delta=None):
         """(B, T) -> (B, labels), from the pooled state of the first token; arguments as `forward`."""
-        first = torch.arange(0, ids.numel(), ids.shape[1], device=ids.device)
-        return self.classify(self(ids, mask, segments, first, gates, delta))
+        return self.classify(self(ids, mask, segments, FIRST, gates, delta))
 
     def class_loss(self, ids, mask, segments, labels, gates=None, delta=None):
         """The mean cross entropy of `class_logits` against labels (B,), in float32 whatever the autocast."""

@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from bert import FIRST
+
 
 def bottleneck(embeddings, present):
     """Upper bound of sum_i I(X_i; T_i), up to a constant: CLUB (Cheng et al. 2020) with unit variances, whose positive
@@ -67,8 +69,7 @@ class InfoBERT:
 
         def loss_of(delta):
             embeddings = self.model.embed(ids, segments, delta)
-            first = torch.arange(0, ids.numel(), ids.shape[1], device=ids.device)
-            seen["tokens"], seen["sentences"] = embeddings, self.model.encode(embeddings, mask, first)
+            seen["tokens"], seen["sentences"] = embeddings, self.model.encode(embeddings, mask, FIRST)
             loss = F.cross_entropy(self.model.classify(seen["sentences"]).float(), labels)
             return (loss + self.beta * bottleneck(embeddings, present)) * share
 

@@ -58,7 +58,7 @@ import search
 import tensorflow1
 import tokens
 import weights
-from bert import Bert, Config, Dropout, count_parameters, linear
+from bert import FIRST, Bert, Config, Dropout, count_parameters, linear
 from runtime import BadInput
 
 HERE = Path(__file__).resolve().parent
@@ -239,6 +239,21 @@ def test_class_logits_equal_transformers(tmp_path, labels):
         expected = reference(ids, mask.long(), segments).logits
         model = Bert.load(tmp_path).eval()
         torch.testing.assert_close(model.class_logits(ids, mask, segments), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_states_and_gradients_of_the_first_tokens_alone_are_those_among_all(tiny, checkpointing):
+    model = Bert.load(tiny).eval()
+    model.checkpointing = checkpointing
+    ids, mask, segments = inputs(model.config, 3, 9)
+    c = torch.rand(2, 3, requires_grad=True), torch.rand(2, 40, requires_grad=True)
+    among, alone = model(ids, mask, segments, gates=c)[:, 0], model(ids, mask, segments, FIRST, c)
+    torch.testing.assert_close(alone, among, atol=1e-5, rtol=1e-5)
+    parameters = [*c, *model.layers.parameters(), *model.word_embeddings.parameters()]
+    wanted, found = (torch.autograd.grad(states.square().sum(), parameters) for states in (among, alone))
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids, mask, segments, FIRST, c), alone, atol=1e-5, rtol=1e-5)
 
 
 def test_padding_never_changes_a_real_token(tiny):
