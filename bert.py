@@ -102,8 +102,8 @@ HAS_ONEDNN = torch.backends.mkldnn.is_available()
 
 
 def linear(x, weight, bias=None):
-    """F.linear. Where float32 is multiplied on a CPU and no gradient is wanted, by oneDNN: PyTorch's own product is that
-    of MKL, which on AMD's processors uses vectors of half the width."""
+    """F.linear. Where float32 is multiplied on a CPU and no gradient is wanted, by oneDNN: PyTorch's own product is
+    MKL's, which on AMD's processors uses vectors of half the width."""
     is_plain = x.dtype == torch.float32 and x.device.type == "cpu" and x.numel() and weight.numel()
     if is_plain and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu") and HAS_ONEDNN:
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
@@ -146,8 +146,8 @@ class Layer(nn.Module):
         self.dropout = Dropout(config.hidden_dropout_prob)
 
     def attention(self, x, bias, first_only=False):
-        """x (B, T, d), bias (B, 1, 1, T) or None -> the heads' outputs side by side, (B, T, H s); with `first_only` those
-        at the first token alone, (B, 1, H s)."""
+        """x (B, T, d), bias (B, 1, 1, T) or None -> the heads' outputs side by side, (B, T, H s); with `first_only`
+        those at the first token alone, (B, 1, H s)."""
         (B, T, _), width = x.shape, self.heads * self.head_size
         if first_only:
             weight, offset = self.query_key_value.weight, self.query_key_value.bias
