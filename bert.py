@@ -163,7 +163,8 @@ class Layer(nn.Module):
             scores = (q * self.head_size**-0.5) @ k.transpose(2, 3)  # (B, H, T or 1, T)
             if bias is not None:
                 scores = scores + bias.to(scores.dtype)
-            context = self.attention_dropout(scores.softmax(-1)) @ v
+            short = torch.float32 if 16 <= T < 64 else None  # bfloat16's softmax is slow where 32 do not divide T
+            context = self.attention_dropout(scores.softmax(-1, short).to(scores.dtype)) @ v
         return context.transpose(1, 2).flatten(2)
 
     def forward(self, x, bias=None, gates=None, keep=None):

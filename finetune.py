@@ -345,7 +345,7 @@ def accuracy(model, rows, batch_size, dtype):
     """The share of rows that the model classifies as labelled, without dropout; the processes share the batches."""
     model.eval()
     right = torch.zeros((), device=model.word_embeddings.weight.device)
-    batches = islice(rows.batches(4 * batch_size), processes.RANK, None, processes.WORLD)
+    batches = islice(rows.batches(batch_size), processes.RANK, None, processes.WORLD)
     for ids, mask, segments, labels in batches:
         with runtime.autocast(ids.device, dtype):
             right += (model.class_logits(ids, mask, segments).argmax(1) == labels).sum()
