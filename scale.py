@@ -1,6 +1,6 @@
 """How the cost grows with the work, `python bench.py scale`: searching with the size of the corpus, fine-tuning with
-its tokens, an attack with its queries. Each is measured at several sizes; a straight line through the origin, or for
-the attack from its start-up on, is what should come out. Draws OUTPUT/scale.png and writes OUTPUT/scale.json.
+its tokens, an attack with its queries. Each is measured at several sizes; a level line for the search and straight ones
+for the others, after their start-up, are what should come out. Draws OUTPUT/scale.png and writes OUTPUT/scale.json.
 """
 
 import json
@@ -128,20 +128,13 @@ def run(script, *flags):
     return time.perf_counter() - start
 
 
-def line(x, y, through_origin):
-    """(intercept, slope) of the line that fits best."""
-    if through_origin:
-        return 0.0, float(np.dot(x, y) / np.dot(x, x))
-    slope, intercept = np.polyfit(x, y, 1)
-    return float(intercept), float(slope)
-
-
 def fits(figures):
     """{what: (x, y, (intercept, slope))} of fine-tuning and attack."""
     found = {}
     for what, of in (("finetune", "tokens"), ("attack", "queries")):
         x, y = (np.array([row[name] for row in figures[what]], dtype=float) for name in (of, "seconds"))
-        found[what] = x, y, line(x, y, what == "finetune")
+        slope, intercept = np.polyfit(x, y, 1)
+        found[what] = x, y, (intercept, slope)
     return found
 
 
@@ -155,9 +148,7 @@ def report(figures):
         print(f"{row['memory']:7.2f}")
     for what, (x, y, (intercept, slope)) in fits(figures).items():
         unit = "tokens" if what == "finetune" else "queries"
-        print(
-            f"{what}: {slope * 1000:.2f} s per 1,000 {unit}" + f", {intercept:.1f} s of start-up" * (what == "attack")
-        )
+        print(f"{what}: {slope * 1000:.2f} s per 1,000 {unit}, {intercept:.1f} s of start-up")
         for a, b in zip(x, y):
             print(f"  {a:9,.0f} {unit} {b:8.1f} s, the line says {intercept + slope * a:8.1f} s")
 

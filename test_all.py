@@ -2075,9 +2075,13 @@ def test_a_table_of_unknown_methods_or_tasks_is_refused(tmp_path, capsys, flags)
 
 def test_lines_of_cost_against_work_are_those_of_least_squares():
     x, y = np.array([1.0, 2, 4, 9]), np.array([5.0, 8, 11, 30])
-    with_start_up = np.linalg.lstsq(np.stack([np.ones(4), x], 1), y, rcond=None)[0]
-    assert np.allclose(scale.line(x, y, through_origin=False), with_start_up)
-    assert np.allclose(scale.line(x, y, through_origin=True), [0, np.linalg.lstsq(x[:, None], y, rcond=None)[0][0]])
+    figures = {
+        "finetune": [{"tokens": a, "seconds": b} for a, b in zip(x, y)],
+        "attack": [{"queries": a, "seconds": b} for a, b in zip(x, y)],
+    }
+    expected = np.linalg.lstsq(np.stack([np.ones(4), x], 1), y, rcond=None)[0]
+    for _, _, line in scale.fits(figures).values():
+        assert np.allclose(line, expected)
 
 
 # ---------------------------------------------------------------------------------------- defences and ablations
