@@ -17,8 +17,11 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import filelock
+
 import data
 import runtime
+from attack import RECIPES
 from runtime import BadInput, option
 
 # name in the table -> (--ticket, --method) of finetune.py and attack.py
@@ -37,6 +40,7 @@ METHODS = {
 ATTACKED = {"Aua%": ("aua", 100), "Suc%": ("suc", 100), "#Query": ("queries", 1)}  # column -> attack.py's name, unit
 # what tells one run of a method and seed from another
 SETTINGS = ("model", "train_rows", "epochs", "mask_epochs", "batch_size", "learning_rate", "attacks", "n")
+OWN = ("model", "output", "task", "seeds", "coefficients")  # flags that paper.py gives the scripts itself, or none
 
 
 @dataclass
@@ -61,7 +65,7 @@ class Options:
 
 def main():
     options = runtime.parse(Options, __doc__)
-    for name, known in (("methods", METHODS), ("tasks", data.TASKS)):
+    for name, known in (("methods", METHODS), ("tasks", data.TASKS), ("attacks", RECIPES)):
         for value in getattr(options, name):
             if value not in known:
                 raise BadInput(f"--{name} {value!r}: give some of {', '.join(known)}")
@@ -69,47 +73,52 @@ def main():
     for name in ("search", "draw"):
         settings |= {f"{name} {flag}": value for flag, value in given(options, name).items()}
     path = Path(options.results) / f"{options.table}.json"
-    runs = runtime.read_json(path)["runs"] if path.is_file() else []
-    there = {(run["task"], run["method"], run["seed"]) for run in runs if run["settings"] == settings}
+    there = {(run["task"], run["method"], run["seed"]) for run in recorded(path) if run["settings"] == settings}
     cells = [(task, name, seed) for task in options.tasks for seed in range(options.seeds) for name in options.methods]
     missing = [cell for cell in cells if cell not in there]
+    path.parent.mkdir(parents=True, exist_ok=True)
     bar = runtime.progress(len(cells), len(cells) - len(missing), options.table, "run")
     for task, name, seed in missing:
         bar.set_postfix_str(f"{name} on {task}, seed {seed}")
         cell = {"task": task, "method": name, "seed": seed, "settings": settings} | run(options, task, name, seed)
-        runs.append(cell | {"machine": runtime.describe(runtime.pick_device()), "versions": runtime.versions()})
-        runtime.write_json(path, {"runs": runs})
+        cell |= {"machine": runtime.describe(runtime.pick_device()), "versions": runtime.versions()}
+        with filelock.FileLock(path.with_suffix(".lock")):  # another command may have added runs of its own
+            runtime.write_json(path, {"runs": [*recorded(path), cell]})
         bar.update()
     bar.close()
-    text = written(runs)
+    text = written(recorded(path))
     with runtime.replacing(path.with_suffix(".md")) as beside:
         Path(beside).write_text(text, "utf8")
     print(text, end="")
+
+
+def recorded(path):
+    """The runs that a table's .json keeps."""
+    return runtime.read_json(path)["runs"] if path.is_file() else []
 
 
 def given(options, name):
     """The flags of --search or --draw with their values."""
     for part in getattr(options, name):
         flag, equals, _ = part.partition("=")
-        if not equals or flag in ("model", "output", "task"):
+        if not equals or flag in OWN:
             raise BadInput(
-                f"--{name} {part!r}: give options of {name}.py as NAME=VALUE; model, output and task are paper.py's own"
+                f"--{name} {part!r}: give options of {name}.py as NAME=VALUE; {', '.join(OWN)} are paper.py's own"
             )
     return dict(part.split("=", 1) for part in getattr(options, name))
 
 
-def script(name, **flags):
-    """Run a script of ours; its messages are shown only where it fails."""
-    line = [
-        part for flag, value in flags.items() if value is not None for part in (f"--{flag.replace('_', '-')}", value)
-    ]
-    ended = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name(name)), *map(str, line)], stdout=subprocess.PIPE, text=True
-    )
-    if ended.returncode == 130:
+def script(name, /, **flags):
+    """Run a script of ours; its bars and errors are shown, what it prints is not."""
+    line = []
+    for flag, value in flags.items():
+        line += [] if value is None else [f"--{flag.replace('_', '-')}", str(value)]
+    path = Path(__file__).with_name(name)
+    code = subprocess.run([sys.executable, path, *line], stdout=subprocess.DEVNULL).returncode
+    if code == 130:
         raise KeyboardInterrupt
-    if ended.returncode:
-        raise BadInput(f"{name} {' '.join(map(str, line))} failed with exit code {ended.returncode}")
+    if code:
+        raise BadInput(f"{name} {' '.join(line)} failed with exit code {code}")
 
 
 def run(options, task, name, seed):
@@ -124,9 +133,13 @@ def run(options, task, name, seed):
         script("search.py", **where, **searched | {"adv-steps": 1, "adv-init-mag": 0})
     elif ticket in ("drawn", "random"):
         script("search.py", **where, **searched)
+    folder = runtime.model_folder(where["output"], options.model)
     if ticket in ("drawn", "random"):
-        script("draw.py", **where, task=task, **given(options, "draw"))
-    folder = runtime.model_folder(where["output"], options.model) / runtime.task_folder(task)
+        source = searched.get("source", "mlm")
+        of_source = "" if source == "mlm" else f"-{runtime.task_folder(source)}"
+        coefficients = folder / f"coefficients{of_source}.safetensors"
+        script("draw.py", **where, task=task, coefficients=coefficients, **given(options, "draw"))
+    folder /= runtime.task_folder(task)
     if ticket == "robustt":
         script("finetune.py", **where, **trained, ticket="none")
         script("robustt.py", **where, **rows, epochs=options.mask_epochs)
