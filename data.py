@@ -51,6 +51,10 @@ def package_folder(package):
     return Path(spec.submodule_search_locations[0])
 
 
+def has_config(path):
+    return any((path / name).is_file() for name in ("config.json", "bert_config.json"))
+
+
 def find_model(name, revision=None):
     """(path, sha256 of its weights) of a model: embedded; on disk, its folder, a file of its weights or a zip archive
     as Google publishes them; or on the hub, `revision` a branch or commit there.
@@ -68,7 +72,7 @@ def find_model(name, revision=None):
         return path, found
     if path.suffix == ".zip" and path.is_file():
         path = unpack(path)
-    elif not path.exists() and not Path(f"{path}.index").is_file():
+    elif not path.exists() and not Path(f"{path}.index").is_file() or name in ON_HUB and not has_config(path):
         if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
             raise BadInput(f"unknown model {name!r}: give {', '.join(EMBEDDED)}, a name on the hub, a folder or a file")
         repository, commit = ON_HUB.get(name, (name, "main"))
@@ -150,22 +154,25 @@ def parquet(repository, folder, split, revision):
         raise BadInput(f"{error}; rt, bbc and imdb-embedded need no network") from None
 
 
+def read_parquet(path, *columns):
+    """The values of these columns, a list each, those that are null as empty texts."""
+    try:
+        table = pyarrow.parquet.read_table(path, columns=list(columns))
+        return [["" if value is None else value for value in table[column].to_pylist()] for column in columns]
+    except (pyarrow.ArrowException, KeyError, UnicodeDecodeError) as error:
+        raise BadInput(f"{path} is not the parquet file that it should be: {error}; delete it") from None
+
+
 def from_hub(repository, folder, columns, labels, test):
     """What loads a task whose training and test splits are on the hub."""
 
     def read(split, revision):
         path = parquet(repository, folder, split, revision)
-        try:
-            table = pyarrow.parquet.read_table(path, columns=[*columns, "label"])
-            texts = [table[column].to_pylist() for column in columns]
-            numbers = table["label"].to_pylist()
-        except (pyarrow.ArrowException, KeyError, UnicodeDecodeError) as error:
-            raise BadInput(f"{path} is not the parquet file that it should be: {error}; delete it") from None
+        *texts, numbers = read_parquet(path, *columns, "label")
         for row, number in enumerate(numbers):
             if type(number) is not int or not 0 <= number < labels:
                 raise BadInput(f"{path} row {row} has label {number!r}, not one of {labels}")
-        rows = [(pair, number) for *pair, number in zip(*texts, numbers)]
-        return [(tuple(text.replace("<br />", " ") for text in pair), number) for pair, number in rows]
+        return [(tuple(text.replace("<br />", " ") for text in pair), number) for *pair, number in zip(*texts, numbers)]
 
     return lambda revision: held_out(read("train", revision)) | {"test": read(test, revision)}
 
@@ -211,11 +218,16 @@ def find_task(name, text_columns=("text",), label_column="label"):
     """
     if name in TASKS:
         return TASKS[name]
+    if len(text_columns) > 2:
+        raise BadInput(f"--text-columns {' '.join(text_columns)}: BERT reads one text or a pair")
     path = Path(name)
     if path.is_dir():
-        files = {split: file for split in ("train", "validation", "test") for file in path.glob(f"{split}.*")}
-        if not {"train", "test"} <= files.keys():
-            raise BadInput(f"{path} is no task: it has no train.csv and test.csv (or .tsv, .jsonl)")
+        found = sorted(file for file in path.iterdir() if file.suffix in FILES)
+        files = {file.stem: file for file in found if file.stem in ("train", "validation", "test")}
+        twice = [file for file in found if files.get(file.stem, file) != file]
+        if twice or not {"train", "test"} <= files.keys():
+            reason = f"both {twice[0].name} and {files[twice[0].stem].name}" if twice else "no train.csv and test.csv"
+            raise BadInput(f"{path} is no task: it has {reason} (of {', '.join(FILES)})")
     elif path.is_file() and path.suffix in FILES:
         files = {"all": path}
     else:
@@ -237,6 +249,8 @@ def find_task(name, text_columns=("text",), label_column="label"):
         splits, note = tenths(splits["all"]), "the test rows are a tenth of the file"
     elif "validation" not in splits:
         splits |= held_out(splits["train"])
+    if not splits["train"]:
+        raise BadInput(f"{path} has too few rows: of every ten one is a test row, and one is held out for validation")
     return Task(tuple(labels), 256, lambda _: splits, note, tuple(text_columns))
 
 
@@ -259,6 +273,8 @@ def read_table(path, text_columns, label_column):
             if column not in record:
                 raise BadInput(f"{path} line {line} has no column {column!r}, but {', '.join(map(repr, record))}")
         texts, label = tuple(record[column] for column in text_columns), record[label_column]
+        if path.suffix in (".jsonl", ".json"):  # which may name half of a surrogate pair, as texts cut at a length have
+            texts = tuple(re.sub("[\ud800-\udfff]", "\ufffd", of) if isinstance(of, str) else of for of in texts)
         if label is None or isinstance(label, (dict, list, float)) or not str(label).strip():
             raise BadInput(f"{path} line {line} has no label in column {label_column!r}: {label!r}")
         if not all(isinstance(text, str) for text in texts):
@@ -322,10 +338,11 @@ def find_corpus(name, revision=None):
     """
     if name in ("bbc", "imdb", "imdb-embedded"):
         documents = [texts[0] for texts, _ in (bbc() if name == "bbc" else reviews("imdb"))]
-        return documents, sum(map(len, documents)), hashlib.sha256("\0".join(documents).encode()).hexdigest()
+        joined = "\0".join(documents).encode()
+        return documents, len(joined), hashlib.sha256(joined).hexdigest()
     if name == "wikitext-2-raw-v1":
         path = parquet("Salesforce/wikitext", name, "train", revision)
-        lines = (text for text in pyarrow.parquet.read_table(path)["text"].to_pylist() if text.strip())
+        lines = [text for text in read_parquet(path, "text")[0] if text.strip()]
         return lines, path.stat().st_size, sha256(path)
     path = Path(name)
     files = sorted(path.rglob("*.txt")) if path.is_dir() else [path]

@@ -84,6 +84,7 @@ def fetch_model(repository, revision="main", alias=None):
         if config and is_model(config.parent):
             return config.parent
     folder = fetch(repository, "config.json", revision).parent
+    revision = folder.name  # the commit, though the branch may move meanwhile
     for name in VOCABULARY:
         with contextlib.suppress(Missing):
             fetch(repository, name, revision)
@@ -156,9 +157,7 @@ def locate(url, what):
         found |= {name.lower(): value for name, value in answer.headers.items()}
         target = found.pop("location", "")
         where = urllib.parse.urljoin(where, target)
-        if not target.startswith(
-            "/"
-        ):  # elsewhere, or nowhere: a path means a renamed repository, or the hub's own cache
+        if not re.match("/(?!/)", target):  # elsewhere, or nowhere: a path is a renamed repository, or the hub's cache
             break
     if answer.status_code in (401, 403):
         raise BadInput(f"{what}: the hub refuses it ({answer.status_code}); does the name exist, is HF_TOKEN set?")

@@ -175,8 +175,8 @@ def unpack(archive):
                 if damaged:
                     raise BadInput(f"{archive} is not a whole zip archive: {damaged} is damaged")
                 archived.extractall(beside)
-    configs = sorted(folder.rglob("*config.json"))
-    return configs[0].parent if configs else folder
+    configs = [path for path in folder.rglob("*") if path.name in ("config.json", "bert_config.json")]
+    return min(configs, key=lambda path: (len(path.parts), path)).parent if configs else folder
 
 
 def leads_out(name):
