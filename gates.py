@@ -38,19 +38,16 @@ def draw_mask(coefficients, tau, at_least_one=False):
     """
     layers, n = coefficients.shape
     count = math.ceil(tau * layers * n - 1e-9)  # 0.1 x 30 is 3.0000000000000004 in floating point
-    order = coefficients.flatten().argsort(stable=True)
     if at_least_one:
         if count > layers * (n - 1):
             raise BadInput(
                 f"tau {tau:.4g} prunes {count} of {layers * n} heads, but each of the {layers} layers keeps one: "
                 f"choose at most {n - 1}/{n}"
             )
-        rank = torch.empty_like(order)
-        rank[order] = torch.arange(len(order))
-        best = rank.view(layers, n).argmax(1) + torch.arange(layers) * n
-        order = order[~torch.isin(order, best)]
+        best = n - 1 - coefficients.flip(1).argmax(1, keepdim=True)  # (layers, 1); among equals the last
+        coefficients = coefficients.scatter(1, best, math.inf)
     mask = torch.ones(layers * n, dtype=torch.bool)
-    mask[order[:count]] = False
+    mask[coefficients.flatten().argsort(stable=True)[:count]] = False
     return mask.view(layers, n)
 
 

@@ -31,6 +31,11 @@ def one_line(error):
     return f"{type(error).__name__} {str(error).strip()}".strip().splitlines()[0][:200]
 
 
+def last_words(stderr, code):
+    """The last line that a process wrote before it ended; where it wrote none, its exit code."""
+    return (stderr.strip().splitlines() or [f"exit code {code}"])[-1]
+
+
 def run(main):
     """Run a script's main(): bad input is one line and exit code 2, Ctrl-C one line and 130."""
     script = os.path.basename(sys.argv[0])
@@ -191,8 +196,12 @@ def cache_folder():
 
 
 def output_folder(root, model):
-    """`model_folder`, made and tried at once: a run of minutes must not end at a folder that cannot be written."""
-    folder = model_folder(root, model)
+    """`model_folder`, made and tried."""
+    return writable(model_folder(root, model))
+
+
+def writable(folder):
+    """The folder, made and tried at once: a run of minutes must not end at one that cannot be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()  # a name of its own in each of several processes
@@ -237,7 +246,12 @@ def first_line(model, device, dtype):
 
 def pick_device():
     """The GPU, of several that of this process, or the CPU."""
-    return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    number, cards = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if number >= cards:
+        raise BadInput(f"more processes than the {cards} GPUs of this machine: start as many with --nproc-per-node")
+    return torch.device("cuda", number)
 
 
 def pick_precision(device, precision):
@@ -271,9 +285,8 @@ def peak_memory(device):
     """Bytes: the most that this process ever held, or on a GPU that torch allocated there."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    if os.path.exists("/proc/self/status"):  # Linux's getrusage counts the parent's memory before the exec as well
-        status = Path("/proc/self/status").read_text("utf8")
-        return int(status.split("VmHWM:")[1].split()[0]) * 1024
+    with contextlib.suppress(OSError, IndexError):  # Linux's getrusage counts the parent's before the exec as well
+        return int(Path("/proc/self/status").read_text("utf8").split("VmHWM:")[1].split()[0]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

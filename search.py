@@ -11,8 +11,8 @@ The command killed at any moment and typed again goes on from the last mini-epoc
 Defaults are those of section 3.5 of the paper where it gives one.
 """
 
-import hashlib
 import math
+import shlex
 from dataclasses import asdict, dataclass, replace
 
 import filelock
@@ -72,7 +72,7 @@ class Options:
     overwrite: bool = option(False, "replace the coefficients of another search in the same folder")
 
 
-NOT_SETTINGS = ("output", "overwrite", "seeds", "accumulate", "checkpointing")  # the search is the same with others
+NOT_SETTINGS = ("output", "overwrite", "seeds", "accumulate", "checkpointing")  # a search may go on with others
 
 
 def main():
@@ -86,7 +86,10 @@ def main():
         folder, model_sha256 = data.find_model(options.model, options.revision)
         print(runtime.first_line(options.model, device, dtype))
         tokenizer = tokens.Tokenizer(folder)
-        source = (MLM if options.source == "mlm" else Classification)(options, tokenizer, Config.read(folder))
+        config = Config.read(folder)
+        c = Coefficients(config.num_hidden_layers, config.num_attention_heads, config.intermediate_size)
+        draw_masks(*c.gates, options.tau_head, options.tau_ffn)  # ratios that cannot be had are refused now
+        source = (MLM if options.source == "mlm" else Classification)(options, tokenizer, config)
     print(source.description)
     for seed in range(options.seed, options.seed + options.seeds):
         name = "" if options.source == "mlm" else f"-{runtime.task_folder(options.source)}"
@@ -152,9 +155,8 @@ class Classification:
         task = data.find_task(options.source)
         rows = task.load(options.data_revision)["train"]
         length = min(task.max_length, config.max_length)
-        self.rows = tokens.Rows(tokenizer, rows, length, torch.device("cpu"))
-        self.labels = len(task.labels)
-        self.sha256 = hashlib.sha256((self.rows.sha256 + str(self.rows.labels.tolist())).encode()).hexdigest()
+        self.rows = tokens.Rows(tokenizer, rows, length, runtime.pick_device())
+        self.labels, self.sha256 = len(task.labels), self.rows.sha256
         self.steps = -(-len(rows) // options.batch_size)
         self.description = f"task {options.source}: {len(rows):,} training rows"
 
@@ -163,7 +165,7 @@ class Classification:
         return [torch.from_numpy(chosen) for chosen in tokens.batches(self.rows.lengths, batch_size, generator)]
 
     def batch(self, chosen, model, c, device):
-        batch = [t if t is None else t.to(device) for t in self.rows.batch(chosen)]
+        batch = self.rows.batch(chosen)
 
         def loss_for(rows):
             part = tokens.part(batch, rows)
@@ -176,16 +178,15 @@ class Classification:
 def search(options, made_by, folder, tokenizer, source, path, state, device, dtype):
     """Algorithm 1. Writes the coefficients to `path`, and to `state` how far it is."""
     torch.manual_seed(options.seed)
-    model = Bert.load(folder, mlm=source.labels is None, num_labels=source.labels)
+    model = Bert.load(folder, mlm=source.labels is None, num_labels=source.labels or 0)
     config = model.config
     if config.is_pruned:
         raise BadInput(f"{options.model} has narrower layers than its config.json: search the model before pruning")
     c = Coefficients(config.num_hidden_layers, config.num_attention_heads, config.intermediate_size)
-    draw_masks(*c.gates, options.tau_head, options.tau_ffn)  # ratios that cannot be had are refused now
     for remark in published.remarks(model):
         print(remark)
     if "mlm_head" in model.initialized:
-        with processes.first_alone():
+        if processes.FIRST:  # the others get it with the rest of theta, see processes.together
             fit_mlm_head(options, made_by, model.to(device), tokenizer, source.blocks, path.parent, dtype)
     model.checkpointing = options.checkpointing
     model.to(device).train()  # line 1: theta <- theta_0, c <- 1
@@ -346,8 +347,9 @@ def report(path, picture, options):
         why = "that was all of them; the masks had not settled"
     print(f"searched {ran} of {most} mini-epochs: {why}")
     print(f"coefficients: {path}, distances: {picture}")
-    given = "" if path.stem == "coefficients" else f" --coefficients {path}"
-    print(f"next: python draw.py --task sst2{runtime.flags(options, 'model', 'output')}{given}")
+    given = "" if path.stem == "coefficients" else f" --coefficients {shlex.quote(str(path))}"
+    task = "sst2" if options.source == "mlm" else shlex.quote(options.source)
+    print(f"next: python draw.py --task {task}{runtime.flags(options, 'model', 'output')}{given}")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ Token ids are kept as one flat int32 array with the rows' ends, in memory and in
 the tokens alone; those of a corpus stay on disk.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -139,17 +140,18 @@ class Rows:
         self.has_segments = bool((self.second < self.lengths).any())
 
     def kept(self, tokenizer, rows, max_length):
-        """What `encode` makes of the rows, from the cache or into it; `sha256` is of tokenizer, length and texts."""
+        """What `encode` makes of the rows, from the cache or into it; `sha256` tells them, with their labels, apart."""
         key = hashlib.sha256(tokenizer.digest.encode() + str(max_length).encode())
         for texts, _ in rows:
+            key.update(len(texts).to_bytes(8, "little"))
             for text in texts:
-                encoded = text.encode("utf8", "surrogatepass")
+                encoded = text.encode("utf8")
                 key.update(len(encoded).to_bytes(8, "little") + encoded)
         path = cache_folder() / "tokens" / f"{key.hexdigest()}.safetensors"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(f"{path}.lock"):  # of two that want it at once, one tokenizes
-            if not path.is_file():
+        with made_once(path) as missing:
+            if missing:
                 weights.write_safetensors(path, encode(tokenizer, [texts for texts, _ in rows], max_length), {})
+        key.update(self.labels.numpy().tobytes())
         self.sha256 = key.hexdigest()
         return weights.read_safetensors(path)[0]
 
@@ -158,7 +160,7 @@ class Rows:
 
     def batches(self, batch_size, generator=None):
         for chosen in batches(self.lengths.numpy(), batch_size, generator):
-            yield tuple(part if part is None else part.to(self.device) for part in self.batch(torch.from_numpy(chosen)))
+            yield self.batch(torch.from_numpy(chosen))
 
     def batch(self, chosen):
         """The rows numbered `chosen` (B,), padded to the longest of them."""
@@ -168,7 +170,19 @@ class Rows:
         places = (self.ends[chosen, None] - lengths + columns).clamp(max=len(self.ids) - 1)
         ids = self.ids[places].long().masked_fill(~mask, self.pad)
         segments = (mask & (columns >= self.second[chosen, None])).long() if self.has_segments else None
-        return ids, None if mask.all() else mask, segments, self.labels[chosen]
+        parts = ids, None if mask.all() else mask, segments, self.labels[chosen]
+        return tuple(part if part is None else part.to(self.device) for part in parts)
+
+
+@contextlib.contextmanager
+def made_once(path):
+    """True where the block is to make `path`; of several processes that want it, one makes it."""
+    if path.is_file():  # without the lock, for the cache may be one that cannot be written to
+        yield False
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(f"{path}.lock"):
+        yield not path.is_file()
 
 
 def present(ids, mask, segments, labels):
@@ -186,6 +200,9 @@ def encode(tokenizer, texts, max_length):
     (rows,) int32, where in its row the second text begins, at the row's end where there is none, "cut": (), how many
     texts were longer than max_length}."""
     ids, lengths, second, cut = [np.zeros(0, np.int32)], [], [], 0
+    special = tokenizer.library.num_special_tokens_to_add(any(len(text) > 1 for text in texts))
+    if max_length <= special:
+        raise BadInput(f"--max-length {max_length} has room for no more than the {special} special tokens")
     tokenizer.library.enable_truncation(max_length)
     try:
         for start in range(0, len(texts), CHUNK):
@@ -239,12 +256,12 @@ class Blocks:
         self.tokenizer, self.block = tokenizer, block
         key = hashlib.sha256(f"{tokenizer.digest} {key}".encode()).hexdigest()
         self.path = cache_folder() / "tokens" / f"{key}.int32"
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(f"{self.path}.lock"):
-            if not self.path.is_file():
+        with made_once(self.path) as missing:
+            if missing:
                 with replacing(self.path) as beside, open(beside, "wb") as file:
                     for ids in stream(tokenizer, documents, size):
                         file.write(ids)
+        self.file = open(self.path, "rb")  # once: whoever clears the cache now does not end a search
         self.tokens = os.path.getsize(self.path) // 4
         self.count = self.tokens // (block - 2)
         if self.count == 0:
@@ -257,19 +274,18 @@ class Blocks:
     def rows(self, chosen):
         """The blocks numbered `chosen`, (B, block) int64."""
         ids = np.full((len(chosen), self.block), self.tokenizer.cls, dtype=np.int64)
-        with open(self.path, "rb") as file:
-            for row, number in zip(ids, chosen.tolist()):
-                file.seek(4 * number * (self.block - 2))
-                row[1:-1] = np.fromfile(file, np.int32, self.block - 2)
+        for row, number in zip(ids, chosen.tolist()):
+            self.file.seek(4 * number * (self.block - 2))
+            row[1:-1] = np.fromfile(self.file, np.int32, self.block - 2)
         ids[:, -1] = self.tokenizer.sep
         return torch.from_numpy(ids)
 
     def frequencies(self, size):
         """How often each of `size` tokens occurs, (size,)."""
         counts = torch.zeros(size, dtype=torch.int64)
-        with open(self.path, "rb") as file:
-            while len(ids := np.fromfile(file, np.int32, 2**20)):
-                counts += torch.bincount(torch.from_numpy(ids).long(), minlength=size)
+        self.file.seek(0)
+        while len(ids := np.fromfile(self.file, np.int32, 2**20)):
+            counts += torch.bincount(torch.from_numpy(ids).long(), minlength=size)
         return counts
 
 
@@ -279,7 +295,7 @@ def stream(tokenizer, documents, size):
     chunk, length = [], 0
 
     def encoded():
-        bar.update(sum(len(text.encode("utf8", "surrogatepass")) for text in chunk))
+        bar.update(sum(len(text.encode("utf8")) for text in chunk))
         for encoding in tokenizer.library.encode_batch_fast(chunk, add_special_tokens=False):
             yield np.array([*encoding.ids, tokenizer.sep], dtype=np.int32)
 
