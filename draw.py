@@ -35,7 +35,7 @@ TASKS = {
 
 @dataclass
 class Options:
-    task: str = option("sst2", f"gives the ratios: {', '.join(TASKS)}; a file of one's own: 0.2")
+    task: str = option("rt", f"gives the ratios: {', '.join(TASKS)}; a file of one's own: 0.2")
     model: str = option(runtime.DEFAULT_MODEL, "the model that was searched")
     output: str = option("runs", "folder that search.py wrote to; the ticket goes to OUTPUT/MODEL/TASK")
     coefficients: str = option(None, "a coefficients file elsewhere")

@@ -14,6 +14,7 @@ one sees the test rows, once. Killed and typed again, the command goes on after 
 
 import hashlib
 import math
+import shlex
 import time
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -92,7 +93,7 @@ class Options:
     overwrite: bool = option(False, "replace a model that other settings made in the same folder")
 
 
-NOT_SETTINGS = ("output", "overwrite", "export_hf", "accumulate", "checkpointing")  # the run is the same with others
+NOT_SETTINGS = ("output", "overwrite", "export_hf", "accumulate", "checkpointing")  # a run may go on with others
 
 
 def main():
@@ -135,14 +136,16 @@ def main():
     def made_before(path):
         return processes.at_first(lambda: weights.made_before(path, made_by, options.overwrite))
 
+    if options.export_hf:
+        processes.at_first(lambda: runtime.writable(exported.parent))
+        if masks is None and Bert.load(source).config.is_pruned:
+            raise BadInput(f"{options.model} was pruned elsewhere, by masks unknown here: it cannot be exported dense")
     is_exported = options.export_hf and made_before(exported)
     if not made_before(finished):
         torch.manual_seed(options.seed)
         model = Bert.load(source, num_labels=len(task.labels))
         for remark in published.remarks(model):
             print(remark)
-        if options.export_hf and masks is None and model.config.is_pruned:
-            raise BadInput(f"{options.model} was pruned elsewhere, by masks unknown here: it cannot be exported dense")
         of_weights = masks if isinstance(masks, dict) else {}
         if options.ablation == "no-structure":
             model = redrawn(model, *masks)
@@ -180,15 +183,19 @@ def find_ticket(options, drawn, model_sha256, config):
             raise BadInput(f"--ablation {options.ablation} is of a ticket: --ticket none has none")
         return None, None
     path = drawn if options.ticket in ("drawn", "random") else Path(options.ticket)
+    draw = f"python draw.py --task {shlex.quote(options.task)}{runtime.flags(options, 'model', 'output')}"
     if not path.is_file():
-        remedy = f"python draw.py --task {options.task}{runtime.flags(options, 'model', 'output')} makes it"
+        remedy = f"{draw} makes it"
         raise BadInput(f"the ticket {path} is not there: {remedy if path == drawn else 'give drawn, random or none'}")
     tensors, notes = weights.read_notes(path)
     of_weights = notes.get("script") == "robustt.py"
     if not of_weights and (notes.get("script") != "draw.py" or not {"head", "ffn"} <= tensors.keys()):
         raise BadInput(f"{path} is no ticket: give a file that draw.py or robustt.py wrote")
+    drawn_for = notes["settings"].get("task", options.task)
+    if (drawn_for in data.TASKS) != (options.task in data.TASKS) and path == drawn:  # imdb and one's own imdb.csv
+        raise BadInput(f"{path} was drawn for {drawn_for}: {draw} draws it anew")
     if notes.get("model_sha256") != model_sha256:
-        raise BadInput(f"{path} was drawn for another model than {options.model} ")
+        raise BadInput(f"{path} was drawn for another model than {options.model}")
     if of_weights:
         if options.ablation:
             raise BadInput(f"--ablation {options.ablation} is of a ticket of heads and neurons, not of single weights")

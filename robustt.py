@@ -12,6 +12,7 @@ scripts. Killed and typed again, the command goes on after the last whole epoch.
 """
 
 import math
+import shlex
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -52,7 +53,7 @@ class Options:
     adv_lr: float = option(0.03, "size of an ascent step", at_least=0)
     adv_init_mag: float = option(0.05, "magnitude of the initial perturbation", at_least=0)
     adv_max_norm: float = option(0.0, "the perturbation's largest L2 norm per example, 0: no bound", at_least=0)
-    clip_norm: float = option(1.0, "largest norm of the whole gradient", above=0)
+    clip_norm: float = option(1.0, "largest norm of the loss's gradient", above=0)
     precision: str = option("auto", "of matrix products; auto: bf16 where it is fast", choices=("auto", "bf16", "fp32"))
     overwrite: bool = option(False, "replace a ticket that other settings made")
 
@@ -87,17 +88,19 @@ def main():
     folder = runtime.output_folder(options.output, options.model) / runtime.task_folder(options.task)
     source = folder / f"none-vanilla-seed{options.seed}"
     if not (source / "model.safetensors").is_file():
-        given = runtime.flags(options, "model", "output", "seed")
-        raise BadInput(f"{source} is not there: python finetune.py --task {options.task} --ticket none{given} makes it")
+        given = f"--task {shlex.quote(options.task)} --ticket none{runtime.flags(options, 'model', 'output', 'seed')}"
+        raise BadInput(f"{source} is not there: python finetune.py {given} makes it")
     model, tokenizer = Bert.load(source).to(device), tokens.Tokenizer(source)
     rows = data.first_rows(task.load(options.data_revision)["train"], options.train_rows, options.task)
-    rows = tokens.Rows(tokenizer, rows, min(task.max_length, model.config.max_length), device)
+    notes = weights.read_notes(source / "model.safetensors")[1]  # how finetune.py was called
+    longest = min(notes["settings"]["max_length"] or task.max_length, model.config.max_length)
+    rows = tokens.Rows(tokenizer, rows, longest, device)
     print(f"task {options.task}: {len(rows):,} training rows; the weights of {source} stay as they are")
     settings = {key: value for key, value in asdict(options).items() if key not in ("output", "overwrite")}
     made_by = {
         "script": "robustt.py",
         "settings": settings | {"precision": runtime.precision_name(dtype)},
-        "model_sha256": data.find_model(options.model)[1],
+        "model_sha256": notes["model_sha256"],
         "finetuned_sha256": weights.sha256(source / "model.safetensors"),
         "task_sha256": rows.sha256,
         "versions": runtime.versions(),
@@ -111,7 +114,8 @@ def main():
     total = sum(mask.numel() for mask in kept.values())
     left = sum(mask.sum().item() for mask in kept.values())
     print(f"{left:,} of {total:,} weights are left; ticket: {path}")
-    print(f"next: python finetune.py --task {options.task} --ticket {path}{runtime.flags(options, 'model', 'output')}")
+    given = f"--task {shlex.quote(options.task)} --ticket {shlex.quote(str(path))}"
+    print(f"next: python finetune.py {given}{runtime.flags(options, 'model', 'output')}")
 
 
 def search(options, made_by, model, rows, path, state, dtype):

@@ -49,8 +49,9 @@ def map_file(path):
 
 def read_safetensors(path):
     """(Mapped {name: tensor}, {metadata}) of a safetensors file.
-    Raises BadInput for anything but a well-formed file: sizes that lie,
-       overlap, leave holes or end elsewhere than the file does, as the reference implementation refuses them.
+
+    Raises BadInput for anything but a well-formed file: sizes that lie, overlap, leave holes or end elsewhere than the
+    file does, as the reference implementation refuses them.
     """
 
     def bad(reason):
@@ -127,6 +128,8 @@ def made_before(path, made_by, overwrite):
         return False
     try:
         notes = read_json(path) if str(path).endswith(".json") else read_notes(path)[1]
+        if not isinstance(notes, dict):
+            raise BadInput(f"{path} does not say how it was made")
     except BadInput as error:
         if not overwrite:
             raise BadInput(f"{error}: delete it, or --overwrite") from None
