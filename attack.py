@@ -12,13 +12,14 @@ succeed, on those classified rightly before; #Query the mean number of queries o
 the model: ATTACK.jsonl, a line an example, and ATTACK.json. Killed and typed again, the command goes on.
 """
 
+import contextlib
 import hashlib
 import importlib.metadata
 import importlib.util
 import io
 import logging
 import os
-import socket
+import shlex
 import subprocess
 import sys
 import time
@@ -71,12 +72,12 @@ class Options:
     attack_columns: str = option(None, "of pairs: the column that may be changed, instead of both")
     vectors: str = option(None, "word vectors: embedded, textattack (its cache, the default where there), an .npz file")
     encoder: str = option("minilm", "of sentences; use: Universal Sentence Encoder", choices=("minilm", "use"))
-    masked_lm: str = option(None, "BERT-Attack's masked language model, instead of the attacked model's backbone")
+    masked_lm: str = option(None, "BERT-Attack's masked language model, instead of what --model was before fine-tuning")
     bert_attack_k: int = option(48, "substitutes a word that BERT-Attack considers; TextAttack's, too", at_least=1)
     bert_attack_ranking: str = option(
         "loop", "of a word's combinations: loop, as TextAttack does, or as it means to", choices=("loop", "perplexity")
     )
-    max_length: int = option(None, "tokens a text is cut to, instead of the task's", at_least=3)
+    max_length: int = option(None, "tokens a text is cut to, instead of the model's at its fine-tuning", at_least=3)
     precision: str = option("fp32", "of matrix products; auto: bf16 where it is fast", choices=("auto", "bf16", "fp32"))
     workers: int = option(1, "processes that share the examples; torchrun may start them as well", at_least=1)
     show: int = option(0, "successful attacks to print, the changed words marked", at_least=0)
@@ -104,7 +105,8 @@ def main():
     test = task.load(options.data_revision)["test"]
     if options.n > len(test):
         raise BadInput(f"--n {options.n} is more than the {len(test):,} test rows of {options.task}")
-    clean = clean_accuracy(folder, victim, test)
+    given = options.max_length or options.data_revision  # another input than the one that finetune.py has measured
+    clean = clean_accuracy(None if given else folder, victim, test)
     print(f"attacking {options.n} of {len(test):,} test rows, of which {folder} gets {clean:.2%} right")
     examples = {number: test[number] for number in sample(options, len(test))}
     made_by["task_sha256"] = hashlib.sha256(repr(examples).encode("utf8", "surrogatepass")).hexdigest()
@@ -154,11 +156,12 @@ def find_victim(options, task, device, dtype):
     folder = runtime.model_folder(options.output, options.model) / runtime.task_folder(options.task)
     run = folder / runtime.run_name(options)
     given = runtime.flags(options, "model", "output", "ticket", "method", "ablation", "seed")
-    makes = f"python finetune.py --task {options.task}{given} makes one"
-    masked_lm = options.masked_lm or runtime.DEFAULT_MODEL
+    makes = f"python finetune.py --task {shlex.quote(options.task)}{given} makes one"
+    masked_lm, longest = options.masked_lm or runtime.DEFAULT_MODEL, task.max_length
     if (run / "model.safetensors").is_file():
         folder, path, sha256 = run, run, weights.sha256(run / "model.safetensors")
         masked_lm = options.masked_lm or options.model
+        longest = weights.read_notes(run / "model.safetensors")[1].get("settings", {}).get("max_length") or longest
     elif options.model in data.EMBEDDED or options.model in data.ON_HUB:
         raise BadInput(f"there is no fine-tuned model in {run}: {makes}")
     else:
@@ -166,7 +169,7 @@ def find_victim(options, task, device, dtype):
     model = Bert.load(path)
     if model.config.num_labels != len(task.labels) or "classifier" in model.initialized:
         raise BadInput(f"{path} has no classifier for the {len(task.labels)} classes of {options.task}: {makes}")
-    longest = min(options.max_length or task.max_length, model.config.max_length)
+    longest = min(options.max_length or longest, model.config.max_length)
     settings = {name: value for name, value in asdict(options).items() if name not in NOT_SETTINGS}
     settings |= {"precision": runtime.precision_name(dtype), "max_length": longest, "masked_lm": masked_lm}
     versions = runtime.versions() | {name: importlib.metadata.version(name) for name in ("textattack", "nltk")}
@@ -180,8 +183,8 @@ def sample(options, rows):
 
 
 def clean_accuracy(folder, victim, test):
-    """The share of all test rows that the victim classifies rightly; finetune.py has measured it for its own."""
-    if (folder / "metrics.json").is_file():
+    """The share of all test rows that the victim classifies rightly; in `folder` finetune.py may have measured it."""
+    if folder is not None and (folder / "metrics.json").is_file():
         return runtime.read_json(folder / "metrics.json")["test_accuracy"]
     predicted = victim([texts for texts, _ in test]).argmax(1)
     return (predicted == torch.tensor([label for _, label in test])).float().mean().item()
@@ -195,21 +198,19 @@ def import_textattack():
     downloads that never time out: both are seen to before."""
     import nltk
 
-    found = {package: nltk_data(nltk, folder, package) for package, folder in NLTK.items()}
+    found = find_nltk_data(nltk)
     if not found["stopwords"]:
         nltk.corpus.stopwords = SimpleNamespace(words=lambda language: [])
-    environment = dict(os.environ)
     marker = Path(os.environ.get("TA_CACHE_DIR") or Path.home() / ".cache" / "textattack") / "post_install_check_3"
     marked = marker.exists()
     logging.disable(logging.WARNING)
-    with mock.patch.object(nltk, "download"), warnings.catch_warnings():
+    # with TA_CACHE_DIR it moves the caches of everybody: the environment is put back
+    with mock.patch.dict(os.environ), mock.patch.object(nltk, "download"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import textattack
     logging.disable(logging.NOTSET)
     if not marked:
         marker.unlink(missing_ok=True)  # TextAttack on its own shall still fetch what it wants
-    os.environ.clear()  # with TA_CACHE_DIR it moves the caches of everybody
-    os.environ.update(environment)
     for name in ("textattack.shared.utils.install", "jieba"):
         logging.getLogger(name).setLevel(logging.ERROR)
     return textattack, found
@@ -222,25 +223,24 @@ NLTK = {
 }
 
 
-def nltk_data(nltk, folder, package):
-    """Whether NLTK has this package of data, fetched now if need be and possible; NLTK verifies what it fetches."""
-    for attempt in range(2):
+def find_nltk_data(nltk):
+    """{package: whether NLTK has it}, fetched now if need be and possible; NLTK verifies what it fetches."""
+
+    def is_there(folder):
         for path in (folder, f"{folder}.zip"):
-            try:
-                nltk.data.find(path)
-                return True
-            except LookupError:
-                continue
-        if attempt == 0 and not hub.offline():
-            patience = socket.getdefaulttimeout()
-            socket.setdefaulttimeout(hub.TIMEOUT[1])
-            try:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")
-                    nltk.download(package, quiet=True, print_error_to=io.StringIO())  # false where it cannot be had
-            finally:
-                socket.setdefaulttimeout(patience)
-    return False
+            with contextlib.suppress(LookupError):
+                return bool(nltk.data.find(path))
+        return False
+
+    found, reachable = {}, not hub.offline()
+    for package, folder in NLTK.items():
+        if not is_there(folder) and reachable:
+            patience = mock.patch.object(nltk.downloader, "NETWORK_TIMEOUT", hub.TIMEOUT[1])
+            with patience, warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                reachable = nltk.download(package, quiet=True, print_error_to=io.StringIO())
+        found[package] = is_there(folder)
+    return found
 
 
 def build(textattack, found, name, options, made_by, task, victim):
@@ -305,6 +305,8 @@ def masked_swap(textattack, options, settings, victim):
         which = f"{name} with a head that was fitted to it (BERT-Attack's: bert-base-uncased)"
         search.find_mlm_head(name, options.output, model, sha256, tokenizer, victim.device)
     k, ranking = options.bert_attack_k, options.bert_attack_ranking
+    if k > model.config.vocab_size:
+        raise BadInput(f"--bert-attack-k {k} is more than the {model.config.vocab_size:,} tokens of {name}")
     substitutes = resources.MaskedWords(model, tokenizer, k, ranking, victim.device, victim.dtype)
     mask = tokenizer.library.id_to_token(tokenizer.mask)
 
@@ -368,11 +370,12 @@ def as_given(texts):
 
 
 def start_helpers(workers):
-    """The other processes: this command again, told its rank as torchrun tells it."""
+    """The other processes: this command again, told its rank as torchrun tells it, in turn on each GPU."""
+    cards = max(1, torch.cuda.device_count())
     return [
         subprocess.Popen(
             [sys.executable, *sys.argv],
-            env=os.environ | {"RANK": str(rank), "WORLD_SIZE": str(workers)},
+            env=os.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank % cards), "WORLD_SIZE": str(workers)},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
@@ -385,7 +388,7 @@ def check(helpers):
     """Raises BadInput with the last words of a process that failed."""
     for helper in helpers:
         if helper.poll():
-            raise BadInput(f"one of the processes ended: {helper.stderr.read().strip().splitlines()[-1:]}")
+            raise BadInput(f"a process failed: {runtime.last_words(helper.stderr.read(), helper.returncode)}")
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ class Options:
 def main():
     options = runtime.parse(Options, __doc__)
     torch.use_deterministic_algorithms(True)  # else two runs add the gradients up in another order
-    words, vectors = glove(read_list(options.lists, "vocabulary.txt"))
+    words, vectors = glove(words[0] for words in read_list(options.lists, "vocabulary.txt"))
     number = {word: i for i, word in enumerate(words)}
     synonyms = pairs(options.lists, ["ppdb_synonyms.txt"], number)
     antonyms = pairs(options.lists, ["ppdb_antonyms.txt", "wordnet_antonyms.txt"], number)
@@ -70,13 +70,16 @@ def main():
 
 
 def read_list(folder, name):
-    """The lines of a list. Raises BadInput where it is not there."""
+    """The lines of a list, each of them its words. Raises BadInput where it is not there or is none."""
     path = Path(folder) / name
     if not path.is_file():
         raise BadInput(
             f"{path} is not there: give the folder linguistic_constraints of github.com/nmrksic/counter-fitting"
         )
-    return path.read_text("utf8").splitlines()
+    try:
+        return [line.split() for line in path.read_text("utf8").splitlines() if line.strip()]
+    except ValueError:
+        raise BadInput(f"{path} is not UTF-8 text: fetch it again") from None
 
 
 def glove(vocabulary):
@@ -91,9 +94,11 @@ def glove(vocabulary):
 
 def pairs(folder, names, number):
     """(pairs, 2) numbers of the words that each line of these lists names, either way round, each pair once."""
-    lines = [line.split() for name in names for line in read_list(folder, name)]
+    lines = [words for name in names for words in read_list(folder, name)]
+    if any(len(words) != 2 for words in lines):
+        raise BadInput(f"{' or '.join(names)} in {folder} has a line that is no pair of words: fetch it again")
     known = {tuple(sorted((number[a], number[b]))) for a, b in lines if a in number and b in number and a != b}
-    return torch.tensor(sorted(known)).reshape(-1, 2)
+    return torch.tensor(sorted(known), dtype=torch.int64).reshape(-1, 2)
 
 
 def is_among(these, those, words):

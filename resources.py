@@ -137,7 +137,7 @@ def find_synonyms(name):
         shapes = [np.shape(words), np.shape(vectors)[:1] or np.shape(words), neighbours.shape[:1], similarity.shape[:1]]
         if len(set(shapes)) > 1 or neighbours.shape != similarity.shape or neighbours.ndim != 2:
             raise ValueError("words (n,), neighbours (n, k), similarity (n, k), vectors (n, d) do not agree")
-        if not isinstance(words[0], str) or neighbours.min() < -1 or neighbours.max() >= len(words):
+        if not isinstance(words[0], str) or neighbours.min() < -1 or not 0 <= neighbours.max() < len(words):
             raise ValueError("words must be texts, neighbours their numbers")
     except Exception as error:  # numpy, zipfile and zlib each raise their own
         raise BadInput(f"--vectors {name} is no table of word vectors: {runtime.one_line(error)}") from None

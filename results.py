@@ -2,7 +2,8 @@
 
 Clean% is the accuracy on all test rows; Aua%, accuracy under attack, is failed attacks / examples; Suc% is succeeded /
 (succeeded + failed); #Query the mean number of queries of an attack, failed or not. An example that the model
-misclassifies from the start is not attacked, and counts in Aua% alone. The words changed and the similarity of the
+misclassifies from the start is not attacked, and counts in Aua% alone; one on which TextAttack fails counts nowhere.
+The words changed and the similarity of the
 sentences are means over successful attacks: a success that changes the meaning is none.
 """
 
@@ -93,6 +94,11 @@ class Results:
             print_change(row)
         outcomes = ", ".join(f"{number} {outcome}" for outcome, number in sorted(figures["outcomes"].items()))
         print(f"{len(self.rows)} of {len(self.sample)} examples attacked: {outcomes or 'none'}; {self.path}")
+        errors = [row for row in self.rows.values() if row["outcome"] == "error"]
+        if errors:
+            print(f"an error is in no figure; the first, of example {errors[0]['example']}: {errors[0]['reason']}")
+        if errors and figures["suc"] is None:
+            raise BadInput(f"every attack ended in an error, such as {errors[0]['reason']}: see {self.path}")
         return figures
 
 
