@@ -88,7 +88,7 @@ def in_turn(options, cases, folder):
             command = [sys.executable, __file__, *sys.argv[1:], "--worker", ";".join((*case, str(folder)))]
             ended = subprocess.run(command, capture_output=True, text=True)
             if ended.returncode:
-                raise BadInput(f"{' '.join(case)} failed: {ended.stderr.strip().splitlines()[-1]}")
+                raise BadInput(f"{' '.join(case)} failed: {runtime.last_words(ended.stderr, ended.returncode)}")
             runs[case].append(json.loads(ended.stdout.splitlines()[-1]))
             bar.update()
     bar.close()
@@ -333,7 +333,8 @@ def time_attack(options, side, precision, folder):
     start = time.perf_counter()
     textattack, nltk_data = attack.import_textattack()
     clock["import"] = time.perf_counter() - start
-    given = {"task": options.task, "output": options.output, "vectors": options.vectors, "n": options.n}
+    given = {"task": options.task, "model": "minilm", "output": options.output, "n": options.n}
+    given["vectors"] = options.vectors
     given = attack.Options(attack=options.attack, ticket="none", precision=precision, max_length=512, **given)
     recipe, examples = (attack_of if side == "orticket" else unwrapped)(textattack, nltk_data, given)
     spend(clock, "the model", recipe.goal_function, "model")

@@ -81,17 +81,19 @@ def unwrap(recipe, textattack, options):
     masked-LM transformation. What stays is common to the two: word vectors, tagger, and the encoder's weights."""
     import transformers
 
-    folder = runtime.model_folder(options.output, options.model) / options.task / "none-vanilla-seed0"
+    folder = runtime.model_folder(options.output, options.model) / runtime.task_folder(options.task)
+    folder, device = folder / "none-vanilla-seed0", runtime.pick_device()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval().to(device)
     recipe.goal_function.model = textattack.models.wrappers.HuggingFaceModelWrapper(model, tokenizer)
     recipe.goal_function.batch_size = 32
     minilm, _ = data.find_model("minilm")
-    encoder = transformers.AutoModel.from_pretrained(minilm).eval()
+    encoder = transformers.AutoModel.from_pretrained(minilm).eval().to(device)
     encoders_tokenizer = transformers.AutoTokenizer.from_pretrained(minilm)
 
     def encode(texts):
         batch = encoders_tokenizer(texts, padding=True, truncation=True, max_length=256, return_tensors="pt")
+        batch = batch.to(device)
         with torch.no_grad():
             states = encoder(**batch).last_hidden_state
         mask = batch["attention_mask"][:, :, None]

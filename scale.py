@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -33,16 +34,11 @@ def bench(options):
     sizes = [megabytes for megabytes in (1, 10, 100, 1000) if megabytes < options.megabytes] + [options.megabytes]
     figures = {"machine": runtime.describe(runtime.pick_device()), "versions": runtime.versions()}
     bar = runtime.progress(len(sizes) + len(ROWS) + len(EXAMPLES), description="scale", unit="size")
-    cache = os.environ.get("XDG_CACHE_HOME")
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["XDG_CACHE_HOME"] = folder  # a gigabyte of tokens that nobody needs again
-        try:
-            figures["search"] = [step_of(bar, of_search, size, options, Path(folder)) for size in sizes]
-            figures["finetune"] = [step_of(bar, of_finetuning, rows, folder) for rows in ROWS]
-            figures["attack"] = [step_of(bar, of_attack, n, folder) for n in EXAMPLES]
-        finally:
-            os.environ.pop("XDG_CACHE_HOME")
-            os.environ |= {"XDG_CACHE_HOME": cache} if cache else {}
+    with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, XDG_CACHE_HOME=folder):
+        # the cache is there, too: a gigabyte of tokens that nobody needs again
+        figures["search"] = [step_of(bar, of_search, size, options, Path(folder)) for size in sizes]
+        figures["finetune"] = [step_of(bar, of_finetuning, rows, folder) for rows in ROWS]
+        figures["attack"] = [step_of(bar, of_attack, n, folder) for n in EXAMPLES]
     bar.close()
     report(figures)
     runtime.write_json(Path(options.output) / "scale.json", figures)
@@ -124,7 +120,7 @@ def run(script, *flags):
     command = [sys.executable, str(Path(__file__).with_name(script)), "--model", "minilm", *map(str, flags)]
     ended = subprocess.run(command, capture_output=True, text=True)
     if ended.returncode:
-        raise BadInput(f"{script} failed: {ended.stderr.strip().splitlines()[-1:]}")
+        raise BadInput(f"{script} failed: {runtime.last_words(ended.stderr, ended.returncode)}")
     return time.perf_counter() - start
 
 
