@@ -4,6 +4,7 @@ The quick ones take two minutes on 2 cores and need no network: python -m pytest
 The slow ones train for real, some ten minutes each: python -m pytest -q test_all.py -m slow
 """
 
+import contextlib
 import email.utils
 import hashlib
 import http.server
@@ -534,6 +535,17 @@ def test_a_tensorflow_model_is_found_in_its_folder_its_archive_and_by_its_files(
         assert cased.library.encode("T a t").tokens == ["[CLS]", "T", "a", "[UNK]", "[SEP]"]
 
 
+def test_of_an_archive_the_outermost_configuration_counts_and_none_of_a_macs_shadows(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = google_folder(tmp_path / "model" / "uncased")
+    for inner, name in (("__MACOSX/uncased", "._bert_config.json"), ("uncased/1_Pooling", "config.json")):
+        (tmp_path / "model" / inner).mkdir(parents=True)
+        (tmp_path / "model" / inner / name).write_text("{}")
+    archive = shutil.make_archive(tmp_path / "model", "zip", tmp_path / "model")
+    path, sha256 = data.find_model(archive)
+    assert path.name == "uncased" and sha256 == data.find_model(str(folder))[1]
+
+
 def google_folder(folder):
     """The TensorFlow fixture as Google publishes a model."""
     folder.mkdir(parents=True)
@@ -1040,6 +1052,23 @@ def test_an_export_replaces_nothing_that_is_not_its_own(tiny, tmp_path, capsys):
     assert (tiny / "model.safetensors").read_bytes() == original
 
 
+def test_what_cannot_be_exported_is_refused_before_training_and_after_it(tiny, corpus, tmp_path, capsys):
+    """A folder that is a file, and a model pruned elsewhere, whose masks nobody knows."""
+    flags = ["--task", "rt", "--output", tmp_path, "--ticket", "none", "--epochs", "1", "--max-length", "8"]
+    (tmp_path / "file").write_text("")
+    assert call(finetune, *flags, "--model", tiny, "--export-hf", tmp_path / "file") == 2
+    assert "cannot write" in capsys.readouterr().err and not (tmp_path / "tiny" / "rt").exists()
+    masks = [torch.tensor(mask).bool() for mask in MASKS["uneven"]]
+    Bert.load(tiny).pruned(*masks).save(tmp_path / "narrow", ("0", "1"), {})
+    shutil.copy(tiny / "vocab.txt", tmp_path / "narrow")
+    for trained in (False, True):
+        assert (tmp_path / "narrow" / "rt").exists() == trained
+        assert call(finetune, *flags, "--model", tmp_path / "narrow", "--export-hf", tmp_path / "dense") == 2
+        assert "narrow was pruned elsewhere" in capsys.readouterr().err
+        assert call(finetune, *flags, "--model", tmp_path / "narrow") == 0
+        capsys.readouterr()
+
+
 def test_batches_hold_every_row_once_with_little_padding_in_an_order_of_the_seed_alone():
     lengths = np.random.Generator(np.random.PCG64(0)).integers(3, 60, 5003)
     cut = [tokens.batches(lengths, 32, np.random.Generator(np.random.PCG64(seed))) for seed in (1, 1, 2)]
@@ -1236,6 +1265,30 @@ def test_a_renamed_repository_is_followed_and_a_missing_file_is_named(server):
     assert server.waits == []
 
 
+def test_an_address_without_a_scheme_is_not_the_hubs_and_gets_no_token(server, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    server.files["large.bin"] = LARGE
+    server.cdn = server.url.replace("http://127.0.0.1", "//localhost")
+    hub.fetch("owner/name", "large.bin")
+    sent = {(path[:5], headers.get("Authorization")) for _, path, headers in server.seen}
+    assert sent == {("/owne", "Bearer hf_secret"), ("/cdn/", None)}
+
+
+def test_a_models_files_are_of_one_commit_though_the_branch_moves(server, tmp_path):
+    """config.json is in the cache from an older commit: what is fetched now is of that commit, too."""
+    saved(tmp_path / "model")
+    older = "0ddba11" * 5 + "abcde"
+    folder = hub.cache_folder("owner/name", False)
+    for path in (folder / "refs" / "main", folder / "snapshots" / older / "config.json"):
+        path.parent.mkdir(parents=True)
+    (folder / "refs" / "main").write_text(older)
+    shutil.copy(tmp_path / "model" / "config.json", folder / "snapshots" / older)
+    server.files |= {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()}
+    hub.fetch_model("owner/name")
+    revisions = {path.split("/resolve/")[1].split("/")[0] for _, path, _ in server.seen if "/resolve/" in path}
+    assert revisions == {older}
+
+
 def test_a_hub_that_cannot_be_reached_is_one_line(server, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(BadInput, match="cannot be had from 127.0.0.1:9: no connection, 5 times"):
@@ -1262,6 +1315,15 @@ def test_bert_base_in_the_cache_under_its_short_name_needs_no_network(tmp_path, 
         saved(folder / "snapshots" / commit)
         assert data.find_model("bert-base-uncased")[0] == folder / "snapshots" / commit
         shutil.rmtree(folder)
+
+
+def test_a_folder_of_results_is_not_taken_for_the_model_of_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bert-base-uncased").mkdir()  # as search.py --output . makes it
+    with pytest.raises(BadInput, match="model 'bert-base-uncased': config.json of .* is not in the cache"):
+        data.find_model("bert-base-uncased")
+    saved(tmp_path / "bert-base-uncased")
+    assert data.find_model("bert-base-uncased")[0] == Path("bert-base-uncased")
 
 
 def test_a_model_that_the_hub_has_not_names_the_embedded_one(server):
@@ -1309,8 +1371,15 @@ def test_a_hub_row_without_a_label_is_named(server):
 
 def test_a_file_that_is_not_parquet_is_named(server):
     server.files["sst2/train-00000-of-00001.parquet"] = LARGE
-    with pytest.raises(BadInput, match="is not the parquet file that it should be"):
-        data.TASKS["sst2"].load(None)
+    server.files["wikitext-2-raw-v1/train-00000-of-00001.parquet"] = LARGE
+    for load in (lambda: data.TASKS["sst2"].load(None), lambda: data.find_corpus("wikitext-2-raw-v1")):
+        with pytest.raises(BadInput, match="is not the parquet file that it should be"):
+            load()
+
+
+def test_a_text_that_is_missing_on_the_hub_is_an_empty_one(server):
+    serve_task(server, "qqp", question1=["a", None, *"b" * 28])
+    assert data.TASKS["qqp"].load(None)["test"][1][0][0] == ""
 
 
 OWN = {
@@ -1355,6 +1424,7 @@ NASTY = {
     "nothing": ("a.csv", b"text,label\n", "has no rows"),
     "empty": ("a.csv", b"", "has no rows"),
     "one label": ("a.csv", b"text,label\na,1\nb,1\n", "has no two labels"),
+    "two rows": ("a.csv", b"text,label\na,1\nb,2\n", "has too few rows"),
 }
 
 
@@ -1374,6 +1444,15 @@ def test_a_label_that_only_the_test_file_has_is_refused_with_its_line(tmp_path):
         data.find_task(str(tmp_path))
 
 
+def test_of_two_files_for_one_split_none_is_taken_and_others_are_left_alone(tmp_path):
+    for name in ("train.csv", "test.csv", "train.csv.bak"):
+        (tmp_path / name).write_text("text,label\na,x\nb,y\n")
+    assert len(data.find_task(str(tmp_path)).load(None)["test"]) == 2
+    (tmp_path / "train.tsv").write_text("text\tlabel\na\tx\nb\ty\n")
+    with pytest.raises(BadInput, match="it has both train.csv and train.tsv"):
+        data.find_task(str(tmp_path))
+
+
 def test_nothing_is_dropped_silently(tmp_path, capsys, tiny):
     rows = ["text,label", "a,1", ",0", "text,label", '"  ",1', "a\0b,0", f'"{"word " * 100_000}",1']
     (tmp_path / "mine.csv").write_text("\n".join(rows))
@@ -1384,6 +1463,8 @@ def test_nothing_is_dropped_silently(tmp_path, capsys, tiny):
     everything = splits["test"] + splits["validation"] + splits["train"]
     encoded = tokens.Rows(tokens.Tokenizer(tiny), everything, 16, torch.device("cpu"))
     assert encoded.lengths.tolist() == [3, 2, 2, 4, 16] and encoded.cut == 1
+    (tmp_path / "half.jsonl").write_text("".join('{"text": "cut \\ud83d", "label": %d}\n' % (i % 2) for i in range(20)))
+    assert data.find_task(str(tmp_path / "half.jsonl")).load(None)["test"][0][0] == ("cut \ufffd",)
     (tmp_path / "text.txt").write_bytes(b"one \xff\ntwo \xef\xbf\xbd\n\n \n")
     assert list(data.find_corpus(tmp_path / "text.txt")[0]) == ["one \ufffd\n", "two \ufffd\n"]
     assert "the corpus has 1 bytes that are no UTF-8" in capsys.readouterr().out
@@ -1397,6 +1478,17 @@ def test_a_folder_of_texts_is_a_corpus_and_a_gigantic_line_comes_in_pieces(tmp_p
     assert [len(document) for document in documents] == [2**20, 5, 4, 3] and size == 2**20 + 5 + 7
     (tmp_path / "sub" / "a.txt").write_text("one\ntvo")
     assert data.find_corpus(tmp_path)[2] != key
+
+
+def test_other_labels_and_other_pairs_are_other_rows(tiny, monkeypatch):
+    tokenizer, rows = tokens.Tokenizer(tiny), [(("a",), 0), (("b",), 1)]
+    others = [[(("a",), 1), (("b",), 0)], [(("a", "b"), 0)], [(("ab",), 0), (("",), 1)]]
+    made = [tokens.Rows(tokenizer, of, 16, torch.device("cpu")) for of in (rows, *others)]
+    assert len({of.sha256 for of in made}) == 4 and [len(of.ends) for of in made] == [2, 2, 1, 2]
+    monkeypatch.setattr(tokens.filelock, "FileLock", None)  # what is there needs no lock, in a cache for reading alone
+    assert tokens.Rows(tokenizer, rows, 16, torch.device("cpu")).sha256 == made[0].sha256
+    with pytest.raises(BadInput, match="--max-length 3 has room for no more than the 3 special tokens"):
+        tokens.Rows(tokenizer, others[1], 3, torch.device("cpu"), cached=False)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -1630,6 +1722,17 @@ def test_the_random_ticket_has_the_drawn_tickets_size_and_follows_the_seed(tmp_p
         assert not torch.equal(first[part], other[part]) and not torch.equal(first[part], drawn[part])
 
 
+def test_a_ticket_drawn_for_ones_own_imdb_is_not_that_of_the_papers(tiny, tmp_path):
+    config, path = Config.read(tiny), tmp_path / "ticket.safetensors"
+    masks = dict(zip(("head", "ffn"), gates.draw_masks(torch.rand(2, 3), torch.rand(2, 40), 1 / 6, 0.2)))
+    for drawn_for, task in (("imdb", "imdb"), ("mine", "mine.csv"), ("a/imdb.csv", "imdb")):
+        refused = drawn_for == "a/imdb.csv"
+        notes = {"script": "draw.py", "model_sha256": "f00", "settings": {"task": drawn_for}}
+        weights.write_safetensors(path, masks, notes)
+        with pytest.raises(BadInput, match="was drawn for a/imdb.csv") if refused else contextlib.nullcontext():
+            finetune.find_ticket(finetune.Options(task=task), path, "f00", config)
+
+
 def test_the_best_epoch_is_kept_and_each_method_trains_its_own_model(tiny, tmp_path, monkeypatch):
     """With held-out accuracies made up, the model that is saved is the one that had the highest, the earliest of
     equals; FreeLB's differs from the ordinary one after the same number of epochs."""
@@ -1679,6 +1782,7 @@ def test_overwriting_starts_anew_and_leaves_nothing_of_the_old(tiny, corpus, tmp
     command = quick_search(tiny, corpus, tmp_path, "--mini-epoch", "0.5")[1:]
     state, done = (tmp_path / "tiny" / name for name in ("search.state.safetensors", "coefficients.safetensors"))
     assert call(search, *command) == 0 and done.exists()
+    assert call(search, *command, "--tau-head", "0.99", "--overwrite") == 2 and done.exists()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gates.EarlyStopping, "update", interrupted_at(2))
         assert call(search, *command, "--seed", "1", "--overwrite") == 130
@@ -1732,6 +1836,7 @@ BAD = {
     "neurons of another model": (draw, ["--coefficients", "{tmp}/wide.safetensors"], "ffn is not a finite float32"),
     "a ratio with a zero below": (draw, ["--tau-head", "1/0"], "--tau-head: '1/0' is not a number"),
     "a gigantic seed": (finetune, ["--seed", "1" + "0" * 30], "must be below"),
+    "three texts": (finetune, ["--task", "mine.csv", "--text-columns", *"abc"], "--text-columns a b c: BERT reads"),
     "another model's ticket": (finetune, ["--ticket", "{tmp}/ticket.safetensors"], "drawn for another model"),
     "coefficients as ticket": (finetune, ["--ticket", "{tmp}/nan.safetensors"], "is no ticket"),
     "a model without weights": (finetune, ["--model", "{tmp}", "--ticket", "none"], "has several weights"),
@@ -1755,7 +1860,8 @@ def test_bad_input_gets_one_line_and_exit_code_2(case, tmp_path, capsys, monkeyp
     c = {"head": torch.ones(2, 3), "ffn": torch.ones(2, 40)}
     for folder in ("tiny", "other"):
         weights.write_safetensors(tmp_path / folder / "coefficients.safetensors", c, notes)
-    weights.write_safetensors(tmp_path / "ticket.safetensors", c, {"script": "draw.py", "model_sha256": "f00"})
+    ticket = {"script": "draw.py", "model_sha256": "f00", "settings": {}}
+    weights.write_safetensors(tmp_path / "ticket.safetensors", c, ticket)
     weights.write_safetensors(tmp_path / "nan.safetensors", {name: t * math.nan for name, t in c.items()}, notes)
     wide = c | {"ffn": torch.ones(2, 41)}
     weights.write_safetensors(tmp_path / "wide.safetensors", wide, notes)
@@ -1846,7 +1952,18 @@ def without_dropout(tmp_path_factory):
     """A random model; each process draws dropout for itself, and without any the processes must agree with one."""
     folder = tmp_path_factory.mktemp("models") / "model"
     saved(folder, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    Bert.load(folder, mlm=True, num_labels=2).save(folder, ("early", "late"), {})  # a search leaves the classifier out
     return folder
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert runtime.pick_device() == torch.device("cuda:1")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(BadInput, match="more processes than the 2 GPUs of this machine"):
+        runtime.pick_device()
 
 
 def test_two_processes_go_on_where_one_was_interrupted_and_find_what_one_finds(without_dropout, corpus, tmp_path):
@@ -2048,7 +2165,10 @@ def test_other_searches_and_ratios_have_tables_of_their_own(scripts, tmp_path, c
     printed = capsys.readouterr().out
     assert printed.count("| Vanilla ticket | 1 |") == 1 + 2  # the second command shows both tables
     assert "n 100, draw tau-ffn 0.1, search adv-steps 5, search learning-rate 2e-4." in printed
-    for wrong in ("adv-steps", "output=elsewhere"):  # the second is paper.py's own to give
+    assert make_table(tmp_path, "--methods", "ORTicket", "--search", "source=rt") == 0
+    drawn = next(flags["coefficients"] for name, flags in reversed(scripts) if name == "draw.py")
+    assert drawn == tmp_path / "runs" / "minilm" / "coefficients-rt.safetensors"
+    for wrong in ("adv-steps", "output=elsewhere", "seeds=2"):  # the others are paper.py's own to give
         assert make_table(tmp_path, "--search", wrong) == 2
         assert f"--search {wrong!r}: give options of search.py as NAME=VALUE" in capsys.readouterr().err
 
@@ -2067,7 +2187,21 @@ def test_a_table_that_is_interrupted_keeps_the_runs_it_has(scripts, tmp_path, mo
     assert [run["method"] for run in runs] == ["Vanilla"]
 
 
-@pytest.mark.parametrize("flags", [["--methods", "Vanila"], ["--tasks", "sst3"]])
+def test_two_tables_made_at_once_keep_each_others_runs(scripts, tmp_path, monkeypatch):
+    script, others = paper.script, iter([True])
+
+    def meanwhile(name, **flags):
+        if name == "finetune.py" and next(others, False):
+            assert make_table(tmp_path, "--methods", "PGD") == 0
+        script(name, **flags)
+
+    monkeypatch.setattr(paper, "script", meanwhile)
+    assert make_table(tmp_path, "--methods", "Vanilla") == 0
+    runs = json.loads((tmp_path / "results" / "table1.json").read_text())["runs"]
+    assert [run["method"] for run in runs] == ["PGD", "Vanilla"]
+
+
+@pytest.mark.parametrize("flags", [["--methods", "Vanila"], ["--tasks", "sst3"], ["--attacks", "all"]])
 def test_a_table_of_unknown_methods_or_tasks_is_refused(tmp_path, capsys, flags):
     assert make_table(tmp_path, *flags) == 2
     assert "give some of" in capsys.readouterr().err and not (tmp_path / "results").exists()
@@ -2309,6 +2443,23 @@ def fitting(**changed):
     return types.SimpleNamespace(
         **({"steps": 1, "delta": 1.0, "gamma": 0.0, "rho": 0.2, "k1": 0.1, "k2": 0.1, "k3": 0.1} | changed)
     )
+
+
+BAD_LISTS = {
+    "three words": (b"en_a en_b\nen_a en_b en_c\n", "has a line that is no pair of words"),
+    "not UTF-8": (b"\xff\xfe\n", "is not UTF-8 text"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_LISTS)
+def test_a_list_for_counterfitting_that_is_none_is_refused(tmp_path, case):
+    content, message = BAD_LISTS[case]
+    (tmp_path / "list.txt").write_bytes(content)
+    with pytest.raises(BadInput, match=message):
+        counterfit.pairs(tmp_path, ["list.txt"], {})
+    (tmp_path / "list.txt").write_text("a b\n\nb a\nc d\n")
+    assert counterfit.pairs(tmp_path, ["list.txt"], {"a": 4, "b": 2}).tolist() == [[2, 4]]
+    assert counterfit.pairs(tmp_path, ["list.txt"], {}).shape == (0, 2)
 
 
 def test_a_step_of_counterfitting_is_the_papers_gradient():
@@ -2566,6 +2717,47 @@ def test_without_nltks_data_or_a_network_all_four_attacks_run_and_say_what_they_
     assert out.count("2 of 2 examples attacked") == 4 and out.count("Clean%") == 1
 
 
+def test_a_model_is_attacked_at_the_length_that_it_was_trained_and_measured_at(victim, tmp_path, capsys):
+    """The published accuracy is taken over only for that length."""
+    shutil.copytree(victim, tmp_path, dirs_exist_ok=True)
+    run = tmp_path / "minilm" / "rt" / "none-vanilla-seed0"
+    tensors, _ = weights.read_safetensors(run / "model.safetensors")
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    weights.write_safetensors(run / "model.safetensors", tensors, {"settings": {"max_length": 16}})
+    runtime.write_json(run / "metrics.json", {"test_accuracy": 0.125})
+    flags = ["--attack", "deepwordbug", "--n", "1"]
+    assert run_attack(victim, tmp_path, *flags)[2]["settings"]["max_length"] == 16
+    assert "12.50% right" in capsys.readouterr().out
+    assert run_attack(victim, tmp_path, *flags, "--max-length", "8", "--overwrite")[2]["clean"] > 0.5
+
+
+def test_where_every_attack_ends_in_an_error_so_does_the_command(textattack, victim, tmp_path, capsys):
+    with unittest.mock.patch.object(textattack[0].Attack, "attack", side_effect=MemoryError("none left")):
+        code, path, _ = run_attack(victim, tmp_path, "--n", "2", "--attack", "deepwordbug")
+    captured = capsys.readouterr()
+    assert code == 2 and "every attack ended in an error, such as MemoryError none left" in captured.err
+    assert len(path.read_text().splitlines()) == 2 and "an error is in no figure; the first, of example" in captured.out
+
+
+@pytest.mark.parametrize("reachable", [True, False])
+def test_nltk_is_waited_for_as_the_hub_is_and_after_one_failure_not_again(tmp_path, monkeypatch, reachable):
+    import nltk
+
+    asked = []
+
+    def download(package, **_):
+        asked.append((package, nltk.downloader.NETWORK_TIMEOUT))
+        if reachable:
+            (tmp_path / attack.NLTK[package]).mkdir(parents=True)
+        return reachable
+
+    monkeypatch.setattr(nltk, "download", download)
+    monkeypatch.setattr(nltk.data, "path", [str(tmp_path)])
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    assert attack.find_nltk_data(nltk) == dict.fromkeys(attack.NLTK, reachable)
+    assert asked == [(package, hub.TIMEOUT[1]) for package in list(attack.NLTK)[: 3 if reachable else 1]]
+
+
 BAD_ATTACKS = {
     "no model": (
         ["--method", "freelb"],
@@ -2574,6 +2766,7 @@ BAD_ATTACKS = {
     "unknown attack": (["--attack", "hotflip"], "invalid choice: 'hotflip'"),
     "too many rows": (["--n", "854"], "--n 854 is more than the 853 test rows of rt"),
     "another number of classes": (["--task", "bbc", "--model", "{run}"], "no classifier for the 5 classes of bbc"),
+    "too many substitutes": (["--attack", "bertattack", "--bert-attack-k", "40000"], "40000 is more than the 30,522"),
     "an unknown column": (["--attack-columns", "title"], "--attack-columns title: rt has text"),
     "no vectors": (["--vectors", "nowhere.npz"], "--vectors nowhere.npz is no table of word vectors"),
     "no encoder": (["--encoder", "use"], "--encoder use needs the package tensorflow_hub"),
@@ -2594,6 +2787,7 @@ TABLES = {
     "numbers": {"neighbours": np.full((2, 2), 5, np.int32)},
     "vectors": {"vectors": np.zeros((3, 4), np.float16)},
     "pickled": {"words": np.array(["a", "b"], dtype=object)},
+    "nobody": {"neighbours": np.full((2, 2), -1, np.int32)},
 }
 
 
