@@ -3,11 +3,15 @@
     python paper.py table1 --tasks sst2 --model minilm --train-rows 20000 --epochs 3 --mask-epochs 2
     python paper.py table1 ... --methods Vanilla FreeLB --seeds 3        more seeds of some, in the same table
     python paper.py table1 ... --methods ORTicket --search learning-rate=2e-4 --output runs-2e-4      another search
+    python paper.py table3 --tasks imdb agnews qqp       with and without an adversary, in the search and after it
+    python paper.py table1 ... --methods ORTicket --search source=sst2 --output runs-sst2             a row of Table 4
+    python paper.py table1 --model roberta-base --methods Vanilla FreeLB ORTicket                     Table 5
 
-Table 1 compares methods on clean and attacked test rows. Each cell is a run of finetune.py and one of attack.py with
-the same rows, epochs and batch. RESULTS/table1.json keeps what each run found and with which settings; a run that is
-there is not repeated. RESULTS/table1.md shows all of them, one table for each task and settings, means over the seeds
-with standard deviations. Models go below OUTPUT; other settings need another OUTPUT. No number is typed by hand.
+The tables compare methods on clean and attacked test rows, Table 2 what their training takes. Each cell is a run of
+finetune.py and one of attack.py with the same rows, epochs and batch. RESULTS/TABLE.json keeps what each run found and
+with which settings; a run that is there is not repeated. RESULTS/TABLE.md shows all of them, a table for each task and
+settings, means over the seeds with standard deviations. Models go below OUTPUT, where the tables share them; other
+settings need another OUTPUT. No number is typed by hand.
 """
 
 import json
@@ -16,6 +20,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import filelock
 
@@ -24,17 +29,26 @@ import runtime
 from attack import RECIPES
 from runtime import BadInput, option
 
-# name in the table -> (--ticket, --method) of finetune.py and attack.py
+# name in the table -> (--ticket, --method, --ablation) of finetune.py and attack.py
 METHODS = {
-    "Vanilla": ("none", "vanilla"),
-    "PGD": ("none", "pgd"),
-    "FreeLB": ("none", "freelb"),
-    "InfoBERT": ("none", "infobert"),
-    "RobustT": ("robustt", "vanilla"),
-    "ORTicket": ("drawn", "vanilla"),
-    "ORTicket + FreeLB": ("drawn", "freelb"),
-    "Vanilla ticket": ("of a search without adversary", "vanilla"),
-    "Random ticket": ("random", "vanilla"),
+    "Vanilla": ("none", "vanilla", None),
+    "PGD": ("none", "pgd", None),
+    "FreeLB": ("none", "freelb", None),
+    "InfoBERT": ("none", "infobert", None),
+    "RobustT": ("robustt", "vanilla", None),
+    "ORTicket": ("drawn", "vanilla", None),
+    "ORTicket + FreeLB": ("drawn", "freelb", None),
+    "Vanilla ticket": ("of a search without adversary", "vanilla", None),
+    "Vanilla ticket + FreeLB": ("of a search without adversary", "freelb", None),
+    "Random ticket": ("random", "vanilla", None),
+    "w/o initialization": ("drawn", "vanilla", "no-initialization"),
+    "w/o structure": ("drawn", "vanilla", "no-structure"),
+}
+ROWS = {  # of the paper's tables; Table 1 also has what Table 3 compares, and chance
+    "table1": (*list(METHODS)[:8], "Random ticket"),
+    "table2": ("FreeLB", "Vanilla", "ORTicket"),
+    "table3": ("Vanilla ticket", "Vanilla ticket + FreeLB", "ORTicket", "ORTicket + FreeLB"),
+    "table6": ("ORTicket", "w/o initialization", "w/o structure"),
 }
 
 ATTACKED = {"Aua%": ("aua", 100), "Suc%": ("suc", 100), "#Query": ("queries", 1)}  # column -> attack.py's name, unit
@@ -45,11 +59,11 @@ OWN = ("model", "output", "task", "seeds", "coefficients")  # flags that paper.p
 
 @dataclass
 class Options:
-    table: str = option("table1", "which", choices=("table1",), positional=True)
+    table: str = option("table1", "which", choices=tuple(ROWS), positional=True)
     tasks: tuple = option(("sst2",), "columns")
     model: str = option(runtime.DEFAULT_MODEL, runtime.MODEL_HELP)
-    methods: tuple = option(tuple(METHODS), "rows")
-    attacks: tuple = option(("textfooler",), "of attack.py")
+    methods: tuple = option((), f"rows, instead of the paper's for the table: {', '.join(METHODS)}")
+    attacks: tuple = option(("textfooler",), "of attack.py; Table 2 has none")
     seeds: int = option(1, "runs of each method, from seed 0 on", at_least=1)
     train_rows: int = option(None, "train on so many rows, always the same", at_least=1)
     epochs: int = option(10, "of every fine-tuning", at_least=1)
@@ -65,6 +79,8 @@ class Options:
 
 def main():
     options = runtime.parse(Options, __doc__)
+    options.methods = options.methods or ROWS[options.table]
+    options.attacks = () if options.table == "table2" else options.attacks
     for name, known in (("methods", METHODS), ("tasks", data.TASKS), ("attacks", RECIPES)):
         for value in getattr(options, name):
             if value not in known:
@@ -123,7 +139,7 @@ def script(name, /, **flags):
 
 def run(options, task, name, seed):
     """Make what the method needs, fine-tune, attack; the "figures" of the run and the "resources" of its attacks."""
-    ticket, method = METHODS[name]
+    ticket, method, ablation = METHODS[name]
     where = {"model": options.model, "output": options.output}
     searched = given(options, "search")
     rows = {"task": task, "seed": seed, "train_rows": options.train_rows, "batch_size": options.batch_size}
@@ -144,11 +160,11 @@ def run(options, task, name, seed):
         script("finetune.py", **where, **trained, ticket="none")
         script("robustt.py", **where, **rows, epochs=options.mask_epochs)
         ticket = str(folder / f"robustt-seed{seed}.safetensors")
-    script("finetune.py", **where, **trained, ticket=ticket, method=method)
+    made = {"ticket": ticket, "method": method, "ablation": ablation, "seed": seed}
+    script("finetune.py", **where, **trained | made)
     for attack in options.attacks:
-        rows = {"task": task, "seed": seed, "n": options.n}
-        script("attack.py", **where, **rows, ticket=ticket, method=method, attack=attack)
-    folder = folder / f"{Path(ticket).stem}-{method}-seed{seed}"
+        script("attack.py", **where, task=task, n=options.n, **made, attack=attack)
+    folder /= runtime.run_name(SimpleNamespace(**made))
     metrics, resources = runtime.read_json(folder / "metrics.json"), {}
     figures = {"Clean%": 100 * metrics["test_accuracy"]}
     for attack in options.attacks:
@@ -173,19 +189,22 @@ def written(runs):
         task, settings, resources = json.loads(key)
         names = [*SETTINGS, *sorted(settings.keys() - set(SETTINGS))]
         of = [f"{name.replace('_', ' ')} {settings[name]}" for name in names if settings[name] is not None]
-        lines += ["", f"{', '.join(of)}.", "", "The attacks' resources:", ""]
+        lines += ["", f"{', '.join(of)}."]
+        lines += ["", "The attacks' resources:", ""] if resources else []
         lines += [f"- {name}: {what}" for name, what in resources.items()]
         columns = [f"{attack} {column}" for attack in settings["attacks"].split() for column in ATTACKED]
-        columns = ["Clean%", *columns, "GB", "M parameters"]  # no seconds: the machine may have had other work
+        # seconds only where they are the point: the machine may have had other work
+        columns = ["Clean%", *(columns or ["seconds"]), "GB", "M parameters"]
         head = " | ".join([f"{task}, {settings['model']}", "runs", *columns])
         lines += ["", f"| {head} |"]
         lines.append("|---" + "|---:" * (len(columns) + 1) + "|")
         for method in sorted(rows, key=list(METHODS).index):
             numbers = [[of[column] for of in rows[method] if of.get(column) is not None] for column in columns]
             lines.append(f"| {' | '.join([method, str(len(rows[method])), *map(mean_and_deviation, numbers)])} |")
-        widest = 196 * (0.25 / settings["n"]) ** 0.5
-        lines += ["", f"The {settings['n']} attacked rows are a sample: a single run's Aua% and Suc% are uncertain by"]
-        lines[-1] += f" up to ± {widest:.1f} points (95 % interval), whatever the seed does."
+        if settings["attacks"]:
+            widest = 196 * (0.25 / settings["n"]) ** 0.5
+            lines += ["", f"The {settings['n']} attacked rows are a sample: a single run's Aua% and Suc% are uncertain"]
+            lines[-1] += f" by up to ± {widest:.1f} points (95 % interval), whatever the seed does."
     return "\n".join([*lines, ""])
 
 

@@ -2121,15 +2121,23 @@ def scripts(monkeypatch):
     return ran
 
 
-def make_table(folder, *more):
+def make_table(folder, *more, table="table1"):
     flags = ["--model", "minilm", "--n", "100", "--output", folder / "runs", "--results", folder / "results"]
-    return call(paper, "table1", *flags, *more)
+    return call(paper, table, *flags, *more)
 
 
 def test_a_table_is_made_of_every_methods_runs_and_none_is_repeated(scripts, tmp_path, capsys):
-    assert make_table(tmp_path) == 0
-    made = [flags for name, flags in scripts if name == "attack.py"]
-    assert len(made) == len(paper.METHODS) == len({(of["ticket"], of["method"], of["output"]) for of in made})
+    for table, rows in paper.ROWS.items():
+        seen = len(scripts)
+        assert make_table(tmp_path, table=table) == 0
+        made = [flags for name, flags in scripts[seen:] if name == "finetune.py" and "method" in flags]
+        different = {(of["ticket"], of["method"], of["ablation"], of["output"]) for of in made}
+        runs = json.loads((tmp_path / "results" / f"{table}.json").read_text())["runs"]
+        assert len(rows) == len(made) == len(different) == len(runs)
+        attacked = sum(name == "attack.py" for name, _ in scripts[seen:])
+        assert attacked == (0 if table == "table2" else len(rows))
+    assert "| FreeLB | 1 | 80.0 | 7.0 | 2.0 | 3.0 |" in (tmp_path / "results" / "table2.md").read_text("utf8")
+    assert {name for rows in paper.ROWS.values() for name in rows} == set(paper.METHODS)
     seen = len(scripts)
     assert make_table(tmp_path, "--seeds", 3, "--methods", "PGD", "ORTicket") == 0
     again = [(flags["seed"], flags["method"]) for name, flags in scripts[seen:] if name == "finetune.py"]
