@@ -7,7 +7,7 @@ BERT-Attack (Li et al. 2020), DeepWordBug (Gao et al. 2018).
 
 The recipes are TextAttack's own objects; what they draw on (synonyms, sentence vectors, part-of-speech tags, a masked
 language model) is exchanged where the papers' cannot be had, and a line says so. The figures are the paper's:
-Clean% accuracy on all test rows; Aua% accuracy under attack, of the examples attacked; Suc% the share of attacks that
+Clean% accuracy on all test rows; Aua% accuracy under attack, of all --n examples; Suc% the share of attacks that
 succeed, on those classified rightly before; #Query the mean number of queries of such an attack. Below OUTPUT, beside
 the model: ATTACK.jsonl, a line an example, and ATTACK.json. Killed and typed again, the command goes on.
 """

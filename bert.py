@@ -146,14 +146,14 @@ class Layer(nn.Module):
         self.dropout = Dropout(config.hidden_dropout_prob)
 
     def attention(self, x, bias, first_only=False):
-        """x (B, T, d), bias (B, 1, 1, T) or None -> the heads' outputs side by side, (B, T, H s); with `first_only`
-        those at the first token alone, (B, 1, H s)."""
+        """x (B, T, d), bias (B, 1, 1, T), 0 or at padding very negative, or None -> the heads' outputs side by side,
+        (B, T, H s); with `first_only` those at the first token alone, (B, 1, H s)."""
         (B, T, _), width = x.shape, self.heads * self.head_size
         if first_only:
             weight, offset = self.query_key_value.weight, self.query_key_value.bias
             q, kv = linear(x[:, :1], weight[:width], offset[:width]), linear(x, weight[width:], offset[width:])
         else:
-            q, kv = self.query_key_value(x).split((width, 2 * width), 2)
+            q, kv = self.query_key_value(x).split((width, 2 * width), 2)  # (B, T, H s) and (B, T, 2 H s)
         q = q.view(B, q.shape[1], self.heads, self.head_size).transpose(1, 2)  # (B, H, T or 1, s)
         k, v = kv.view(B, T, 2, self.heads, self.head_size).permute(2, 0, 3, 1, 4)  # (B, H, T, s) each
         if x.is_cuda or (q.dtype == torch.float32 and not torch.is_grad_enabled()):
@@ -163,8 +163,8 @@ class Layer(nn.Module):
             scores = (q * self.head_size**-0.5) @ k.transpose(2, 3)  # (B, H, T or 1, T)
             if bias is not None:
                 scores = scores + bias.to(scores.dtype)
-            short = torch.float32 if 16 <= T < 64 else None  # bfloat16's softmax is slow where 32 do not divide T
-            context = self.attention_dropout(scores.softmax(-1, short).to(scores.dtype)) @ v
+            dtype = torch.float32 if 16 <= T < 64 else None  # measured: bfloat16's is slower, but for T = 32
+            context = self.attention_dropout(scores.softmax(-1, dtype).to(scores.dtype)) @ v
         return context.transpose(1, 2).flatten(2)
 
     def forward(self, x, bias=None, gates=None, keep=None):
@@ -172,21 +172,21 @@ class Layer(nn.Module):
 
         `gates`: the layer's coefficients (c_H (H,), c_F (F,)). They belong on the heads' outputs and on the neurons
         (eq. 3 and 4); here they scale the columns of the matrix that comes next, which is the same product and
-        costs d rather than B T multiplications a coefficient.
+        costs d rather than B T multiplications a column.
         """
         context = self.attention(x, bias, first_only=keep is FIRST)
         if keep is FIRST:
             context, x = context[:, 0], x[:, 0]
         elif keep is not None:
             context, x = context.flatten(0, 1)[keep], x.flatten(0, 1)[keep]
-        attention_output, output = self.attention_output.weight, self.output.weight  # (d, H s) and (d, F)
+        w_o, w_2 = self.attention_output.weight, self.output.weight  # (d, H s) and (d, F)
         if gates is not None:
-            attention_output = attention_output * gates[0].repeat_interleave(self.head_size)
-            output = output * gates[1]
-        attended = linear(context, attention_output, self.attention_output.bias)
+            w_o = w_o * gates[0].repeat_interleave(self.head_size)
+            w_2 = w_2 * gates[1]
+        attended = linear(context, w_o, self.attention_output.bias)
         x = self.attention_norm(x + self.dropout(attended))
         activation = F.gelu(self.intermediate(x))
-        return self.output_norm(x + self.dropout(linear(activation, output, self.output.bias)))
+        return self.output_norm(x + self.dropout(linear(activation, w_2, self.output.bias)))
 
 
 class Bert(nn.Module):
@@ -244,8 +244,8 @@ class Bert(nn.Module):
         its input alone and is computed again in the backward pass: a third more work, a fraction of the memory."""
         bias = None
         if mask is not None:
-            bias = torch.zeros(mask.shape, device=x.device).masked_fill_(~mask.bool(), -math.inf)[:, None, None]
-            bias.clamp_(min=torch.finfo(torch.bfloat16).min)  # finite, so that a row of padding alone is no NaN
+            hidden = torch.finfo(torch.bfloat16).min  # finite, so that a row of padding alone is no NaN
+            bias = torch.zeros(mask.shape, device=x.device).masked_fill_(~mask.bool(), hidden)[:, None, None]
         for i, layer in enumerate(self.layers):
             c = None if gates is None else (gates[0][i], gates[1][i])
             given = x, bias, c, keep if i == len(self.layers) - 1 else None
@@ -360,11 +360,11 @@ class Bert(nn.Module):
 def cuts(head_mask, ffn_mask, head_size):
     """(name of a tensor, mask of what is kept, in which dimension) of all that pruning by these masks cuts."""
     for i, (heads, neurons) in enumerate(zip(head_mask, ffn_mask)):
-        width = heads.repeat_interleave(head_size)  # (H s,)
+        columns = heads.repeat_interleave(head_size)  # (H s,)
         for kind in ("weight", "bias"):
-            yield f"layers.{i}.query_key_value.{kind}", width.repeat(3), 0
+            yield f"layers.{i}.query_key_value.{kind}", columns.repeat(3), 0
             yield f"layers.{i}.intermediate.{kind}", neurons, 0
-        yield f"layers.{i}.attention_output.weight", width, 1
+        yield f"layers.{i}.attention_output.weight", columns, 1
         yield f"layers.{i}.output.weight", neurons, 1
 
 

@@ -70,9 +70,10 @@ def find_model(name, revision=None):
         if found != expected:
             raise BadInput(f"{path} has sha256 {found}, not {expected}: reinstall the package {package}")
         return path, found
+    is_there = path.exists() or Path(f"{path}.index").is_file()  # bert_model.ckpt is the stem of several files
     if path.suffix == ".zip" and path.is_file():
         path = unpack(path)
-    elif not path.exists() and not Path(f"{path}.index").is_file() or name in ON_HUB and not has_config(path):
+    elif not is_there or (name in ON_HUB and not has_config(path)):  # or a folder of results by that name
         if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
             raise BadInput(f"unknown model {name!r}: give {', '.join(EMBEDDED)}, a name on the hub, a folder or a file")
         repository, commit = ON_HUB.get(name, (name, "main"))

@@ -20,7 +20,7 @@ from bert import Config, count_parameters
 from gates import draw_masks
 from runtime import BadInput, option
 
-# task -> (tau_ffn, classes): section 3.5 and Table 2 for the paper's five; 0.2 for the others
+# task -> (tau_ffn, classes): section 3.5 and Table 2 for the paper's five; imdb-embedded as imdb, the others 0.2
 TASKS = {
     "sst2": (0.2, 2),
     "qqp": (0.2, 2),

@@ -61,7 +61,7 @@ class Options:
     method: str = option("vanilla", "ordinary training, or adversarial", choices=tuple(ADVERSARIES))
     ablation: str = option(
         None,
-        "of the ticket: its structure with weights drawn anew, or the full model with the pruned weights drawn anew",
+        "of the ticket: all its weights initialized anew; or, of the full model, those that the ticket prunes",
         choices=("no-initialization", "no-structure"),
     )
     output: str = option("runs", "folder for what is made; this script writes below OUTPUT/MODEL/TASK")
@@ -146,14 +146,14 @@ def main():
         model = Bert.load(source, num_labels=len(task.labels))
         for remark in published.remarks(model):
             print(remark)
-        of_weights = masks if isinstance(masks, dict) else {}
+        weight_masks = masks if isinstance(masks, dict) else {}
         if options.ablation == "no-structure":
-            model = redrawn(model, *masks)
-        elif masks is not None and not of_weights:
+            model = without_structure(model, *masks)
+        elif masks is not None and not weight_masks:
             model = model.pruned(*masks)
         if options.ablation == "no-initialization":
             model.apply(model.initialize)
-        finetune(options, made_by, model.to(device), of_weights, sets, folder, tokenizer, task, dtype)
+        finetune(options, made_by, model.to(device), weight_masks, sets, folder, tokenizer, task, dtype)
     processes.leave()
     if not processes.FIRST:
         return
@@ -213,19 +213,18 @@ def find_ticket(options, drawn, model_sha256, config):
     return masks, weights.sha256(path)
 
 
-def finetune(options, made_by, model, of_weights, sets, folder, tokenizer, task, dtype):
-    """Algorithm 2, lines 7-9. Writes the best epoch's model and metrics.json into `folder`. of_weights: {name: mask},
+def finetune(options, made_by, model, weight_masks, sets, folder, tokenizer, task, dtype):
+    """Algorithm 2, lines 7-9. Writes the best epoch's model and metrics.json into `folder`. weight_masks: {name: mask},
     false at single weights that are held at 0."""
-    of_weights = {
-        model.get_parameter(name): mask.to(model.word_embeddings.weight.device) for name, mask in of_weights.items()
-    }
-    hold_at_zero(of_weights)
+    device = model.word_embeddings.weight.device
+    held = {model.get_parameter(name): mask.to(device) for name, mask in weight_masks.items()}
+    hold_at_zero(held)
     adversary = {name: made_by["settings"][f"adv_{name}"] for name in ("steps", "lr", "init_mag", "max_norm")}
     adversary["accumulate"] = options.accumulate
     climb = pgd if options.method == "pgd" else freelb
     parts, info = {"model": model}, None
     if options.method == "infobert":
-        parts["anchor"] = Anchor(model.config.hidden_size).to(model.word_embeddings.weight.device)
+        parts["anchor"] = Anchor(model.config.hidden_size).to(device)
         info = InfoBERT(model, parts["anchor"], options.alpha, options.beta, options.batch_size)
     model.checkpointing = options.checkpointing
     trained = processes.together(**parts)
@@ -244,7 +243,7 @@ def finetune(options, made_by, model, of_weights, sets, folder, tokenizer, task,
     bar = runtime.progress(steps, step, "fine-tune")
     for epoch in range(len(scores), options.epochs):
         start = time.perf_counter()
-        total = torch.zeros((), device=model.word_embeddings.weight.device)  # a list of losses would split the heap
+        total = torch.zeros((), device=device)  # a list of losses would fragment the memory
         generator = np.random.Generator(np.random.PCG64([options.seed, epoch]))
         model.train()
         for batch in sets["train"].batches(options.batch_size, generator):
@@ -255,15 +254,15 @@ def finetune(options, made_by, model, of_weights, sets, folder, tokenizer, task,
                 share = len(part[-1]) / len(batch[-1])
                 if info is not None:
                     return info.losses(*part, share)
-                return lambda delta: model.class_loss(*part, delta=delta) * share, None
+                return (lambda delta: model.class_loss(*part, delta=delta) * share), None
 
-            with runtime.autocast(total.device, dtype):
+            with runtime.autocast(device, dtype):
                 present = tokens.present(*batch)
                 total += processes.gradients(trained, climb, loss_for, present, model.config.hidden_size, **adversary)
             torch.nn.utils.clip_grad_norm_(trained.parameters(), options.clip_norm)
             runtime.set_learning_rate(optimizer, options.learning_rate, step, steps, options.warmup)
             optimizer.step()
-            hold_at_zero(of_weights)
+            hold_at_zero(held)
             optimizer.zero_grad()
             step += 1
             bar.update()
@@ -288,10 +287,10 @@ def finetune(options, made_by, model, of_weights, sets, folder, tokenizer, task,
         "test_accuracy": accuracy(model, sets["test"], options.batch_size, dtype),
         "test_rows": len(sets["test"]),
         "parameters": sum(p.numel() for p in model.parameters())
-        - sum((~mask).sum().item() for mask in of_weights.values()),
+        - sum((~mask).sum().item() for mask in weight_masks.values()),
         "seconds": seconds,
         "tokens_per_second": options.epochs * len(sets["train"].ids) / seconds,
-        "peak_memory": runtime.peak_memory(model.word_embeddings.weight.device),
+        "peak_memory": runtime.peak_memory(device),
     }
     if processes.FIRST:
         runtime.write_json(folder / "metrics.json", made_by | metrics)
@@ -299,7 +298,7 @@ def finetune(options, made_by, model, of_weights, sets, folder, tokenizer, task,
         model.save(folder, task.labels, made_by)  # last: where it is, the run is complete
 
 
-def redrawn(model, head_mask, ffn_mask):
+def without_structure(model, head_mask, ffn_mask):
     """The full model with what the masks would prune initialized anew: Table 6's ablation of the structure."""
     state, fresh = model.state_dict(), Bert(model.config).state_dict()
     for name, kept, dimension in cuts(head_mask, ffn_mask, model.config.head_size):
@@ -309,8 +308,8 @@ def redrawn(model, head_mask, ffn_mask):
 
 
 @torch.no_grad()
-def hold_at_zero(of_weights):
-    for weight, mask in of_weights.items():
+def hold_at_zero(held):
+    for weight, mask in held.items():
         weight.mul_(mask)
 
 

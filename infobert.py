@@ -1,14 +1,14 @@
 """InfoBERT (Wang et al. 2021): adversarial fine-tuning with two regularizers from information theory.
 
-With X_i the tokens, T_i their embeddings, Z the sentence's vector and Y its label, the objective of the paper is
+With X_i the n tokens, T_i their embeddings, Z the sentence's vector and Y its label, the objective of the paper is
 
     max  I(Y; T)  -  n beta sum_i I(X_i; T_i)  +  alpha sum_j I(T_kj; Z)
 
 I(Y; T) is bounded by the task's loss. The information bottleneck (section 3.2 of the paper), the second term, is
 bounded from above by how far embeddings lie from one another: `bottleneck`. The third (section 3.3) anchors the
 sentence's vector to its locally robust tokens k_j, bounded from below by InfoNCE: `Anchor`. Robust tokens are those
-to which the adversary's gradient is neither small, as to tokens that do not matter, nor largest, as to those that
-break first: `robust_tokens`. As in the authors' code, version 6 of their estimators, embeddings are those after the
+where the adversary's gradient is neither small, as at tokens that do not matter, nor largest, as at those that break
+first: `robust_tokens`. As in the authors' code, version 6 of their estimators, embeddings are those after the
 LayerNorm and the dropout, the sentence's vector is the last hidden state of [CLS], and alpha, beta = 5e-3.
 """
 
@@ -63,7 +63,7 @@ class InfoBERT:
 
     def losses(self, ids, mask, segments, labels, share=1):
         """(loss_of(delta), anchored(gradient at delta)); the second is of the pass that the first has just done.
-        share: of the batch that these rows are, a factor of both."""
+        share: that of these rows in the batch, a factor of both."""
         present = torch.ones_like(ids) if mask is None else mask
         seen = {}
 
@@ -75,7 +75,7 @@ class InfoBERT:
 
         def anchored(gradient):
             rows, columns = robust_tokens(gradient, present)
-            order = torch.randperm(len(rows), device=rows.device)
+            order = torch.randperm(len(rows), device=rows.device)  # compared batch_size at a time, as in their code
             bounds = [
                 self.anchor(seen["tokens"][rows[part], columns[part]], seen["sentences"][rows[part]])
                 for part in order.split(self.batch_size)

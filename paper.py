@@ -44,8 +44,11 @@ METHODS = {
     "w/o initialization": ("drawn", "vanilla", "no-initialization"),
     "w/o structure": ("drawn", "vanilla", "no-structure"),
 }
-ROWS = {  # of the paper's tables; Table 1 also has what Table 3 compares, and chance
-    "table1": (*list(METHODS)[:8], "Random ticket"),
+ROWS = {  # of the paper's tables; Table 1 also has two rows of Table 3, and chance
+    "table1": (
+        *("Vanilla", "PGD", "FreeLB", "InfoBERT", "RobustT"),
+        *("ORTicket", "ORTicket + FreeLB", "Vanilla ticket", "Random ticket"),
+    ),
     "table2": ("FreeLB", "Vanilla", "ORTicket"),
     "table3": ("Vanilla ticket", "Vanilla ticket + FreeLB", "ORTicket", "ORTicket + FreeLB"),
     "table6": ("ORTicket", "w/o initialization", "w/o structure"),
@@ -54,13 +57,13 @@ ROWS = {  # of the paper's tables; Table 1 also has what Table 3 compares, and c
 ATTACKED = {"Aua%": ("aua", 100), "Suc%": ("suc", 100), "#Query": ("queries", 1)}  # column -> attack.py's name, unit
 # what tells one run of a method and seed from another
 SETTINGS = ("model", "train_rows", "epochs", "mask_epochs", "batch_size", "learning_rate", "attacks", "n")
-OWN = ("model", "output", "task", "seeds", "coefficients")  # flags that paper.py gives the scripts itself, or none
+OWN = ("model", "output", "task", "seeds", "coefficients")  # flags that --search and --draw may not set
 
 
 @dataclass
 class Options:
     table: str = option("table1", "which", choices=tuple(ROWS), positional=True)
-    tasks: tuple = option(("sst2",), "columns")
+    tasks: tuple = option(("sst2",), "a table for each")
     model: str = option(runtime.DEFAULT_MODEL, runtime.MODEL_HELP)
     methods: tuple = option((), f"rows, instead of the paper's for the table: {', '.join(METHODS)}")
     attacks: tuple = option(("textfooler",), "of attack.py; Table 2 has none")
@@ -181,15 +184,15 @@ def written(runs):
     """All runs as Markdown: for each task and settings a table with the mean of each method's seeds and, where there
     are several, the standard deviation."""
     tables = {}
-    for of in runs:
-        key = json.dumps([of["task"], of["settings"], of["resources"]], sort_keys=True)
-        tables.setdefault(key, {}).setdefault(of["method"], []).append(of["figures"])
+    for cell in runs:
+        key = json.dumps([cell["task"], cell["settings"], cell["resources"]], sort_keys=True)
+        tables.setdefault(key, {}).setdefault(cell["method"], []).append(cell["figures"])
     lines = ["Made by paper.py out of the runs in the .json beside it. ± is the standard deviation over the seeds."]
     for key, rows in tables.items():
         task, settings, resources = json.loads(key)
         names = [*SETTINGS, *sorted(settings.keys() - set(SETTINGS))]
-        of = [f"{name.replace('_', ' ')} {settings[name]}" for name in names if settings[name] is not None]
-        lines += ["", f"{', '.join(of)}."]
+        shown = [f"{name.replace('_', ' ')} {settings[name]}" for name in names if settings[name] is not None]
+        lines += ["", f"{', '.join(shown)}."]
         lines += ["", "The attacks' resources:", ""] if resources else []
         lines += [f"- {name}: {what}" for name, what in resources.items()]
         columns = [f"{attack} {column}" for attack in settings["attacks"].split() for column in ATTACKED]
@@ -199,12 +202,12 @@ def written(runs):
         lines += ["", f"| {head} |"]
         lines.append("|---" + "|---:" * (len(columns) + 1) + "|")
         for method in sorted(rows, key=list(METHODS).index):
-            numbers = [[of[column] for of in rows[method] if of.get(column) is not None] for column in columns]
+            numbers = [[run[column] for run in rows[method] if run.get(column) is not None] for column in columns]
             lines.append(f"| {' | '.join([method, str(len(rows[method])), *map(mean_and_deviation, numbers)])} |")
         if settings["attacks"]:
-            widest = 196 * (0.25 / settings["n"]) ** 0.5
-            lines += ["", f"The {settings['n']} attacked rows are a sample: a single run's Aua% and Suc% are uncertain"]
-            lines[-1] += f" by up to ± {widest:.1f} points (95 % interval), whatever the seed does."
+            widest = 100 * 1.96 * (0.5 * 0.5 / settings["n"]) ** 0.5  # in points, where the share is 50 %
+            lines += ["", f"The {settings['n']} attacked rows are a sample: a single run's Aua% is uncertain by up to"]
+            lines[-1] += f" ± {widest:.1f} points (95 % interval), Suc% by a little more, whatever the seed does."
     return "\n".join([*lines, ""])
 
 

@@ -87,7 +87,7 @@ def gradients(trained, climb, loss_for, mask, dim, steps, accumulate=1, **advers
 
     loss_for(rows): (loss_of, anchored), as `climb` takes them, for the slice `rows` of the batch; they return what
     these rows contribute to the mean over the joint batch. mask: (B, T), of the joint batch. accumulate: parts of its
-    share that a process computes one after another, which takes so much less memory.
+    share that a process computes one after another, which takes less memory.
     """
     parts = WORLD * accumulate
     if parts == 1:
@@ -97,7 +97,7 @@ def gradients(trained, climb, loss_for, mask, dim, steps, accumulate=1, **advers
 
     def add(part, last):
         first, end = len(mask) * part // parts, len(mask) * (part + 1) // parts
-        rows, scale = slice(first, end), WORLD  # the engine divides by it
+        rows, scale = slice(first, end), WORLD  # DistributedDataParallel divides by it
         if first == end:  # a last batch of few rows: nothing of this part counts, but the others wait for it
             rows, scale = slice(0, 1), 0
         loss_of, anchored = loss_for(rows)
@@ -105,7 +105,7 @@ def gradients(trained, climb, loss_for, mask, dim, steps, accumulate=1, **advers
 
         def of_part(delta):
             runtime.seed_step(seed, part)  # its dropout, the same in every pass
-            averaged = WORLD == 1 or (next(passes) == steps and last)
+            averaged = WORLD == 1 or (next(passes) == steps and last)  # once a step, in the last pass of all
             with contextlib.nullcontext() if averaged else trained.no_sync():
                 return scale * trained(loss_of, delta[rows])
 

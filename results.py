@@ -2,9 +2,9 @@
 
 Clean% is the accuracy on all test rows; Aua%, accuracy under attack, is failed attacks / examples; Suc% is succeeded /
 (succeeded + failed); #Query the mean number of queries of an attack, failed or not. An example that the model
-misclassifies from the start is not attacked, and counts in Aua% alone; one on which TextAttack fails counts nowhere.
-The words changed and the similarity of the
-sentences are means over successful attacks: a success that changes the meaning is none.
+misclassifies from the start is not attacked, and counts in Aua% alone; one whose attack ends in an error counts
+nowhere. The words changed and the similarity of the sentences are means over successful attacks: a success that
+changes the meaning is none.
 """
 
 import difflib

@@ -123,10 +123,9 @@ def search(options, made_by, model, rows, path, state, dtype):
     torch.manual_seed(options.seed)
     model.requires_grad_(False)
     gated = {name: model.get_submodule(name) for name in matrices(model)}
-    gates = nn.ModuleDict()
-    for name, module in gated.items():
-        gates[name.replace(".", "/")] = Gates(module.weight.shape, options.initial).to(module.weight.device)
-        parametrize.register_parametrization(module, "weight", gates[name.replace(".", "/")])
+    gates = nn.ModuleList(Gates(of.weight.shape, options.initial).to(of.weight.device) for of in gated.values())
+    for module, gate in zip(gated.values(), gates):
+        parametrize.register_parametrization(module, "weight", gate)
     optimizer = torch.optim.AdamW(
         gates.parameters(), options.learning_rate, weight_decay=options.weight_decay, fused=True
     )
@@ -154,7 +153,7 @@ def search(options, made_by, model, rows, path, state, dtype):
                 )
             nn.utils.clip_grad_norm_(gates.parameters(), options.clip_norm)
             ramp = min(1.0, max(0.0, (step / steps - 0.1) / 0.3))
-            share = torch.stack([gate.open_share() for gate in gates.values()]).mean()
+            share = torch.stack([gate.open_share() for gate in gates]).mean()
             (options.regularization * ramp * share).backward()
             runtime.set_learning_rate(optimizer, options.learning_rate, step, steps, options.warmup)
             optimizer.step()
@@ -168,7 +167,7 @@ def search(options, made_by, model, rows, path, state, dtype):
         notes = made_by | {"epochs_done": epoch + 1}
         weights.write_safetensors(state, weights.training_state(optimizer, gates=gates), notes)
     bar.close()
-    scores = {f"{name}.weight": gates[name.replace(".", "/")].scores.detach().cpu() for name in gated}
+    scores = {f"{name}.weight": gate.scores.detach().cpu() for name, gate in zip(gated, gates)}
     weights.write_safetensors(path, draw(scores, options.sparsity), made_by)
 
 

@@ -116,7 +116,7 @@ def within(field, text):
     except (ValueError, ZeroDivisionError, OverflowError):
         raise argparse.ArgumentTypeError(f"{text!r} is not {'a number' if field.type is float else 'an integer'}")
     limits = field.metadata
-    for name, wrong in (
+    for name, wrong in (  # "not value >= bound", for NaN is in no interval
         ("at_least", lambda bound: not value >= bound),
         ("above", lambda bound: not value > bound),
         ("below", lambda bound: not value < bound),
@@ -291,8 +291,8 @@ def peak_memory(device):
 
 
 def seed_step(*numbers):
-    """Seed torch from these integers alone. Each training step seeds itself from (seed, step), so that a run that
-    was killed and resumed draws what one that was never killed draws."""
+    """Seed torch from these integers alone, mixed by the constants of Knuth's MMIX. Each training step seeds itself
+    from (seed, step), so that a run that was killed and resumed draws what one that was never killed draws."""
     seed = 0
     for number in numbers:
         seed = (seed * 6364136223846793005 + number + 1442695040888963407) % 2**63

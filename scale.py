@@ -72,7 +72,7 @@ def of_search(megabytes, options, folder):
     model, tokenizer = Bert.load(source, mlm=True).to(device).train(), tokens.Tokenizer(source)
     given = search.Options(corpus=str(path), batch_size=options.batch_size, block=options.block)
     start = time.perf_counter()
-    mlm = search.MLM(given, tokenizer, model.config)
+    mlm = search.MLM(given, tokenizer, model.config, device)
     prepared = time.perf_counter() - start
     path.unlink()
     c = Coefficients(model.config.num_hidden_layers, model.config.num_attention_heads, model.config.intermediate_size)
@@ -84,7 +84,7 @@ def of_search(megabytes, options, folder):
         if step == STEPS:
             start = time.perf_counter()
         chosen = order[step % len(order)]
-        present, loss_for = mlm.batch(chosen, model, c, device)
+        present, loss_for = mlm.batch(chosen, model, c)
         with runtime.autocast(device, dtype):
             freelb(loss_for(slice(0, len(chosen)))[0], present, model.config.hidden_size, **adversary).item()
         optimizer.step()

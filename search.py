@@ -8,7 +8,7 @@
     torchrun --nproc-per-node 2 search.py                 on two GPUs, each taking half of every batch
 
 The command killed at any moment and typed again goes on from the last mini-epoch and ends with the same bytes.
-Defaults are those of section 3.5 of the paper where it gives one.
+Defaults are those of the paper's section 3.5 where it gives one, but for the corpus and, without CUDA, the model.
 """
 
 import math
@@ -89,7 +89,7 @@ def main():
         config = Config.read(folder)
         c = Coefficients(config.num_hidden_layers, config.num_attention_heads, config.intermediate_size)
         draw_masks(*c.gates, options.tau_head, options.tau_ffn)  # ratios that cannot be had are refused now
-        source = (MLM if options.source == "mlm" else Classification)(options, tokenizer, config)
+        source = (MLM if options.source == "mlm" else Classification)(options, tokenizer, config, device)
     print(source.description)
     for seed in range(options.seed, options.seed + options.seeds):
         name = "" if options.source == "mlm" else f"-{runtime.task_folder(options.source)}"
@@ -116,12 +116,12 @@ def main():
 class MLM:
     """What is searched on: masked language modelling on blocks of a corpus. `steps` are those of an epoch."""
 
-    def __init__(self, options, tokenizer, config):
+    def __init__(self, options, tokenizer, config, device):
         if options.block > config.max_length:
             raise BadInput(f"--block {options.block}: {options.model} reads at most {config.max_length} tokens")
-        corpus = data.find_corpus(options.corpus, options.data_revision)
+        corpus, self.device = data.find_corpus(options.corpus, options.data_revision), device
         self.blocks = tokens.Blocks(tokenizer, *corpus, options.block)
-        self.tokenizer, self.sha256, self.labels = tokenizer, self.blocks.sha256, None
+        self.tokenizer, self.sha256, self.num_labels = tokenizer, self.blocks.sha256, 0
         self.steps = -(-len(self.blocks) // options.batch_size)
         self.description = f"corpus {options.corpus}: {len(self.blocks):,} blocks of {options.block} tokens"
 
@@ -130,14 +130,14 @@ class MLM:
         runtime.seed_step(seed, 1, epoch)
         return torch.randperm(len(self.blocks)).split(batch_size)
 
-    def batch(self, chosen, model, c, device):
+    def batch(self, chosen, model, c):
         """(mask of its tokens (B, T), what processes.gradients calls loss_for); masks words anew at every call."""
         ids, positions, labels = tokens.mask_tokens(self.blocks.rows(chosen), self.tokenizer)
 
         def loss_for(rows):
             first, end = (torch.searchsorted(positions, row * ids.shape[1]).item() for row in (rows.start, rows.stop))
             keep = positions[first:end] - rows.start * ids.shape[1]  # of the B T tokens of these rows
-            part = [t.to(device) for t in (ids[rows], keep, labels[first:end])]
+            part = [t.to(self.device) for t in (ids[rows], keep, labels[first:end])]
 
             def loss_of(delta):
                 loss = model.mlm_loss(model(part[0], keep=part[1], gates=c.gates, delta=delta), part[2])
@@ -145,18 +145,18 @@ class MLM:
 
             return loss_of, None
 
-        return torch.ones(ids.shape, device=device), loss_for
+        return torch.ones(ids.shape, device=self.device), loss_for
 
 
 class Classification:
-    """Or: a task of its own, its training rows with a newly initialized classifier."""
+    """Or a task (Table 4): its training rows, with a newly initialized classifier."""
 
-    def __init__(self, options, tokenizer, config):
+    def __init__(self, options, tokenizer, config, device):
         task = data.find_task(options.source)
         rows = task.load(options.data_revision)["train"]
         length = min(task.max_length, config.max_length)
-        self.rows = tokens.Rows(tokenizer, rows, length, runtime.pick_device())
-        self.labels, self.sha256 = len(task.labels), self.rows.sha256
+        self.rows = tokens.Rows(tokenizer, rows, length, device)
+        self.num_labels, self.sha256 = len(task.labels), self.rows.sha256
         self.steps = -(-len(rows) // options.batch_size)
         self.description = f"task {options.source}: {len(rows):,} training rows"
 
@@ -164,13 +164,13 @@ class Classification:
         generator = np.random.Generator(np.random.PCG64([seed, epoch]))
         return [torch.from_numpy(chosen) for chosen in tokens.batches(self.rows.lengths, batch_size, generator)]
 
-    def batch(self, chosen, model, c, device):
+    def batch(self, chosen, model, c):
         batch = self.rows.batch(chosen)
 
         def loss_for(rows):
             part = tokens.part(batch, rows)
             share = len(part[-1]) / len(chosen)
-            return lambda delta: model.class_loss(*part, c.gates, delta) * share, None
+            return (lambda delta: model.class_loss(*part, c.gates, delta) * share), None
 
         return tokens.present(*batch), loss_for
 
@@ -178,7 +178,7 @@ class Classification:
 def search(options, made_by, folder, tokenizer, source, path, state, device, dtype):
     """Algorithm 1. Writes the coefficients to `path`, and to `state` how far it is."""
     torch.manual_seed(options.seed)
-    model = Bert.load(folder, mlm=source.labels is None, num_labels=source.labels or 0)
+    model = Bert.load(folder, mlm=not source.num_labels, num_labels=source.num_labels)
     config = model.config
     if config.is_pruned:
         raise BadInput(f"{options.model} has narrower layers than its config.json: search the model before pruning")
@@ -215,7 +215,7 @@ def search(options, made_by, folder, tokenizer, source, path, state, device, dty
             stopping.update(head, ffn)
         step = ends[len(trace["trace.loss"]) - 1]
 
-    total, counted = torch.zeros((), device=device), 0  # of the mini-epoch's losses; a list would split the heap
+    total, counted = torch.zeros((), device=device), 0  # of the mini-epoch's losses; a list would fragment the memory
     status, order_of, order = "", None, None
     bar = runtime.progress(steps, step, "search")
     while step < steps and not stopping.over:  # line 2
@@ -223,7 +223,7 @@ def search(options, made_by, folder, tokenizer, source, path, state, device, dty
         if order_of != epoch:
             order_of, order = epoch, source.epoch(options.seed, epoch, options.batch_size)
         runtime.seed_step(options.seed, 2, step)
-        present, loss_for = source.batch(order[batch], model, c, device)
+        present, loss_for = source.batch(order[batch], model, c)
         with runtime.autocast(device, dtype):  # L_adv of eq. 6
             loss = processes.gradients(trained, freelb, loss_for, present, config.hidden_size, **adversary)
         c.penalty(options.lambda_head, options.lambda_ffn).backward()  # R(c) of eq. 5, once a step

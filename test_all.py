@@ -2353,7 +2353,7 @@ def test_the_ablations_keep_the_structure_or_the_weights_of_the_ticket(tiny, tmp
     c = {"head": torch.randn(2, 3), "ffn": torch.randn(2, 40)}
     masks = gates.draw_masks(c["head"], c["ffn"], 1 / 6, 0.3)
     model = Bert.load(tiny, num_labels=5)
-    redrawn = finetune.redrawn(model, *masks)
+    redrawn = finetune.without_structure(model, *masks)
     kept = model.pruned(*masks), redrawn.pruned(*masks)
     for a, b in zip(*(part.state_dict().values() for part in kept)):
         assert torch.equal(a, b)
