@@ -264,12 +264,13 @@ class Bert(nn.Module):
     def mlm_loss(self, states, labels):
         """The mean cross entropy of `mlm_logits(states)` against labels (n,), in float32 whatever the autocast.
 
-        The softmax takes 32 rows of V at a time: they stay in the processor's cache, where all of them would not.
+        On a CPU the softmax takes 32 rows of V at a time: they stay in its cache, where all of them would not.
         """
         products = linear(self.mlm_head(states), self.decoder)  # (n, V)
+        size = max(1, len(labels)) if products.is_cuda else 32
         losses = [
             F.cross_entropy(rows.float() + self.mlm_head.bias, wanted, reduction="sum")
-            for rows, wanted in zip(products.split(32), labels.split(32))
+            for rows, wanted in zip(products.split(size), labels.split(size))
         ]
         return torch.stack(losses).sum() / max(1, len(labels))
 
