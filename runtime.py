@@ -90,7 +90,8 @@ def parse(options, description):
             parser.add_argument(flag, action="store_true", help=help)
             continue
         if kind is tuple:
-            parser.add_argument(flag, nargs="+", default=shown, metavar="NAME", help=f"{help} [{' '.join(shown)}]")
+            help += f" [{' '.join(shown)}]" if shown else ""
+            parser.add_argument(flag, nargs="+", default=shown, metavar="NAME", help=help)
             continue
         if field.metadata["positional"]:
             flag, more = field.name, {"nargs": "?"}

@@ -1,6 +1,6 @@
 """Every test; each is named after the law it holds.
 
-The quick ones take two minutes on 2 cores and need no network: python -m pytest -q test_all.py
+The quick ones take four minutes on 2 cores and need no network: python -m pytest -q test_all.py
 The slow ones train for real, some ten minutes each: python -m pytest -q test_all.py -m slow
 """
 
