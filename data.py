@@ -43,11 +43,11 @@ ON_HUB = {
 }
 
 
-def package_folder(package):
+def package_folder(package, remedy="pip install -r requirements.txt"):
     """The folder of an installed package, without importing it."""
     spec = importlib.util.find_spec(package)
     if spec is None:
-        raise BadInput(f"the package {package} is not installed: pip install -r requirements.txt")
+        raise BadInput(f"the package {package} is not installed: {remedy}")
     return Path(spec.submodule_search_locations[0])
 
 
@@ -98,7 +98,7 @@ class Task:
 
 def tenths(rows):
     """Rows without splits: of every ten the first is a test row, and of every ten of the others the first is held out
-    for validation. The packages sort by label, so the classes keep their shares."""
+    for validation. Sorted by label, as the packages are, the classes keep their shares."""
     rows = list(rows)
     rest = [row for i, row in enumerate(rows) if i % 10]
     return held_out(rest) | {"test": rows[::10]}
@@ -107,6 +107,13 @@ def tenths(rows):
 def held_out(rows):
     """Training rows of which every tenth is held out for validation."""
     return {"train": [row for i, row in enumerate(rows) if i % 10], "validation": rows[::10]}
+
+
+def by_label(rows):
+    """The rows of one's own file sorted by label, those of each label in an order that depends on their number alone:
+    a file may have its labels in turn, which every tenth row would see one of."""
+    order = np.random.Generator(np.random.PCG64(0)).permutation(len(rows))
+    return sorted((rows[i] for i in order), key=lambda row: row[1])
 
 
 def bbc():
@@ -247,9 +254,9 @@ def find_task(name, text_columns=("text",), label_column="label"):
         splits[split] = [(texts, labels.index(label)) for _, texts, label in table]
     note = "its own test file"
     if "all" in splits:
-        splits, note = tenths(splits["all"]), "the test rows are a tenth of the file"
+        splits, note = tenths(by_label(splits["all"])), "the test rows are a tenth of the file"
     elif "validation" not in splits:
-        splits |= held_out(splits["train"])
+        splits |= held_out(by_label(splits["train"]))
     if not splits["train"]:
         raise BadInput(f"{path} has too few rows: of every ten one is a test row, and one is held out for validation")
     return Task(tuple(labels), 256, lambda _: splits, note, tuple(text_columns))
@@ -294,10 +301,11 @@ def separated(path, text):
     """(line, {column: field}) of each row of a CSV or TSV file."""
     csv.field_size_limit(2**30)
     dialect = {} if path.suffix == ".csv" else {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
-    reader = csv.reader(io.StringIO(text, newline=""), **dialect)
-    header, repeated = None, []
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True, **dialect)
+    header, repeated, begins = None, [], 1
     try:
         for fields in reader:
+            begins = reader.line_num + 1  # of the next row
             if header is None:
                 header = fields
                 twice = {column for column in header if header.count(column) > 1}
@@ -310,7 +318,8 @@ def separated(path, text):
             elif fields:
                 yield reader.line_num, dict(zip(header, fields))
     except csv.Error as error:
-        raise BadInput(f"{path} line {reader.line_num}: {error}") from None
+        remedy = "a quote within a quoted field is written twice"
+        raise BadInput(f"{path}, the row that begins in line {begins}: {error}; {remedy}") from None
     if repeated:
         print(f"{path}: the header comes again in line {repeated[0]}: {len(repeated)} such lines are left out")
 
@@ -344,7 +353,7 @@ def find_corpus(name, revision=None):
     if name == "wikitext-2-raw-v1":
         path = parquet("Salesforce/wikitext", name, "train", revision)
         lines = [text for text in read_parquet(path, "text")[0] if text.strip()]
-        return lines, path.stat().st_size, sha256(path)
+        return lines, sum(len(line.encode("utf8")) for line in lines), sha256(path)
     path = Path(name)
     files = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
     if not files or not all(file.is_file() for file in files):

@@ -12,7 +12,6 @@ physically gone. The epoch with the best accuracy on a held-out tenth of the tra
 one sees the test rows, once. Killed and typed again, the command goes on after the last whole epoch.
 """
 
-import hashlib
 import math
 import shlex
 import time
@@ -74,7 +73,7 @@ class Options:
     warmup: float = option(0.1, "share of all steps in which the learning rate rises", at_least=0, below=1)
     weight_decay: float = option(0.01, "AdamW's, on matrices", at_least=0)
     clip_norm: float = option(1.0, "largest norm of the whole gradient", above=0)
-    adv_steps: int = option(None, "K, ascent steps [3]", at_least=1)
+    adv_steps: int = option(None, "K, ascent steps of the adversarial methods [3]", at_least=1)
     adv_lr: float = option(None, "size of an ascent step [0.03; infobert: 0.04]", at_least=0)
     adv_init_mag: float = option(None, "magnitude of the initial perturbation [0.05; infobert: 0.08]", at_least=0)
     adv_max_norm: float = option(
@@ -113,7 +112,7 @@ def main():
         max_length = min(options.max_length or task.max_length, config.max_length)
         splits = task.load(options.data_revision)
         splits["train"] = data.first_rows(splits["train"], options.train_rows, options.task)
-        sets = {name: tokens.Rows(tokenizer, rows, max_length, device) for name, rows in splits.items()}
+        sets, task_sha256 = tokens.tokenized(splits, tokenizer, max_length, device)
     folder = folder / runtime.run_name(options)
     del splits  # the texts; from here on there are token ids
     print(f"task {options.task}: {', '.join(f'{len(rows):,} {name}' for name, rows in sets.items())} rows; {task.note}")
@@ -122,43 +121,30 @@ def main():
 
     settings = {name: value for name, value in asdict(options).items() if name not in NOT_SETTINGS}
     for name, value in zip(("adv_steps", "adv_lr", "adv_init_mag", "adv_max_norm"), ADVERSARIES[options.method]):
+        if settings[name] is not None and options.method == "vanilla":
+            print(f"--{name.replace('_', '-')} {settings[name]} has no effect: --method vanilla has no adversary")
         settings[name] = value if settings[name] is None or options.method == "vanilla" else settings[name]
     made_by = {
         "script": "finetune.py",
-        "task_sha256": hashlib.sha256("".join(rows.sha256 for rows in sets.values()).encode()).hexdigest(),
+        "task_sha256": task_sha256,
         "settings": settings | {"precision": runtime.precision_name(dtype)},
         "model_sha256": model_sha256,
         "ticket_sha256": ticket_sha256,
         "versions": runtime.versions(),
     }
-    finished, exported = folder / "model.safetensors", Path(options.export_hf or ".") / "model.safetensors"
-
-    def made_before(path):
-        return processes.at_first(lambda: weights.made_before(path, made_by, options.overwrite))
-
-    if options.export_hf:
-        processes.at_first(lambda: runtime.writable(exported.parent))
-        if masks is None and Bert.load(source).config.is_pruned:
-            raise BadInput(f"{options.model} was pruned elsewhere, by masks unknown here: it cannot be exported dense")
-    is_exported = options.export_hf and made_before(exported)
-    if not made_before(finished):
-        torch.manual_seed(options.seed)
-        model = Bert.load(source, num_labels=len(task.labels))
-        for remark in published.remarks(model):
-            print(remark)
-        weight_masks = masks if isinstance(masks, dict) else {}
-        if options.ablation == "no-structure":
-            model = without_structure(model, *masks)
-        elif masks is not None and not weight_masks:
-            model = model.pruned(*masks)
-        if options.ablation == "no-initialization":
-            model.apply(model.initialize)
-        finetune(options, made_by, model.to(device), weight_masks, sets, folder, tokenizer, task, dtype)
+    if options.export_hf and masks is None and Bert.load(source).config.is_pruned:
+        raise BadInput(f"{options.model} was pruned elsewhere, by masks unknown here: it cannot be exported dense")
+    is_exported = options.export_hf and processes.at_first(lambda: find_export(options, source, folder, made_by))
+    finished = folder / "model.safetensors"
+    with processes.alone(folder / "finetune.state.safetensors"):
+        if not processes.at_first(lambda: weights.made_before(finished, made_by, options.overwrite)):
+            model, weight_masks = starting_point(options, source, masks, task)
+            finetune(options, made_by, model.to(device), weight_masks, sets, folder, tokenizer, task, dtype)
+        for leftover in folder.glob("*.state.safetensors") if processes.FIRST else ():
+            leftover.unlink()
     processes.leave()
     if not processes.FIRST:
         return
-    for leftover in folder.glob("*.state.safetensors"):
-        leftover.unlink()
     metrics = runtime.read_json(folder / "metrics.json")
     print(
         f"best of {options.epochs} epochs by the held-out rows: epoch {metrics['best_epoch']}, "
@@ -168,8 +154,22 @@ def main():
     if options.export_hf:
         if not is_exported:
             pruned = None if options.ablation == "no-structure" or isinstance(masks, dict) else masks
-            export(exported.parent, folder, pruned, tokenizer, task, made_by)
-        print(f"for transformers, with zeros where the ticket pruned: {exported.parent}")
+            export(Path(options.export_hf), folder, pruned, tokenizer, task, made_by)
+        print(f"for transformers, with zeros where the ticket pruned: {options.export_hf}")
+
+
+def starting_point(options, source, masks, task):
+    """(the model that is fine-tuned, {name: mask} of its single weights that are held at 0)."""
+    torch.manual_seed(options.seed)
+    model = Bert.load(source, num_labels=len(task.labels))
+    for remark in published.remarks(model):
+        print(remark)
+    if masks is None or isinstance(masks, dict):
+        return model, masks or {}
+    model = without_structure(model, *masks) if options.ablation == "no-structure" else model.pruned(*masks)
+    if options.ablation == "no-initialization":
+        model.apply(model.initialize)
+    return model, {}
 
 
 def find_ticket(options, drawn, model_sha256, config):
@@ -313,14 +313,33 @@ def hold_at_zero(held):
         weight.mul_(mask)
 
 
+MADE_BY = "Made by orticket's `finetune.py`"  # how an export is known, also one that was interrupted
+
+
+def find_export(options, source, folder, made_by):
+    """Whether --export-hf has what these settings make. Raises BadInput where it cannot be written, is the folder of
+    the model before or after fine-tuning, or has files that no export wrote and that --overwrite does not give up."""
+    target = runtime.writable(Path(options.export_hf))
+    if target.resolve() in (folder.resolve(), (source if source.is_dir() else source.parent).resolve()):
+        raise BadInput(f"--export-hf {target} is the folder of the model itself: give another")
+    whole = weights.made_before(target / "model.safetensors", made_by, options.overwrite)
+    written = ("README.md", "config.json", "tokenizer.json", "tokenizer_config.json")
+    there = [name for name in written if (target / name).is_file()]
+    card = target / "README.md"
+    ours = whole or (card.is_file() and MADE_BY in card.read_text("utf8", errors="replace"))
+    if there and not (ours or options.overwrite):
+        raise BadInput(f"--export-hf {target}: no export wrote its {there[0]}; give another folder, or --overwrite")
+    return whole
+
+
 def export(target, folder, masks, tokenizer, task, made_by):
     """Write the model in `folder` to `target` as users of transformers know one: dense, tokenizer, model card."""
     model = Bert.load(folder)
     if masks is not None:
         model = model.dense(*masks)
-    tokenizer.save(target)
     with runtime.replacing(target / "README.md") as beside:
         Path(beside).write_text(model_card(runtime.read_json(folder / "metrics.json"), task), "utf8")
+    tokenizer.save(target)
     model.save(target, task.labels, made_by)
 
 
@@ -340,7 +359,7 @@ def model_card(metrics, task):
     return (
         "---\nlibrary_name: transformers\npipeline_tag: text-classification\n---\n\n"
         f"# {Path(settings['model']).name} fine-tuned on {settings['task']}\n\n"
-        "Made by orticket's `finetune.py`, after *ORTicket: Let One Robust BERT Ticket Transfer across Different\n"
+        f"{MADE_BY}, after *ORTicket: Let One Robust BERT Ticket Transfer across Different\n"
         "Tasks* (LREC-COLING 2024). The weights are dense: what the ticket pruned is zero, and stays in the sizes.\n\n"
         f"| | |\n|---|---|\n{table}\n\nAll settings are in the header of `model.safetensors`.\n"
     )

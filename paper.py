@@ -3,6 +3,7 @@
     python paper.py table1 --tasks sst2 --model minilm --train-rows 20000 --epochs 3 --mask-epochs 2
     python paper.py table1 ... --methods Vanilla FreeLB --seeds 3        more seeds of some, in the same table
     python paper.py table1 ... --methods ORTicket --search learning-rate=2e-4 --output runs-2e-4      another search
+    python paper.py table1 ... --methods FreeLB --finetune adv-max-norm=0.4 --output runs-0.4   another adversary
     python paper.py table3 --tasks imdb agnews qqp       with and without an adversary, in the search and after it
     python paper.py table1 ... --methods ORTicket --search source=sst2 --output runs-sst2             a row of Table 4
     python paper.py table1 --model roberta-base --methods Vanilla FreeLB ORTicket                     Table 5
@@ -57,7 +58,14 @@ ROWS = {  # of the paper's tables; Table 1 also has two rows of Table 3, and cha
 ATTACKED = {"Aua%": ("aua", 100), "Suc%": ("suc", 100), "#Query": ("queries", 1)}  # column -> attack.py's name, unit
 # what tells one run of a method and seed from another
 SETTINGS = ("model", "train_rows", "epochs", "mask_epochs", "batch_size", "learning_rate", "attacks", "n")
-OWN = ("model", "output", "task", "seeds", "coefficients")  # flags that --search and --draw may not set
+OWN = {  # flags that --search, --draw and --finetune may not set
+    "search": ("model", "output", "seeds"),
+    "draw": ("model", "output", "task", "coefficients"),
+    "finetune": (
+        *("model", "output", "task", "ticket", "method", "ablation", "seed"),
+        *("train-rows", "epochs", "batch-size", "learning-rate"),
+    ),
+}
 
 
 @dataclass
@@ -77,6 +85,7 @@ class Options:
     output: str = option("runs", "folder for the runs")
     search: tuple = option((), "options of search.py, such as learning-rate=2e-4, in a table of their own")
     draw: tuple = option((), "options of draw.py, such as tau-ffn=0.1, in a table of their own")
+    finetune: tuple = option((), "options of every fine-tuning, such as adv-max-norm=2, in a table of their own")
     results: str = option("results", "folder for the tables")
 
 
@@ -89,11 +98,12 @@ def main():
             if value not in known:
                 raise BadInput(f"--{name} {value!r}: give some of {', '.join(known)}")
     settings = {name: getattr(options, name) for name in SETTINGS} | {"attacks": " ".join(options.attacks)}
-    for name in ("search", "draw"):
+    for name in ("search", "draw", "finetune"):
         settings |= {f"{name} {flag}": value for flag, value in given(options, name).items()}
     path = Path(options.results) / f"{options.table}.json"
     there = {(run["task"], run["method"], run["seed"]) for run in recorded(path) if run["settings"] == settings}
     cells = [(task, name, seed) for task in options.tasks for seed in range(options.seeds) for name in options.methods]
+    cells = list(dict.fromkeys(cells))  # a method named twice is one row
     missing = [cell for cell in cells if cell not in there]
     path.parent.mkdir(parents=True, exist_ok=True)
     bar = runtime.progress(len(cells), len(cells) - len(missing), options.table, "run")
@@ -101,8 +111,10 @@ def main():
         bar.set_postfix_str(f"{name} on {task}, seed {seed}")
         cell = {"task": task, "method": name, "seed": seed, "settings": settings} | run(options, task, name, seed)
         cell |= {"machine": runtime.describe(runtime.pick_device()), "versions": runtime.versions()}
-        with filelock.FileLock(path.with_suffix(".lock")):  # another command may have added runs of its own
-            runtime.write_json(path, {"runs": [*recorded(path), cell]})
+        with filelock.FileLock(path.with_suffix(".lock")):  # another command may have added runs, this one as well
+            what = ("task", "method", "seed", "settings")
+            others = [of for of in recorded(path) if any(of[key] != cell[key] for key in what)]
+            runtime.write_json(path, {"runs": [*others, cell]})
         bar.update()
     bar.close()
     text = written(recorded(path))
@@ -117,14 +129,15 @@ def recorded(path):
 
 
 def given(options, name):
-    """The flags of --search or --draw with their values."""
+    """The flags of --search, --draw or --finetune with their values."""
     for part in getattr(options, name):
-        flag, equals, _ = part.partition("=")
-        if not equals or flag in OWN:
+        flag, equals, _ = part.replace("_", "-").partition("=")
+        if not equals or flag in OWN[name]:
             raise BadInput(
-                f"--{name} {part!r}: give options of {name}.py as NAME=VALUE; {', '.join(OWN)} are paper.py's own"
+                f"--{name} {part!r}: give options of {name}.py as NAME=VALUE; {', '.join(OWN[name])} are paper.py's own"
             )
-    return dict(part.split("=", 1) for part in getattr(options, name))
+    pairs = (part.split("=", 1) for part in getattr(options, name))
+    return {flag.replace("_", "-"): value for flag, value in pairs}
 
 
 def script(name, /, **flags):
@@ -146,7 +159,7 @@ def run(options, task, name, seed):
     where = {"model": options.model, "output": options.output}
     searched = given(options, "search")
     rows = {"task": task, "seed": seed, "train_rows": options.train_rows, "batch_size": options.batch_size}
-    trained = rows | {"epochs": options.epochs, "learning_rate": options.learning_rate}
+    trained = rows | {"epochs": options.epochs, "learning_rate": options.learning_rate} | given(options, "finetune")
     if ticket == "of a search without adversary":
         ticket, where["output"] = "drawn", str(Path(options.output) / "vanilla-search")
         script("search.py", **where, **searched | {"adv-steps": 1, "adv-init-mag": 0})
@@ -172,6 +185,8 @@ def run(options, task, name, seed):
     figures = {"Clean%": 100 * metrics["test_accuracy"]}
     for attack in options.attacks:
         attacked = runtime.read_json(folder / f"{attack}.json")
+        if errors := attacked["outcomes"].get("error"):
+            raise BadInput(f"{errors} of {options.n} attacks by {attack} on {folder} ended in an error: try again")
         resources |= attacked["resources"]
         for column, (name, unit) in ATTACKED.items():
             figures[f"{attack} {column}"] = None if attacked[name] is None else unit * attacked[name]

@@ -3,15 +3,18 @@
 Every process holds the whole model, reads the same batches and takes its share of the rows of each;
 DistributedDataParallel averages the gradients, so that all take the same step. What is random about a batch, its order,
 its masked words and FreeLB's first delta, is drawn for the joint batch, whatever the number of processes: N of them
-compute what one would, but for the dropout, which each draws for itself. Process 0 alone prints and writes; the files
-it writes need not be there on other machines. Without torchrun all of this is one process, and does nothing.
+compute what one would, but for the dropout, which each draws for itself, and InfoBERT, which compares the tokens of its
+own rows. Process 0 alone prints and writes; the files it writes need not be there on other machines. Without torchrun
+all of this is one process, and does nothing but wait for another command that writes the same.
 """
 
 import contextlib
 import os
 import sys
 from datetime import timedelta
+from pathlib import Path
 
+import filelock
 import torch
 from torch import distributed, nn
 
@@ -55,6 +58,25 @@ def at_first(work):
     result = [work() if FIRST else None]
     distributed.broadcast_object_list(result)
     return result[0]
+
+
+@contextlib.contextmanager
+def alone(path):
+    """The block, where `path` is written, once no other command is in one for the same path. Of several processes that
+    work together the first stands for all: they meet in `at_first`."""
+    lock = filelock.FileLock(f"{path}.lock")
+    if FIRST:
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout:
+            print(f"another command is at work on {path}: waiting until it ends", flush=True)
+            lock.acquire()
+    try:
+        yield
+        if FIRST:
+            Path(lock.lock_file).unlink(missing_ok=True)  # whoever waits with it open finds the work done
+    finally:
+        lock.release()
 
 
 def total(number):

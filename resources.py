@@ -148,7 +148,8 @@ def find_synonyms(name):
         cosines = dict(zip(keys, similarity[neighbours >= 0].astype(np.float32).tolist()))
         cosines |= {(b, a): cosine for (a, b), cosine in cosines.items()}
         least = f"cosine >= {min(cosines.values()):.2f}"
-        description = f"{path.name}, {len(words):,} words, GloVe 50d counter-fitted, {least} ({PAPERS} >= 0.5)"
+        whose = f"sha256 {weights.sha256(path)[:8]}" if path != TABLE else "GloVe 50d counter-fitted"
+        description = f"{path.name}, {len(words):,} words, {whose}, {least} ({PAPERS} >= 0.5)"
         return Synonyms(description, words, rows, None, cosines)
     return Synonyms(
         f"{name}, {len(words):,} words, sha256 {weights.sha256(path)[:8]} ({PAPERS} >= 0.5)", words, rows, vectors

@@ -5,10 +5,11 @@
     python finetune.py --task rt --ticket runs/minilm/rt/robustt-seed0.safetensors      retrain from theta_0
 
 Every weight w of the encoder's matrices and of the pooler becomes w z, with z a hard concrete gate (Louizos et al.
-2018) whose score is all that is trained, on FreeLB's loss plus lambda times the expected share of open gates. The
-weights with the smallest scores, of all matrices together, are pruned. Unlike ORTicket's, such a ticket belongs to
-its task, and saves neither time nor memory: it is a mask over the dense model. Defaults are those of the authors'
-scripts. Killed and typed again, the command goes on after the last whole epoch.
+2018) whose score is all that is trained, on FreeLB's loss plus lambda times the expected share of open gates (the mean
+of the matrices' shares, whatever their sizes). The weights with the smallest scores, of all matrices together, are
+pruned. Unlike ORTicket's, such a ticket belongs to its task, and saves neither time nor memory: it is a mask over the
+dense model. Defaults are those of the authors' scripts. Killed and typed again, the command goes on after the last
+whole epoch.
 """
 
 import math
@@ -21,6 +22,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import data
+import processes
 import runtime
 import tokens
 import weights
@@ -87,13 +89,18 @@ def main():
     task = data.find_task(options.task, tuple(options.text_columns), options.label_column)
     folder = runtime.output_folder(options.output, options.model) / runtime.task_folder(options.task)
     source = folder / f"none-vanilla-seed{options.seed}"
+    same = ("model", "output", "seed", "text_columns", "label_column", "data_revision", "train_rows")
+    finetune = f"python finetune.py --task {shlex.quote(options.task)}{runtime.flags(options, *same)}"
     if not (source / "model.safetensors").is_file():
-        given = f"--task {shlex.quote(options.task)} --ticket none{runtime.flags(options, 'model', 'output', 'seed')}"
-        raise BadInput(f"{source} is not there: python finetune.py {given} makes it")
+        raise BadInput(f"{source} is not there: {finetune} --ticket none makes it")
     model, tokenizer = Bert.load(source).to(device), tokens.Tokenizer(source)
-    rows = data.first_rows(task.load(options.data_revision)["train"], options.train_rows, options.task)
     notes = weights.read_notes(source / "model.safetensors")[1]  # how finetune.py was called
     longest = min(notes["settings"]["max_length"] or task.max_length, model.config.max_length)
+    splits = task.load(options.data_revision)
+    before = splits | {"train": data.first_rows(splits["train"], notes["settings"]["train_rows"], options.task)}
+    if tokens.tokenized(before, tokenizer, longest, device)[1] != notes["task_sha256"]:
+        raise BadInput(f"{source} was fine-tuned on other rows than those of {options.task}: fine-tune it again")
+    rows = data.first_rows(splits["train"], options.train_rows, options.task)
     rows = tokens.Rows(tokenizer, rows, longest, device)
     print(f"task {options.task}: {len(rows):,} training rows; the weights of {source} stay as they are")
     settings = {key: value for key, value in asdict(options).items() if key not in ("output", "overwrite")}
@@ -107,15 +114,15 @@ def main():
     }
     path = folder / f"robustt-seed{options.seed}.safetensors"
     state = path.with_suffix(".state.safetensors")
-    if not weights.made_before(path, made_by, options.overwrite):
-        search(options, made_by, model, rows, path, state, dtype)
-    state.unlink(missing_ok=True)
+    with processes.alone(state):
+        if not weights.made_before(path, made_by, options.overwrite):
+            search(options, made_by, model, rows, path, state, dtype)
+        state.unlink(missing_ok=True)
     kept = weights.read_notes(path)[0]
     total = sum(mask.numel() for mask in kept.values())
     left = sum(mask.sum().item() for mask in kept.values())
     print(f"{left:,} of {total:,} weights are left; ticket: {path}")
-    given = f"--task {shlex.quote(options.task)} --ticket {shlex.quote(str(path))}"
-    print(f"next: python finetune.py {given}{runtime.flags(options, 'model', 'output')}")
+    print(f"next: {finetune} --ticket {shlex.quote(str(path))}")
 
 
 def search(options, made_by, model, rows, path, state, dtype):

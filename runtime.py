@@ -130,8 +130,13 @@ def within(field, text):
 
 def flags(options, *names):
     """Those of the named options that are not at their defaults, as they are typed: for the command to type next."""
-    changed = [name for name in names if getattr(options, name) != getattr(type(options), name)]
-    return "".join(f" --{name} {shlex.quote(str(getattr(options, name)))}" for name in changed)
+    typed = ""
+    for name in names:
+        value = getattr(options, name)
+        if value != getattr(type(options), name):
+            values = value if isinstance(value, (tuple, list)) else (value,)
+            typed += f" --{name.replace('_', '-')} {shlex.join(map(str, values))}"
+    return typed
 
 
 # ---------------------------------------------------------------------------------------------------- files

@@ -38,13 +38,15 @@ class Options:
         None, "branch or commit of a model on the hub; bert-base-uncased and roberta-base are pinned"
     )
     source: str = option("mlm", "mlm on the corpus; or a task, whose own loss is then searched on")
-    corpus: str = option("bbc", "bbc, imdb, wikitext-2-raw-v1 (the paper's), a text file or a folder with .txt files")
+    corpus: str = option(
+        "bbc", "of the source mlm: bbc, imdb, wikitext-2-raw-v1 (the paper's), a text file or a folder with .txt files"
+    )
     data_revision: str = option(None, "branch or commit of a corpus on the hub, instead of the pinned one")
     output: str = option("runs", "folder for what is made; this script writes below OUTPUT/MODEL")
     seed: int = option(0, "of masking, batches, dropout and perturbations", at_least=0, below=2**63)
     seeds: int = option(1, "searches, from --seed on; the files' names then end in the seed", at_least=1)
     epochs: int = option(1, "at most so many passes over the corpus", at_least=1)
-    block: int = option(128, "tokens a training example, [CLS] and [SEP] included", at_least=4)
+    block: int = option(128, "tokens of a corpus's examples, [CLS] and [SEP] included", at_least=4)
     batch_size: int = option(32, "examples a step", at_least=1)
     learning_rate: float = option(2e-5, "eta_0, of theta and c alike (Algorithm 1, lines 3 and 4)", above=0)
     learning_rate_c: float = option(None, "of c alone, instead of eta_0", above=0)
@@ -104,10 +106,12 @@ def main():
             "versions": runtime.versions(),
         }
         path, state = output / f"coefficients{name}.safetensors", output / f"search{name}.state.safetensors"
-        if not processes.at_first(lambda: weights.made_before(path, made_by, options.overwrite)):
-            search(of_seed, made_by, folder, tokenizer, source, path, state, device, dtype)
+        with processes.alone(state):
+            if not processes.at_first(lambda: weights.made_before(path, made_by, options.overwrite)):
+                search(of_seed, made_by, folder, tokenizer, source, path, state, device, dtype)
+            if processes.FIRST:
+                state.unlink(missing_ok=True)
         if processes.FIRST:
-            state.unlink(missing_ok=True)
             plot(path, output / f"search{name}.png")
             report(path, output / f"search{name}.png", options)
     processes.leave()
@@ -141,7 +145,7 @@ class MLM:
 
             def loss_of(delta):
                 loss = model.mlm_loss(model(part[0], keep=part[1], gates=c.gates, delta=delta), part[2])
-                return loss * ((end - first) / len(labels))
+                return loss * ((end - first) / max(1, len(labels)))
 
             return loss_of, None
 
@@ -149,7 +153,7 @@ class MLM:
 
 
 class Classification:
-    """Or a task (Table 4): its training rows, with a newly initialized classifier."""
+    """Or a task (Table 4): its training rows, with a classifier, newly initialized where the model has none for it."""
 
     def __init__(self, options, tokenizer, config, device):
         task = data.find_task(options.source)
@@ -177,6 +181,7 @@ class Classification:
 
 def search(options, made_by, folder, tokenizer, source, path, state, device, dtype):
     """Algorithm 1. Writes the coefficients to `path`, and to `state` how far it is."""
+    tensors = processes.at_first(lambda: weights.resumed(state, made_by, options.overwrite))[0]
     torch.manual_seed(options.seed)
     model = Bert.load(folder, mlm=not source.num_labels, num_labels=source.num_labels)
     config = model.config
@@ -208,7 +213,7 @@ def search(options, made_by, folder, tokenizer, source, path, state, device, dty
     stopping = EarlyStopping(options.tau_head, options.tau_ffn, options.gamma, options.patience)
     trace = {"trace.head": [], "trace.ffn": [], "trace.distances": [], "trace.loss": []}  # an entry a mini-epoch
     step = 0
-    if tensors := processes.at_first(lambda: weights.resumed(state, made_by, options.overwrite))[0]:
+    if tensors:
         weights.restore(tensors, optimizer, model=model, c=c)
         trace = {name: list(tensors[name].clone()) for name in trace}
         for head, ffn in zip(trace["trace.head"], trace["trace.ffn"]):
@@ -267,7 +272,7 @@ def fit_mlm_head(options, made_by, model, tokenizer, blocks, output, dtype):
     path, head, device = output / "mlm_head.safetensors", model.mlm_head, model.mlm_head.bias.device
     matters = ("seed", "block", "batch_size", "warmup", "head_steps", "head_learning_rate", "precision")
     made_by = made_by | {"settings": {name: made_by["settings"][name] for name in matters}}
-    if weights.made_before(path, made_by, overwrite=True):  # it costs a minute, and nobody shares it
+    if weights.made_before(path, made_by, overwrite=True):  # another takes a minute, and attack.py says which it used
         head.load_state_dict(weights.read_safetensors(path)[0])
         return
     print(f"{options.model} comes without an MLM head: fitting one with the encoder frozen, {path} keeps it")
@@ -294,7 +299,8 @@ def fit_mlm_head(options, made_by, model, tokenizer, blocks, output, dtype):
 
 
 def find_mlm_head(name, output, model, model_sha256, tokenizer, device):
-    """Give `model`, loaded as `name`, the MLM head that a search left in OUTPUT/MODEL, or fit one as a search would."""
+    """Give `model`, loaded as `name`, the MLM head that a search left in OUTPUT/MODEL, or fit one as a search would.
+    Returns the head's file."""
     options, output = Options(model=name), runtime.output_folder(output, name)
     path = output / "mlm_head.safetensors"
     with filelock.FileLock(f"{path}.lock"):  # of several processes that want it, one fits
@@ -302,13 +308,14 @@ def find_mlm_head(name, output, model, model_sha256, tokenizer, device):
             tensors, notes = weights.read_notes(path)
             if notes.get("model_sha256") == model_sha256:
                 model.mlm_head.load_state_dict(tensors)
-                return
+                return path
         blocks = tokens.Blocks(tokenizer, *data.find_corpus(options.corpus), options.block)
         dtype = runtime.pick_precision(device, options.precision)
         settings = asdict(options) | {"precision": runtime.precision_name(dtype)}
         made_by = {"script": "search.py", "settings": settings, "versions": runtime.versions()}
         made_by |= {"model_sha256": model_sha256, "corpus_sha256": blocks.sha256}
         fit_mlm_head(options, made_by, model.to(device), tokenizer, blocks, output, dtype)
+    return path
 
 
 def plot(path, picture):

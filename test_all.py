@@ -15,6 +15,7 @@ import math
 import os
 import pickle
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -50,6 +51,7 @@ import gates
 import hub
 import infobert
 import paper
+import processes
 import published
 import resources
 import robustt
@@ -1046,10 +1048,34 @@ def test_what_is_exported_is_loaded_by_transformers_unchanged(tmp_path, corpus, 
 
 def test_an_export_replaces_nothing_that_is_not_its_own(tiny, tmp_path, capsys):
     flags = ["--task", "rt", "--model", tiny, "--output", tmp_path, "--epochs", "1", "--max-length", "8"]
-    original = (tiny / "model.safetensors").read_bytes()
-    assert call(finetune, *flags, "--ticket", "none", "--export-hf", tiny) == 2
+    other = shutil.copytree(tiny, tmp_path / "other")
+    original = (other / "model.safetensors").read_bytes()
+    assert call(finetune, *flags, "--ticket", "none", "--export-hf", other) == 2
     assert "--overwrite, or another --output" in capsys.readouterr().err
-    assert (tiny / "model.safetensors").read_bytes() == original
+    assert (other / "model.safetensors").read_bytes() == original
+
+
+def test_an_export_replaces_no_other_files_and_no_model_that_it_is_made_of(tiny, tmp_path, capsys):
+    flags = ["--task", "rt", "--model", tiny, "--output", tmp_path, "--epochs", "1", "--max-length", "8"]
+    flags += ["--ticket", "none", "--train-rows", "32", "--export-hf"]
+    target, run = tmp_path / "mine", tmp_path / "tiny" / "rt" / "none-vanilla-seed0"
+    target.mkdir()
+    (target / "README.md").write_text("my own")
+    assert call(finetune, *flags, target) == 2 and not run.exists()
+    assert f"{target}: no export wrote its README.md; give another folder" in capsys.readouterr().err
+    assert (target / "README.md").read_text() == "my own"
+    assert call(finetune, *flags, tiny.parent / "tiny" / ".", "--overwrite") == 2
+    assert "is the folder of the model itself" in capsys.readouterr().err
+    original = weights.write_safetensors
+    interrupt = lambda *a: original(*a) if target.name not in str(a[0]) else 1 / 0  # noqa: E731
+    with unittest.mock.patch.object(weights, "write_safetensors", interrupt), pytest.raises(ZeroDivisionError):
+        call(finetune, *flags, target, "--overwrite")
+    assert not (target / "model.safetensors").exists()
+    assert call(finetune, *flags, target) == 0  # what an interrupted export left is an export's
+    model = (run / "model.safetensors").read_bytes()
+    assert call(finetune, *flags, run) == 2 and (run / "model.safetensors").read_bytes() == model
+    (target / "README.md").write_text("edited")
+    assert call(finetune, *flags, target) == 0 and (target / "README.md").read_text() == "edited"
 
 
 def test_what_cannot_be_exported_is_refused_before_training_and_after_it(tiny, corpus, tmp_path, capsys):
@@ -1397,7 +1423,21 @@ def test_a_file_of_ones_own_is_a_task(tmp_path, name):
     splits = task.load(None)
     rows = [splits["test"][0], splits["validation"][0], *splits["train"]]
     first = {"mine.csv": "a, b\nc", "mine.tsv": 'a, b "c', "mine.jsonl": "a"}[name]
-    assert rows == [((first,), 1), (("d",), 0), (("e",), 1)]
+    assert sorted(rows) == sorted([((first,), 1), (("d",), 0), (("e",), 1)])
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_every_part_of_a_file_of_ones_own_has_the_labels_in_the_files_shares(tmp_path, folder):
+    """Also where the labels come in turn, as of pairs of an original and its opposite."""
+    lines = "text,label\n" + "".join(f"{i},{'abbbb'[i % 5]}\n" for i in range(1000))
+    (tmp_path / "train.csv").write_text(lines)
+    if folder:
+        (tmp_path / "test.csv").write_text(lines)
+    splits = data.find_task(str(tmp_path if folder else tmp_path / "train.csv")).load(None)
+    shares = {name: np.mean([label for _, label in rows]) for name, rows in splits.items()}
+    assert len(shares) == 3 and all(abs(share - 0.8) < 0.02 for share in shares.values()), shares
+    if not folder:
+        assert sorted(int(texts[0]) for rows in splits.values() for texts, _ in rows) == list(range(1000))
 
 
 def test_a_folder_with_splits_and_pairs_is_a_task(tmp_path):
@@ -1425,6 +1465,8 @@ NASTY = {
     "empty": ("a.csv", b"", "has no rows"),
     "one label": ("a.csv", b"text,label\na,1\nb,1\n", "has no two labels"),
     "two rows": ("a.csv", b"text,label\na,1\nb,2\n", "has too few rows"),
+    "open quote": ("a.csv", b'text,label\na,1\n"b,2\nc,1\nd,2\n', "row that begins in line 3: unexpected end of data"),
+    "stray quote": ("a.csv", b'label,text\n1,"a\nb"\n2,"so "good" it is"\n', "row that begins in line 4: ',' expected"),
 }
 
 
@@ -1560,6 +1602,39 @@ def test_a_search_killed_and_started_again_ends_with_the_same_bytes(tmp_path, co
     assert not list(folder.glob("*state*")) and not list(folder.glob("*.part"))
 
 
+def test_a_search_that_is_refused_leaves_the_head_that_another_fitted(tmp_path, corpus, capsys):
+    saved(tmp_path / "headless", transformers.BertModel)
+    command = quick_search(tmp_path / "headless", corpus, tmp_path, "--head-steps", 3)[1:]
+    original = weights.write_safetensors
+    interrupt = lambda *a: original(*a) or (_ for _ in ()).throw(KeyboardInterrupt)  # noqa: E731
+    assert call(search, *command) == 0
+    head = (tmp_path / "headless" / "mlm_head.safetensors").read_bytes()
+    (tmp_path / "headless" / "coefficients.safetensors").unlink()
+    with unittest.mock.patch.object(weights, "write_safetensors", interrupt):
+        assert call(search, *command) == 130
+    assert call(search, *command, "--seed", "7") == 2 and "seed 0, not 7" in capsys.readouterr().err
+    assert (tmp_path / "headless" / "mlm_head.safetensors").read_bytes() == head
+
+
+def test_of_two_commands_that_write_the_same_the_second_waits(tmp_path, capsys):
+    seen, path = [], tmp_path / "some.state"
+
+    def work(name):
+        with processes.alone(path):
+            seen.append(f"{name} begins")
+            time.sleep(0.3)
+            seen.append(f"{name} ends")
+
+    threads = [threading.Thread(target=work, args=name) for name in "ab"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted([seen[:2], seen[2:]]) == [["a begins", "a ends"], ["b begins", "b ends"]]
+    assert capsys.readouterr().out == f"another command is at work on {path}: waiting until it ends\n"
+    assert not list(tmp_path.iterdir())
+
+
 def test_search_draw_and_finetune_chain(tiny, corpus, tmp_path, capsys):
     assert call(search, *quick_search(tiny, corpus, tmp_path)[1:], "--gamma", "0.9", "--patience", "2") == 0
     lines = capsys.readouterr().out.splitlines()
@@ -1596,8 +1671,9 @@ def test_search_draw_and_finetune_chain(tiny, corpus, tmp_path, capsys):
         assert metrics["test_accuracy"] == pytest.approx(again, abs=0.01) and len(rows) == metrics["test_rows"]
     assert counts == {"drawn-vanilla-seed0": (5, 64), "random-freelb-seed0": (5, 64), "none-vanilla-seed0": (6, 80)}
     capsys.readouterr()
-    assert call(finetune, *flags) == 0  # at once: it is done already
-    assert "best of 1 epochs" in capsys.readouterr().out
+    assert call(finetune, *flags, "--adv-steps", "5") == 0  # at once: it is done already
+    printed = capsys.readouterr().out
+    assert "best of 1 epochs" in printed and "--adv-steps 5 has no effect: --method vanilla has no adversary" in printed
 
 
 def test_a_finetuning_killed_and_started_again_ends_with_the_same_bytes(tiny, tmp_path):
@@ -2115,6 +2191,7 @@ def scripts(monkeypatch):
             runtime.write_json(folder / "metrics.json", metrics | {"seconds": 7, "tokens_per_second": 11})
         if name == "attack.py":
             attacked = {"aua": accuracy / 2, "suc": None, "queries": 50, "resources": {"word vectors": "of a test"}}
+            attacked["outcomes"] = {"error": 3} if options.method == "pgd" and options.seed == 9 else {}
             runtime.write_json(folder / f"{options.attack}.json", attacked)
 
     monkeypatch.setattr(paper, "script", script)
@@ -2176,9 +2253,30 @@ def test_other_searches_and_ratios_have_tables_of_their_own(scripts, tmp_path, c
     assert make_table(tmp_path, "--methods", "ORTicket", "--search", "source=rt") == 0
     drawn = next(flags["coefficients"] for name, flags in reversed(scripts) if name == "draw.py")
     assert drawn == tmp_path / "runs" / "minilm" / "coefficients-rt.safetensors"
-    for wrong in ("adv-steps", "output=elsewhere", "seeds=2"):  # the others are paper.py's own to give
-        assert make_table(tmp_path, "--search", wrong) == 2
-        assert f"--search {wrong!r}: give options of search.py as NAME=VALUE" in capsys.readouterr().err
+    assert make_table(tmp_path, "--methods", "RobustT", "--finetune", "adv-max-norm=2") == 0
+    trained = [flags for name, flags in scripts if name == "finetune.py" and "adv-max-norm" in flags]
+    assert [flags["adv-max-norm"] for flags in trained] == ["2", "2"]  # the one before the masks, and the one after
+    assert "n 100, finetune adv-max-norm 2." in capsys.readouterr().out
+    for flag, wrong in (  # the others are paper.py's own to give
+        *(("search", "adv-steps"), ("search", "output=elsewhere"), ("search", "seeds=2")),
+        *(("draw", "coefficients=file"), ("finetune", "seed=1"), ("finetune", "learning_rate=1")),
+    ):
+        assert make_table(tmp_path, f"--{flag}", wrong) == 2
+        assert f"--{flag} {wrong!r}: give options of {flag}.py as NAME=VALUE" in capsys.readouterr().err
+
+
+def test_a_row_counts_once_and_none_whose_attacks_ended_in_errors(scripts, tmp_path, capsys):
+    assert make_table(tmp_path, "--methods", "Vanilla", "Vanilla") == 0 and len(scripts) == 2
+    with unittest.mock.patch.object(paper, "run", lambda *a: {"figures": {"Clean%": 1.0}, "resources": {}}):
+        first, recorded = [], paper.recorded
+        late = lambda path: recorded(path) if first else first.append(1) or []  # noqa: E731  which began before it
+        with unittest.mock.patch.object(paper, "recorded", late):
+            assert make_table(tmp_path, "--methods", "Vanilla") == 0
+    assert len(json.loads((tmp_path / "results" / "table1.json").read_text())["runs"]) == 1
+    assert make_table(tmp_path, "--methods", "PGD", "--seeds", "10") == 2
+    assert "3 of 100 attacks by textfooler on" in capsys.readouterr().err
+    runs = json.loads((tmp_path / "results" / "table1.json").read_text())["runs"]
+    assert [run["seed"] for run in runs if run["method"] == "PGD"] == list(range(9))
 
 
 def test_a_table_that_is_interrupted_keeps_the_runs_it_has(scripts, tmp_path, monkeypatch):
@@ -2347,6 +2445,22 @@ def test_robust_tickets_are_searched_drawn_and_retrained_with_the_pruned_weights
         assert (weight[~mask] == 0).all() and (weight[mask] != 0).all()
     zeros = sum((~mask).sum().item() for mask in masks.values())
     assert metrics["parameters"] == sum(p.numel() for p in model.parameters()) - zeros
+
+
+def test_masks_are_learned_only_for_the_task_that_the_model_was_fine_tuned_on(tiny, tmp_path, capsys):
+    for folder, labels in (("a", "xy"), ("b", "yx")):
+        (tmp_path / folder).mkdir()
+        lines = "".join(f"word {i},{labels[i % 2]}\n" for i in range(40))
+        (tmp_path / folder / "mine.csv").write_text("title,kind\n" + lines)
+    flags = ["--model", tiny, "--output", tmp_path, "--precision", "fp32", "--seed", "1", "--train-rows", "16"]
+    flags += ["--text-columns", "title", "--label-column", "kind", "--epochs", "1", "--task"]
+    assert call(finetune, *flags, tmp_path / "a" / "mine.csv", "--ticket", "none") == 0
+    assert call(robustt, *flags, tmp_path / "b" / "mine.csv") == 2
+    assert "was fine-tuned on other rows than those of" in capsys.readouterr().err
+    assert call(robustt, *flags, tmp_path / "a" / "mine.csv") == 0
+    line = capsys.readouterr().out.splitlines()[-1].removeprefix("next: python finetune.py ")
+    assert call(finetune, *shlex.split(line), "--epochs", "1") == 0  # as it is printed
+    assert (tmp_path / "tiny" / "mine" / "robustt-seed1-vanilla-seed1" / "model.safetensors").is_file()
 
 
 def test_the_ablations_keep_the_structure_or_the_weights_of_the_ticket(tiny, tmp_path, capsys):
@@ -2661,32 +2775,35 @@ def test_the_figures_are_those_of_textattacks_own_metrics(textattack, victim, tm
     assert abs(summary["words_changed"] - share) < 1e-9 and 0 < share < 1
 
 
-PAIRS = {"both": (None, {0, 1}), "the first": ("question", {0}), "the second": ("sentence", {1})}
+def copied(victim, output, task):
+    """The victim as a model fine-tuned on a task of one's own, with the classes 0 and 1; its folder."""
+    folder = shutil.copytree(victim / "minilm" / "rt", output / "minilm" / task) / "none-vanilla-seed0"
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"id2label": {0: "0", 1: "1"}}))
+    return folder
+
+
+PAIRS = {
+    "both": ("deepwordbug", ("question", "sentence"), None, {0, 1}),
+    "the first": ("deepwordbug", ("question", "sentence"), "question", {0}),
+    "the second": ("deepwordbug", ("question", "sentence"), "sentence", {1}),
+    "TextFooler's own": ("textfooler", ("premise", "hypothesis"), None, {1}),
+    "not TextFooler's own": ("textfooler", ("premise", "hypothesis"), "premise", {0}),
+}
 
 
 @pytest.mark.parametrize("case", PAIRS)
 def test_of_pairs_only_the_columns_asked_for_change(textattack, victim, tmp_path, case):
+    name, columns, asked, allowed = PAIRS[case]
     lines = "".join(
         f"{texts[0][:60]}\t{texts[0][60:] or 'so'}\t{label}\n"
         for texts, label in data.TASKS["rt"].load(None)["test"][::4]
     )
-    (tmp_path / "mine.tsv").write_text("question\tsentence\ty\n" + lines)
-    shutil.copytree(victim / "minilm" / "rt", tmp_path / "minilm" / "mine")
-    columns, allowed = PAIRS[case]
-    flags = [
-        "--task",
-        tmp_path / "mine.tsv",
-        "--text-columns",
-        "question",
-        "sentence",
-        "--label-column",
-        "y",
-        "--n",
-        "8",
-    ]
-    flags += ["--attack", "deepwordbug", "--ticket", "none", "--output", tmp_path]
-    assert call(attack, *flags, *(["--attack-columns", columns] if columns else [])) == 0
-    path = tmp_path / "minilm" / "mine" / "none-vanilla-seed0" / "deepwordbug.jsonl"
+    (tmp_path / "mine.tsv").write_text("\t".join((*columns, "y")) + "\n" + lines)
+    path = copied(victim, tmp_path, "mine") / f"{name}.jsonl"
+    flags = ["--task", tmp_path / "mine.tsv", "--text-columns", *columns, "--label-column", "y", "--n", "8"]
+    flags += ["--attack", name, "--ticket", "none", "--output", tmp_path]
+    assert call(attack, *flags, *(["--attack-columns", asked] if asked else [])) == 0
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     changed = {i for row in rows for i in (0, 1) if row["original"][i] != row["perturbed"][i]}
     assert changed == allowed
@@ -2706,12 +2823,11 @@ def test_nasty_texts_are_attacked_or_left_and_never_end_the_run(textattack, vict
     texts += ["a fine and moving film"] * 4
     rows = [{"text": text, "label": i % 2} for i, text in enumerate(texts * 10)]
     (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    shutil.copytree(victim / "minilm" / "rt", tmp_path / "minilm" / "mine")
+    folder = copied(victim, tmp_path, "mine")
     flags = ["--task", tmp_path / "mine.jsonl", "--n", "12", "--ticket", "none", "--output", tmp_path]
     for name in ("textfooler", "textbugger"):
         assert call(attack, *flags, "--attack", name) == 0
-        path = tmp_path / "minilm" / "mine" / "none-vanilla-seed0" / f"{name}.jsonl"
-        assert len(path.read_text().splitlines()) == 12
+        assert len((folder / f"{name}.jsonl").read_text().splitlines()) == 12
 
 
 def test_without_nltks_data_or_a_network_all_four_attacks_run_and_say_what_they_miss(victim, tmp_path):
@@ -2745,9 +2861,54 @@ def test_where_every_attack_ends_in_an_error_so_does_the_command(textattack, vic
     captured = capsys.readouterr()
     assert code == 2 and "every attack ended in an error, such as MemoryError none left" in captured.err
     assert len(path.read_text().splitlines()) == 2 and "an error is in no figure; the first, of example" in captured.out
+    code, path, summary = run_attack(victim, tmp_path, "--n", "2", "--attack", "deepwordbug")  # memory is there again
+    assert code == 0 and "error" not in summary["outcomes"] and len(path.read_text().splitlines()) == 2
 
 
-@pytest.mark.parametrize("reachable", [True, False])
+def test_one_of_several_processes_waits_for_no_others_that_are_gone(textattack, victim, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    parents = itertools.chain([7], itertools.repeat(1))  # torchrun's number, then that of init
+    monkeypatch.setattr(os, "getppid", lambda: next(parents))
+    code, path, summary = run_attack(victim, tmp_path, "--n", "2", "--attack", "deepwordbug")
+    assert code == 2 and "torchrun, and the other processes with it, are gone" in capsys.readouterr().err
+    assert summary["examples"] == 1
+
+
+def test_a_task_of_the_same_name_with_other_rows_gets_figures_of_its_own(textattack, victim, tmp_path, capsys):
+    run = copied(victim, tmp_path, "mine")
+    runtime.write_json(run / "metrics.json", {"test_accuracy": 0.125})  # of the rows that the file once had
+    rows = data.TASKS["rt"].load(None)["test"][::4]
+    flags = ["--n", "2", "--ticket", "none", "--output", tmp_path, "--task", tmp_path / "mine.jsonl"]
+    lines = [json.dumps({"text": texts[0], "label": label}) for texts, label in rows]
+    (tmp_path / "mine.jsonl").write_text("\n".join(lines))
+    assert call(attack, *flags, "--attack", "deepwordbug") == 0
+    clean = json.loads((run / "deepwordbug.json").read_text())["clean"]
+    assert clean > 0.6 and f"of which {run} gets {clean:.2%} right" in capsys.readouterr().out
+    lines = [json.dumps({"text": texts[0], "label": "ab"[label]}) for texts, label in rows]
+    (tmp_path / "mine.jsonl").write_text("\n".join(lines))
+    assert call(attack, *flags) == 2 and "knows the classes 0, 1, not those of" in capsys.readouterr().err
+
+
+def test_a_classifier_that_misses_a_part_is_not_attacked(victim, tmp_path, capsys):
+    folder = shutil.copytree(victim / "minilm" / "rt" / "none-vanilla-seed0", tmp_path / "published")
+    tensors, notes = weights.read_notes(folder / "model.safetensors")
+    kept = {name: tensor.clone() for name, tensor in tensors.items() if "pooler" not in name}
+    weights.write_safetensors(folder / "model.safetensors", kept, notes)
+    assert call(attack, "--model", folder, "--output", tmp_path) == 2
+    assert "has no classifier for the 2 classes of rt" in capsys.readouterr().err
+
+
+def test_the_masked_language_model_is_of_the_revision_asked_for(monkeypatch):
+    asked = unittest.mock.Mock(side_effect=BadInput)
+    monkeypatch.setattr(data, "find_model", asked)
+    for masked_lm in ("a/b", "c/d"):
+        with pytest.raises(BadInput):
+            attack.masked_swap(None, attack.Options(model="a/b", revision="x"), {"masked_lm": masked_lm}, None)
+    assert asked.mock_calls == [unittest.mock.call("a/b", "x"), unittest.mock.call("c/d", None)]
+
+
+@pytest.mark.parametrize("reachable", [True, False, "by a sign-in page"])
 def test_nltk_is_waited_for_as_the_hub_is_and_after_one_failure_not_again(tmp_path, monkeypatch, reachable):
     import nltk
 
@@ -2755,6 +2916,8 @@ def test_nltk_is_waited_for_as_the_hub_is_and_after_one_failure_not_again(tmp_pa
 
     def download(package, **_):
         asked.append((package, nltk.downloader.NETWORK_TIMEOUT))
+        if reachable == "by a sign-in page":
+            raise SyntaxError("not well-formed")
         if reachable:
             (tmp_path / attack.NLTK[package]).mkdir(parents=True)
         return reachable
@@ -2762,8 +2925,8 @@ def test_nltk_is_waited_for_as_the_hub_is_and_after_one_failure_not_again(tmp_pa
     monkeypatch.setattr(nltk, "download", download)
     monkeypatch.setattr(nltk.data, "path", [str(tmp_path)])
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-    assert attack.find_nltk_data(nltk) == dict.fromkeys(attack.NLTK, reachable)
-    assert asked == [(package, hub.TIMEOUT[1]) for package in list(attack.NLTK)[: 3 if reachable else 1]]
+    assert attack.find_nltk_data(nltk) == dict.fromkeys(attack.NLTK, reachable is True)
+    assert asked == [(package, hub.TIMEOUT[1]) for package in list(attack.NLTK)[: 3 if reachable is True else 1]]
 
 
 BAD_ATTACKS = {

@@ -174,6 +174,12 @@ class Rows:
         return tuple(part if part is None else part.to(self.device) for part in parts)
 
 
+def tokenized(splits, tokenizer, max_length, device):
+    """({name of a split: its Rows}, the sha256 that tells these rows with their labels from others)."""
+    sets = {name: Rows(tokenizer, rows, max_length, device) for name, rows in splits.items()}
+    return sets, hashlib.sha256("".join(rows.sha256 for rows in sets.values()).encode()).hexdigest()
+
+
 @contextlib.contextmanager
 def made_once(path):
     """True where the block is to make `path`; of several processes that want it, one makes it."""

@@ -122,7 +122,7 @@ def made_before(path, made_by, overwrite):
     """Whether the file at `path` was made with exactly the settings `made_by`, so that it need not be made again.
 
     Where it was made with others, or cannot be read, it is removed if it may be overwritten; else raises BadInput.
-    Model, corpus and task count by their sha256, not by how their paths are spelled.
+    Models, corpus and task count by their sha256, not by how their paths are spelled.
     """
     if not os.path.exists(path):
         return False
@@ -136,7 +136,8 @@ def made_before(path, made_by, overwrite):
         notes = {}
     differs = [f"another {key}" for key in made_by if key.endswith("sha256") and notes.get(key) != made_by[key]]
     old, new = notes.get("settings", {}), json.loads(json.dumps(made_by["settings"]))
-    compared = [key for key in new if key not in ("model", "corpus", "source", "task", "revision", "data_revision")]
+    named = ("model", "corpus", "source", "task", "revision", "data_revision", "masked_lm")
+    compared = [key for key in new if key not in named]
     differs += [f"{key} {old.get(key)!r}, not {new[key]!r}" for key in compared if old.get(key) != new[key]]
     if not differs:
         return True
