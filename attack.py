@@ -35,6 +35,7 @@ import numpy as np
 import torch
 
 import data
+import finetune
 import hub
 import resources
 import runtime
@@ -70,7 +71,7 @@ class Options:
     seed: int = option(0, "of the fine-tuning, of the choice of examples and of random edits", at_least=0, below=2**31)
     n: int = option(300, "test rows that are attacked", at_least=1)
     attack_columns: str = option(
-        None, "of pairs: the column that may be changed, instead of both (of premise and hypothesis, the second)"
+        None, "of pairs: the column that may be changed, instead of both (TextFooler: the hypothesis of a premise)"
     )
     vectors: str = option(None, "word vectors: embedded, textattack (its cache, the default where there), an .npz file")
     encoder: str = option("minilm", "of sentences; use: Universal Sentence Encoder", choices=("minilm", "use"))
@@ -107,13 +108,14 @@ def main():
     task = data.find_task(options.task, tuple(options.text_columns), options.label_column)
     if options.attack_columns not in (None, *task.columns):
         raise BadInput(f"--attack-columns {options.attack_columns}: {options.task} has {' and '.join(task.columns)}")
-    victim, folder, made_by = find_victim(options, task, device, dtype)
-    test = task.load(options.data_revision)["test"]
+    splits = task.load(options.data_revision)
+    victim, folder, made_by = find_victim(options, task, splits, device, dtype)
+    test = splits["test"]
+    del splits  # the training rows
     if options.n > len(test):
         raise BadInput(f"--n {options.n} is more than the {len(test):,} test rows of {options.task}")
-    # other rows or lengths than those that finetune.py has measured; one's own file may have changed
-    given = options.max_length or options.data_revision or options.task not in data.TASKS
-    clean = clean_accuracy(None if given else folder, victim, test)
+    # with --max-length, at another length than finetune.py has measured it
+    clean = clean_accuracy(None if options.max_length else folder, victim, test)
     print(f"attacking {options.n} of {len(test):,} test rows, of which {folder} gets {clean:.2%} right")
     examples = {number: test[number] for number in sample(options, len(test))}
     made_by["task_sha256"] = hashlib.sha256(repr(examples).encode("utf8", "surrogatepass")).hexdigest()
@@ -156,7 +158,7 @@ def main():
 # --------------------------------------------------------------------------------------------------------- victim
 
 
-def find_victim(options, task, device, dtype):
+def find_victim(options, task, splits, device, dtype):
     """(the Classifier under attack, folder for the results, how they are made): what finetune.py made of --model, or
     --model itself where it has a classifier head.
 
@@ -167,27 +169,23 @@ def find_victim(options, task, device, dtype):
     same = ("model", "output", "ticket", "method", "ablation", "seed", "text_columns", "label_column", "data_revision")
     given = runtime.flags(options, *same)
     makes = f"python finetune.py --task {shlex.quote(options.task)}{given} makes one"
-    masked_lm, longest = options.masked_lm or runtime.DEFAULT_MODEL, task.max_length
     if (run / "model.safetensors").is_file():
-        folder, path, sha256 = run, run, weights.sha256(run / "model.safetensors")
-        classes = tuple(runtime.read_json(run / "config.json")["id2label"].values())
-        if sorted(classes) != sorted(task.labels):
-            raise BadInput(f"{run} knows the classes {', '.join(classes)}, not those of {options.task}: {makes}")
-        masked_lm = options.masked_lm or options.model
-        longest = weights.read_notes(run / "model.safetensors")[1].get("settings", {}).get("max_length") or longest
+        model, tokenizer, length, _ = finetune.reload(run, task, splits, options, device)
+        folder, masked_lm, sha256 = run, options.model, weights.sha256(run / "model.safetensors")
     elif options.model in data.EMBEDDED or options.model in data.ON_HUB:
         raise BadInput(f"there is no fine-tuned model in {run}: {makes}")
     else:
         path, sha256 = data.find_model(options.model, options.revision)
-    model = Bert.load(path)
-    if model.config.num_labels != len(task.labels) or {"pooler", "classifier"} & set(model.initialized):
-        raise BadInput(f"{path} has no classifier for the {len(task.labels)} classes of {options.task}: {makes}")
-    longest = min(options.max_length or longest, model.config.max_length)
+        model, tokenizer, length, masked_lm = Bert.load(path), tokens.Tokenizer(path), task.max_length, None
+        if model.config.num_labels != len(task.labels) or {"pooler", "classifier"} & set(model.initialized):
+            raise BadInput(f"{path} has no classifier for the {len(task.labels)} classes of {options.task}: {makes}")
+    length = min(options.max_length or length, model.config.max_length)
+    masked_lm = options.masked_lm or masked_lm or runtime.DEFAULT_MODEL
     settings = {name: value for name, value in asdict(options).items() if name not in NOT_SETTINGS}
-    settings |= {"precision": runtime.precision_name(dtype), "max_length": longest, "masked_lm": masked_lm}
+    settings |= {"precision": runtime.precision_name(dtype), "max_length": length, "masked_lm": masked_lm}
     versions = runtime.versions() | {name: importlib.metadata.version(name) for name in ("textattack", "nltk")}
     made_by = {"script": "attack.py", "settings": settings, "model_sha256": sha256, "versions": versions}
-    return resources.Classifier(model, tokens.Tokenizer(path), longest, device, dtype), folder, made_by
+    return resources.Classifier(model, tokenizer, length, device, dtype), folder, made_by
 
 
 def sample(options, rows):
@@ -315,7 +313,7 @@ def masked_swap(textattack, options, settings, victim):
     name = settings["masked_lm"]
     path, sha256 = data.find_model(name, options.revision if name == options.model else None)
     model, tokenizer = Bert.load(path, mlm=True), tokens.Tokenizer(path)
-    which = f"{Path(name)}, sha256 {sha256[:8]}"
+    which = f"{Path(name).name}, sha256 {sha256[:8]}"
     if "mlm_head" in model.initialized:
         import search  # here, so that --help need not wait for it
 

@@ -373,9 +373,10 @@ def attack_of(textattack, nltk_data, options):
     runtime.keep_memory()
     device = runtime.pick_device()
     task = data.find_task(options.task)
-    victim, _, made_by = attack.find_victim(options, task, device, runtime.pick_precision(device, options.precision))
+    splits, dtype = task.load(None), runtime.pick_precision(device, options.precision)
+    victim, _, made_by = attack.find_victim(options, task, splits, device, dtype)
     recipe, _ = attack.build(textattack, nltk_data, options.attack, options, made_by, task, victim)
-    test = task.load(None)["test"]
+    test = splits["test"]
     if options.n > len(test):
         raise BadInput(f"--n {options.n} is more than the {len(test):,} test rows of {options.task}")
     rows = {number: test[number] for number in attack.sample(options, len(test))}

@@ -318,7 +318,7 @@ def separated(path, text):
             elif fields:
                 yield reader.line_num, dict(zip(header, fields))
     except csv.Error as error:
-        remedy = "a quote within a quoted field is written twice"
+        remedy = "a quote within a quoted field is written twice, and nothing follows the closing one"
         raise BadInput(f"{path}, the row that begins in line {begins}: {error}; {remedy}") from None
     if repeated:
         print(f"{path}: the header comes again in line {repeated[0]}: {len(repeated)} such lines are left out")

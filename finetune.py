@@ -89,7 +89,9 @@ class Options:
     export_hf: str = option(
         None, "also write a dense copy, zeros where pruned, that transformers loads, to this folder"
     )
-    overwrite: bool = option(False, "replace a model that other settings made in the same folder")
+    overwrite: bool = option(
+        False, "replace a model that other settings made in the same folder; and whatever is in that of --export-hf"
+    )
 
 
 NOT_SETTINGS = ("output", "overwrite", "export_hf", "accumulate", "checkpointing")  # a run may go on with others
@@ -156,6 +158,21 @@ def main():
             pruned = None if options.ablation == "no-structure" or isinstance(masks, dict) else masks
             export(Path(options.export_hf), folder, pruned, tokenizer, task, made_by)
         print(f"for transformers, with zeros where the ticket pruned: {options.export_hf}")
+
+
+def reload(folder, task, splits, options, device):
+    """(model, tokenizer, tokens that a text is cut to, notes) of what main() made of options.task in `folder`.
+
+    Raises BadInput where it was fine-tuned on other rows than those of `splits`, the task's, so that its accuracy is
+    not theirs and its training rows may be their test rows: a file of one's own may have changed, or have a namesake.
+    """
+    model, tokenizer = Bert.load(folder).to(device), tokens.Tokenizer(folder)
+    notes = weights.read_notes(folder / "model.safetensors")[1]
+    length = min(notes["settings"]["max_length"] or task.max_length, model.config.max_length)
+    train = data.first_rows(splits["train"], notes["settings"]["train_rows"], options.task)
+    if tokens.tokenized(splits | {"train": train}, tokenizer, length, device)[1] != notes["task_sha256"]:
+        raise BadInput(f"{folder} was fine-tuned on other rows than those of {options.task}: fine-tune again")
+    return model, tokenizer, length, notes
 
 
 def starting_point(options, source, masks, task):

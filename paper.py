@@ -107,9 +107,15 @@ def main():
     missing = [cell for cell in cells if cell not in there]
     path.parent.mkdir(parents=True, exist_ok=True)
     bar = runtime.progress(len(cells), len(cells) - len(missing), options.table, "run")
+    failed = []
     for task, name, seed in missing:
         bar.set_postfix_str(f"{name} on {task}, seed {seed}")
-        cell = {"task": task, "method": name, "seed": seed, "settings": settings} | run(options, task, name, seed)
+        found = run(options, task, name, seed)
+        if found["errors"]:
+            failed.append(f"{name} on {task}, seed {seed}: {', '.join(found['errors'])}")
+            continue
+        cell = {"task": task, "method": name, "seed": seed, "settings": settings}
+        cell |= {"figures": found["figures"], "resources": found["resources"]}
         cell |= {"machine": runtime.describe(runtime.pick_device()), "versions": runtime.versions()}
         with filelock.FileLock(path.with_suffix(".lock")):  # another command may have added runs, this one as well
             what = ("task", "method", "seed", "settings")
@@ -121,6 +127,8 @@ def main():
     with runtime.replacing(path.with_suffix(".md")) as beside:
         Path(beside).write_text(text, "utf8")
     print(text, end="")
+    if failed:
+        raise BadInput(f"attacks ended in errors, not in the table: {'; '.join(failed)}; the same command tries again")
 
 
 def recorded(path):
@@ -154,7 +162,8 @@ def script(name, /, **flags):
 
 
 def run(options, task, name, seed):
-    """Make what the method needs, fine-tune, attack; the "figures" of the run and the "resources" of its attacks."""
+    """Make what the method needs, fine-tune, attack; the "figures" of the run, the "resources" of its attacks, and the
+    first of the "errors" of each."""
     ticket, method, ablation = METHODS[name]
     where = {"model": options.model, "output": options.output}
     searched = given(options, "search")
@@ -181,18 +190,17 @@ def run(options, task, name, seed):
     for attack in options.attacks:
         script("attack.py", **where, task=task, n=options.n, **made, attack=attack)
     folder /= runtime.run_name(SimpleNamespace(**made))
-    metrics, resources = runtime.read_json(folder / "metrics.json"), {}
+    metrics, resources, errors = runtime.read_json(folder / "metrics.json"), {}, []
     figures = {"Clean%": 100 * metrics["test_accuracy"]}
     for attack in options.attacks:
         attacked = runtime.read_json(folder / f"{attack}.json")
-        if errors := attacked["outcomes"].get("error"):
-            raise BadInput(f"{errors} of {options.n} attacks by {attack} on {folder} ended in an error: try again")
+        errors += list(attacked["errors"].values())[:1]
         resources |= attacked["resources"]
         for column, (name, unit) in ATTACKED.items():
             figures[f"{attack} {column}"] = None if attacked[name] is None else unit * attacked[name]
     figures |= {"GB": metrics["peak_memory"] / 1e9, "M parameters": metrics["parameters"] / 1e6}
     figures |= {name: metrics[name] for name in ("seconds", "tokens_per_second")}
-    return {"figures": figures, "resources": resources}
+    return {"figures": figures, "resources": resources, "errors": errors}
 
 
 def written(runs):

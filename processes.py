@@ -69,13 +69,13 @@ def alone(path):
         try:
             lock.acquire(timeout=0)
         except filelock.Timeout:
-            print(f"another command is at work on {path}: waiting until it ends", flush=True)
+            print(f"another command is at work on {path}: waiting until it ends", file=sys.stderr)
             lock.acquire()
     try:
         yield
-        if FIRST:
-            Path(lock.lock_file).unlink(missing_ok=True)  # whoever waits with it open finds the work done
     finally:
+        if FIRST:
+            Path(lock.lock_file).unlink(missing_ok=True)  # whoever waits with it open sees that, and makes another
         lock.release()
 
 

@@ -3,8 +3,8 @@
 Clean% is the accuracy on all test rows; Aua%, accuracy under attack, is failed attacks / examples; Suc% is succeeded /
 (succeeded + failed); #Query the mean number of queries of an attack, failed or not. An example that the model
 misclassifies from the start is not attacked, and counts in Aua% alone; one whose attack ends in an error counts
-nowhere, and the same command tries it again. The words changed and the similarity of the sentences are means over
-successful attacks: a success that changes the meaning is none.
+nowhere, and once the others are done the same command tries it again. The words changed and the similarity of the
+sentences are means over successful attacks: a success that changes the meaning is none.
 """
 
 import difflib
@@ -44,11 +44,6 @@ class Results:
                 content = path.read_bytes()
                 os.truncate(path, content.rfind(b"\n") + 1)
         self.read()
-        with self.lock:
-            if runtime.read_json(self.summary).get("outcomes", {}).get("error"):  # of a run that has ended
-                self.rows = {number: row for number, row in self.rows.items() if row["outcome"] != "error"}
-                self.write(self.rows)
-                runtime.write_json(self.summary, self.made_by)
 
     def read(self):
         with self.lock:
@@ -62,11 +57,6 @@ class Results:
         self.rows[row["example"]] = row
         with self.lock, open(self.path, "ab") as file:
             file.write(as_line(row))
-
-    def write(self, numbers):
-        """The lines of these examples, in this order, in place of all that are there."""
-        with runtime.replacing(self.path) as beside, open(beside, "wb") as file:
-            file.writelines(as_line(self.rows[number]) for number in numbers)
 
     def show(self, bar, shared):
         """Move the bar; shared: other processes write as well."""
@@ -92,22 +82,24 @@ class Results:
         }
 
     def summarize(self, clean, count):
-        """Write the summary and, when all examples are there, their lines in the order of the sample; print `count`
-        successful attacks, and how many ended in which way. Returns the figures."""
+        """Write the summary and, when all examples are there, their lines in the order of the sample, but for errors,
+        which the same command then tries again; print `count` successful attacks, and how many ended in which way.
+        Returns the figures."""
+        errors = {number: row["reason"] for number, row in self.rows.items() if row["outcome"] == "error"}
         if len(self.rows) == len(self.sample):
-            self.write(self.sample)
+            with runtime.replacing(self.path) as beside, open(beside, "wb") as file:
+                file.writelines(as_line(self.rows[number]) for number in self.sample if number not in errors)
             Path(self.lock.lock_file).unlink(missing_ok=True)
-        figures = {"clean": clean, **self.figures(), "examples": len(self.rows)}
+        figures = {"clean": clean, **self.figures(), "examples": len(self.rows), "errors": errors}
         runtime.write_json(self.summary, self.made_by | figures)
         for row in [row for row in self.rows.values() if row["outcome"] == "succeeded"][:count]:
             print_change(row)
         outcomes = ", ".join(f"{number} {outcome}" for outcome, number in sorted(figures["outcomes"].items()))
         print(f"{len(self.rows)} of {len(self.sample)} examples attacked: {outcomes or 'none'}; {self.path}")
-        errors = [row for row in self.rows.values() if row["outcome"] == "error"]
-        if errors:
-            print(f"an error is in no figure; the first, of example {errors[0]['example']}: {errors[0]['reason']}")
-        if errors and figures["suc"] is None:
-            raise BadInput(f"every attack ended in an error, such as {errors[0]['reason']}: see {self.path}")
+        for number, reason in list(errors.items())[:1]:
+            print(f"an error is in no figure; the first, of example {number}: {reason}")
+            if figures["suc"] is None:
+                raise BadInput(f"every attack ended in an error, such as {reason}: see {self.summary}")
         return figures
 
 

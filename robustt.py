@@ -22,11 +22,11 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import data
+import finetune
 import processes
 import runtime
 import tokens
 import weights
-from bert import Bert
 from freelb import freelb
 from runtime import BadInput, option
 
@@ -90,18 +90,12 @@ def main():
     folder = runtime.output_folder(options.output, options.model) / runtime.task_folder(options.task)
     source = folder / f"none-vanilla-seed{options.seed}"
     same = ("model", "output", "seed", "text_columns", "label_column", "data_revision", "train_rows")
-    finetune = f"python finetune.py --task {shlex.quote(options.task)}{runtime.flags(options, *same)}"
+    retrain = f"python finetune.py --task {shlex.quote(options.task)}{runtime.flags(options, *same)}"
     if not (source / "model.safetensors").is_file():
-        raise BadInput(f"{source} is not there: {finetune} --ticket none makes it")
-    model, tokenizer = Bert.load(source).to(device), tokens.Tokenizer(source)
-    notes = weights.read_notes(source / "model.safetensors")[1]  # how finetune.py was called
-    longest = min(notes["settings"]["max_length"] or task.max_length, model.config.max_length)
+        raise BadInput(f"{source} is not there: {retrain} --ticket none makes it")
     splits = task.load(options.data_revision)
-    before = splits | {"train": data.first_rows(splits["train"], notes["settings"]["train_rows"], options.task)}
-    if tokens.tokenized(before, tokenizer, longest, device)[1] != notes["task_sha256"]:
-        raise BadInput(f"{source} was fine-tuned on other rows than those of {options.task}: fine-tune it again")
-    rows = data.first_rows(splits["train"], options.train_rows, options.task)
-    rows = tokens.Rows(tokenizer, rows, longest, device)
+    model, tokenizer, length, notes = finetune.reload(source, task, splits, options, device)
+    rows = tokens.Rows(tokenizer, data.first_rows(splits["train"], options.train_rows, options.task), length, device)
     print(f"task {options.task}: {len(rows):,} training rows; the weights of {source} stay as they are")
     settings = {key: value for key, value in asdict(options).items() if key not in ("output", "overwrite")}
     made_by = {
@@ -122,7 +116,7 @@ def main():
     total = sum(mask.numel() for mask in kept.values())
     left = sum(mask.sum().item() for mask in kept.values())
     print(f"{left:,} of {total:,} weights are left; ticket: {path}")
-    print(f"next: {finetune} --ticket {shlex.quote(str(path))}")
+    print(f"next: {retrain} --ticket {shlex.quote(str(path))}")
 
 
 def search(options, made_by, model, rows, path, state, dtype):

@@ -312,8 +312,10 @@ def find_mlm_head(name, output, model, model_sha256, tokenizer, device):
         blocks = tokens.Blocks(tokenizer, *data.find_corpus(options.corpus), options.block)
         dtype = runtime.pick_precision(device, options.precision)
         settings = asdict(options) | {"precision": runtime.precision_name(dtype)}
-        made_by = {"script": "search.py", "settings": settings, "versions": runtime.versions()}
-        made_by |= {"model_sha256": model_sha256, "corpus_sha256": blocks.sha256}
+        made_by = {"script": "search.py", "settings": settings, "model_sha256": model_sha256}
+        made_by |= {"corpus_sha256": blocks.sha256, "versions": runtime.versions()}
+        torch.manual_seed(options.seed)
+        model.mlm_head.apply(model.initialize)
         fit_mlm_head(options, made_by, model.to(device), tokenizer, blocks, output, dtype)
     return path
 
