@@ -9,7 +9,7 @@ The recipes are TextAttack's own objects; what they draw on (synonyms, sentence 
 language model) is exchanged where the papers' cannot be had, and a line says so. The figures are the paper's:
 Clean% accuracy on all test rows; Aua% accuracy under attack, of all --n examples; Suc% the share of attacks that
 succeed, on those classified rightly before; #Query the mean number of queries of such an attack. Below OUTPUT, beside
-the model: ATTACK.jsonl, a line an example, and ATTACK.json. Killed and typed again, the command goes on.
+the model: ATTACK.jsonl, a line an example, and ATTACK.json, a summary. Killed and typed again, the command goes on.
 """
 
 import contextlib
@@ -162,7 +162,7 @@ def find_victim(options, task, splits, device, dtype):
     """(the Classifier under attack, folder for the results, how they are made): what finetune.py made of --model, or
     --model itself where it has a classifier head.
 
-    Raises BadInput where there is neither, with the command that makes it.
+    Raises BadInput where there is neither, with the command that makes it, and as finetune.reload does.
     """
     folder = runtime.model_folder(options.output, options.model) / runtime.task_folder(options.task)
     run = folder / runtime.run_name(options)
@@ -317,8 +317,8 @@ def masked_swap(textattack, options, settings, victim):
     if "mlm_head" in model.initialized:
         import search  # here, so that --help need not wait for it
 
-        head = search.find_mlm_head(name, options.output, model, sha256, tokenizer, victim.device)
-        which += f" with a head that was fitted to it, sha256 {weights.sha256(head)[:8]}"
+        head_sha256 = search.find_mlm_head(name, options.output, model, sha256, tokenizer, victim.device)
+        which += f" with a head that was fitted to it as {head_sha256[:8]} says"
     k, ranking = options.bert_attack_k, options.bert_attack_ranking
     if k > model.config.vocab_size:
         raise BadInput(f"--bert-attack-k {k} is more than the {model.config.vocab_size:,} tokens of {name}")

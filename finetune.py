@@ -114,7 +114,8 @@ def main():
         max_length = min(options.max_length or task.max_length, config.max_length)
         splits = task.load(options.data_revision)
         splits["train"] = data.first_rows(splits["train"], options.train_rows, options.task)
-        sets, task_sha256 = tokens.tokenized(splits, tokenizer, max_length, device)
+        task_sha256 = tokens.rows_sha256(tokenizer, max_length, *splits.values())
+        sets = {name: tokens.Rows(tokenizer, rows, max_length, device) for name, rows in splits.items()}
     folder = folder / runtime.run_name(options)
     del splits  # the texts; from here on there are token ids
     print(f"task {options.task}: {', '.join(f'{len(rows):,} {name}' for name, rows in sets.items())} rows; {task.note}")
@@ -168,10 +169,16 @@ def reload(folder, task, splits, options, device):
     """
     model, tokenizer = Bert.load(folder).to(device), tokens.Tokenizer(folder)
     notes = weights.read_notes(folder / "model.safetensors")[1]
+    if notes.get("script") != "finetune.py":
+        raise BadInput(f"{folder} was not made by finetune.py: give another --output")
     length = min(notes["settings"]["max_length"] or task.max_length, model.config.max_length)
-    train = data.first_rows(splits["train"], notes["settings"]["train_rows"], options.task)
-    if tokens.tokenized(splits | {"train": train}, tokenizer, length, device)[1] != notes["task_sha256"]:
-        raise BadInput(f"{folder} was fine-tuned on other rows than those of {options.task}: fine-tune again")
+    count = min(notes["settings"]["train_rows"] or math.inf, len(splits["train"]))
+    before = splits | {"train": data.first_rows(splits["train"], count, options.task)}
+    if tokens.rows_sha256(tokenizer, length, *before.values()) != notes["task_sha256"]:
+        raise BadInput(
+            f"{folder} was fine-tuned on other rows than those of {options.task}: give finetune.py's --text-columns, "
+            "--label-column and --data-revision, or fine-tune with --overwrite"
+        )
     return model, tokenizer, length, notes
 
 

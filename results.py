@@ -26,7 +26,7 @@ from runtime import BadInput
 
 class Results:
     """ATTACK.jsonl, a line an example in the order in which they end, and at last in that of the sample; and
-    ATTACK.json, how they were made and what they come to. Several processes may append."""
+    ATTACK.json, how they were made, what they come to, and the errors. Several processes may append."""
 
     def __init__(self, path, made_by, name, used, sample, overwrite):
         self.path, self.sample, self.rows = path, sample, {}

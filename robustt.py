@@ -95,7 +95,8 @@ def main():
         raise BadInput(f"{source} is not there: {retrain} --ticket none makes it")
     splits = task.load(options.data_revision)
     model, tokenizer, length, notes = finetune.reload(source, task, splits, options, device)
-    rows = tokens.Rows(tokenizer, data.first_rows(splits["train"], options.train_rows, options.task), length, device)
+    train = data.first_rows(splits["train"], options.train_rows, options.task)
+    rows = tokens.Rows(tokenizer, train, length, device)
     print(f"task {options.task}: {len(rows):,} training rows; the weights of {source} stay as they are")
     settings = {key: value for key, value in asdict(options).items() if key not in ("output", "overwrite")}
     made_by = {
@@ -103,7 +104,7 @@ def main():
         "settings": settings | {"precision": runtime.precision_name(dtype)},
         "model_sha256": notes["model_sha256"],
         "finetuned_sha256": weights.sha256(source / "model.safetensors"),
-        "task_sha256": rows.sha256,
+        "task_sha256": tokens.rows_sha256(tokenizer, length, train),
         "versions": runtime.versions(),
     }
     path = folder / f"robustt-seed{options.seed}.safetensors"

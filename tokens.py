@@ -140,19 +140,11 @@ class Rows:
         self.has_segments = bool((self.second < self.lengths).any())
 
     def kept(self, tokenizer, rows, max_length):
-        """What `encode` makes of the rows, from the cache or into it; `sha256` tells them, with their labels, apart."""
-        key = hashlib.sha256(tokenizer.digest.encode() + str(max_length).encode())
-        for texts, _ in rows:
-            key.update(len(texts).to_bytes(8, "little"))
-            for text in texts:
-                encoded = text.encode("utf8")
-                key.update(len(encoded).to_bytes(8, "little") + encoded)
-        path = cache_folder() / "tokens" / f"{key.hexdigest()}.safetensors"
+        """What `encode` makes of the rows, from the cache or into it."""
+        path = cache_folder() / "tokens" / f"{texts_digest(tokenizer, rows, max_length).hexdigest()}.safetensors"
         with made_once(path) as missing:
             if missing:
                 weights.write_safetensors(path, encode(tokenizer, [texts for texts, _ in rows], max_length), {})
-        key.update(self.labels.numpy().tobytes())
-        self.sha256 = key.hexdigest()
         return weights.read_safetensors(path)[0]
 
     def __len__(self):
@@ -174,10 +166,25 @@ class Rows:
         return tuple(part if part is None else part.to(self.device) for part in parts)
 
 
-def tokenized(splits, tokenizer, max_length, device):
-    """({name of a split: its Rows}, the sha256 that tells these rows with their labels from others)."""
-    sets = {name: Rows(tokenizer, rows, max_length, device) for name, rows in splits.items()}
-    return sets, hashlib.sha256("".join(rows.sha256 for rows in sets.values()).encode()).hexdigest()
+def texts_digest(tokenizer, rows, max_length):
+    """hashlib's object, fed with the rows' texts and what decides which tokens they become."""
+    digest = hashlib.sha256(tokenizer.digest.encode() + str(max_length).encode())
+    for texts, _ in rows:
+        digest.update(len(texts).to_bytes(8, "little"))
+        for text in texts:
+            encoded = text.encode("utf8")
+            digest.update(len(encoded).to_bytes(8, "little") + encoded)
+    return digest
+
+
+def rows_sha256(tokenizer, max_length, *splits):
+    """The sha256 that tells the rows of these splits, with their labels, from others."""
+    whole = hashlib.sha256()
+    for rows in splits:
+        digest = texts_digest(tokenizer, rows, max_length)
+        digest.update(np.array([label for _, label in rows], np.int64).tobytes())
+        whole.update(digest.digest())
+    return whole.hexdigest()
 
 
 @contextlib.contextmanager
