@@ -112,12 +112,10 @@ def main():
     victim, folder, made_by = find_victim(options, task, splits, device, dtype)
     test = splits["test"]
     del splits  # the training rows
-    if options.n > len(test):
-        raise BadInput(f"--n {options.n} is more than the {len(test):,} test rows of {options.task}")
+    examples = {number: test[number] for number in sample(options, len(test))}
     # with --max-length, at another length than finetune.py has measured it
     clean = clean_accuracy(None if options.max_length else folder, victim, test)
     print(f"attacking {options.n} of {len(test):,} test rows, of which {folder} gets {clean:.2%} right")
-    examples = {number: test[number] for number in sample(options, len(test))}
     made_by["task_sha256"] = hashlib.sha256(repr(examples).encode("utf8", "surrogatepass")).hexdigest()
     helpers = start_helpers(options.workers) if "RANK" not in os.environ else []
     table = {}
@@ -189,7 +187,12 @@ def find_victim(options, task, splits, device, dtype):
 
 
 def sample(options, rows):
-    """The numbers of the test rows that are attacked, in their order; a larger --n begins with those of a smaller."""
+    """The numbers of the test rows that are attacked, in their order; a larger --n begins with those of a smaller.
+
+    Raises BadInput where there are not so many.
+    """
+    if options.n > rows:
+        raise BadInput(f"--n {options.n} is more than the {rows:,} test rows of {options.task}")
     return np.random.Generator(np.random.PCG64(options.seed)).permutation(rows)[: options.n].tolist()
 
 
@@ -247,12 +250,11 @@ def find_nltk_data(nltk):
     for package, folder in NLTK.items():
         if not is_there(folder) and reachable:
             patience = mock.patch.object(nltk.downloader, "NETWORK_TIMEOUT", hub.TIMEOUT[1])
-            with patience, warnings.catch_warnings():
+            reachable = False
+            # NLTK says what went wrong, but for a sign-in page in place of its index, which is a SyntaxError
+            with patience, warnings.catch_warnings(), contextlib.suppress(SyntaxError):
                 warnings.simplefilter("ignore")
-                try:
-                    reachable = nltk.download(package, quiet=True, print_error_to=io.StringIO())
-                except Exception:  # a sign-in page in place of its index is a SyntaxError
-                    reachable = False
+                reachable = nltk.download(package, quiet=True, print_error_to=io.StringIO())
         found[package] = is_there(folder)
     return found
 
@@ -317,8 +319,9 @@ def masked_swap(textattack, options, settings, victim):
     if "mlm_head" in model.initialized:
         import search  # here, so that --help need not wait for it
 
-        head_sha256 = search.find_mlm_head(name, options.output, model, sha256, tokenizer, victim.device)
-        which += f" with a head that was fitted to it as {head_sha256[:8]} says"
+        notes = search.find_mlm_head(name, options.output, model, sha256, tokenizer, victim.device)
+        how = ", ".join(f"{setting.replace('_', ' ')} {value}" for setting, value in notes["settings"].items())
+        which += f", with a head fitted to it on a corpus of sha256 {notes['corpus_sha256'][:8]}, {how}"
     k, ranking = options.bert_attack_k, options.bert_attack_ranking
     if k > model.config.vocab_size:
         raise BadInput(f"--bert-attack-k {k} is more than the {model.config.vocab_size:,} tokens of {name}")

@@ -377,8 +377,6 @@ def attack_of(textattack, nltk_data, options):
     victim, _, made_by = attack.find_victim(options, task, splits, device, dtype)
     recipe, _ = attack.build(textattack, nltk_data, options.attack, options, made_by, task, victim)
     test = splits["test"]
-    if options.n > len(test):
-        raise BadInput(f"--n {options.n} is more than the {len(test):,} test rows of {options.task}")
     rows = {number: test[number] for number in attack.sample(options, len(test))}
     return recipe, {i: (OrderedDict(zip(task.columns, texts)), label) for i, (texts, label) in rows.items()}
 

@@ -130,14 +130,16 @@ def recorded(path):
 
 def given(options, name):
     """The flags of --search, --draw or --finetune with their values."""
+    flags = {}
     for part in getattr(options, name):
-        flag, equals, _ = part.replace("_", "-").partition("=")
+        flag, equals, value = part.partition("=")
+        flag = flag.replace("_", "-")
         if not equals or flag in OWN[name]:
             raise BadInput(
                 f"--{name} {part!r}: give options of {name}.py as NAME=VALUE; {', '.join(OWN[name])} are paper.py's own"
             )
-    pairs = (part.split("=", 1) for part in getattr(options, name))
-    return {flag.replace("_", "-"): value for flag, value in pairs}
+        flags[flag] = value
+    return flags
 
 
 def script(name, /, **flags):

@@ -11,8 +11,6 @@ The command killed at any moment and typed again goes on from the last mini-epoc
 Defaults are those of the paper's section 3.5 where it gives one, but for the corpus and, without CUDA, the model.
 """
 
-import hashlib
-import json
 import math
 import shlex
 from dataclasses import asdict, dataclass, replace
@@ -302,7 +300,7 @@ def fit_mlm_head(options, made_by, model, tokenizer, blocks, output, dtype):
 
 def find_mlm_head(name, output, model, model_sha256, tokenizer, device):
     """Give `model`, loaded as `name`, the MLM head that a search left in OUTPUT/MODEL, or fit one as a search would.
-    Returns the sha256 of how it was fitted, the same for all that differ in rounding alone."""
+    Returns the head's notes, how it was fitted."""
     options, output = Options(model=name), runtime.output_folder(output, name)
     path = output / "mlm_head.safetensors"
     with filelock.FileLock(f"{path}.lock"):  # of several processes that want it, one fits
@@ -310,7 +308,7 @@ def find_mlm_head(name, output, model, model_sha256, tokenizer, device):
             tensors, notes = weights.read_notes(path)
             if notes.get("model_sha256") == model_sha256:
                 model.mlm_head.load_state_dict(tensors)
-                return fitted_as(notes)
+                return notes
         blocks = tokens.Blocks(tokenizer, *data.find_corpus(options.corpus), options.block)
         dtype = runtime.pick_precision(device, options.precision)
         settings = asdict(options) | {"precision": runtime.precision_name(dtype)}
@@ -319,12 +317,7 @@ def find_mlm_head(name, output, model, model_sha256, tokenizer, device):
         torch.manual_seed(options.seed)
         model.mlm_head.apply(model.initialize)
         fit_mlm_head(options, made_by, model.to(device), tokenizer, blocks, output, dtype)
-    return fitted_as(weights.read_notes(path)[1])
-
-
-def fitted_as(notes):
-    how = [notes.get(name) for name in ("settings", "model_sha256", "corpus_sha256")]
-    return hashlib.sha256(json.dumps(how, sort_keys=True).encode()).hexdigest()
+    return weights.read_notes(path)[1]
 
 
 def plot(path, picture):

@@ -1628,8 +1628,7 @@ def test_the_head_that_an_attack_fits_is_the_one_that_a_search_would_to_the_byte
     heads = [tmp_path / name / "headless" / "mlm_head.safetensors" for name in ("one", "two")]
     found = search.find_mlm_head(str(path), str(tmp_path / "two"), model, sha256, tokenizer, torch.device("cpu"))
     assert heads[0].read_bytes() == heads[1].read_bytes()
-    tensors, notes = weights.read_notes(heads[0])
-    assert search.fitted_as(notes) == found != search.fitted_as(notes | {"corpus_sha256": "another"})
+    assert weights.read_notes(heads[0])[1] == found
 
 
 def test_of_two_commands_that_write_the_same_the_second_waits(tmp_path, capsys):
@@ -2704,7 +2703,7 @@ def victim(tmp_path_factory):
     tokenizer.save(folder)
     noted(folder, data.TASKS["rt"])
     head = Bert.load(MINILM, mlm=True).mlm_head.state_dict()  # untrained, so that no test waits for one to be fitted
-    notes = {"model_sha256": data.EMBEDDED["minilm"][2], "settings": {}}
+    notes = {"model_sha256": data.EMBEDDED["minilm"][2], "settings": {"seed": 0}, "corpus_sha256": "0" * 64}
     weights.write_safetensors(output / "minilm" / "mlm_head.safetensors", head, notes)
     settings = json.loads((folder / "tokenizer_config.json").read_text())  # so that TextAttack pads to 64, not to 512
     (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"model_max_length": 64}))
