@@ -10,9 +10,9 @@
 
 The tables compare methods on clean and attacked test rows, Table 2 what their training takes. Each cell is a run of
 finetune.py and one of attack.py with the same rows, epochs and batch. RESULTS/TABLE.json keeps what each run found and
-with which settings; a run that is there is not repeated. RESULTS/TABLE.md shows all of them, a table for each task and
-settings, means over the seeds with standard deviations. Models go below OUTPUT, where the tables share them; other
-settings need another OUTPUT. No number is typed by hand.
+with which settings; a run that is there is not repeated. RESULTS/TABLE.md shows all of them, means over the seeds with
+standard deviations. Models go below OUTPUT, where the tables share them; other settings need another OUTPUT. No number
+is typed by hand.
 """
 
 import json
@@ -83,9 +83,9 @@ class Options:
     learning_rate: float = option(1e-4, "of every fine-tuning", above=0)
     n: int = option(300, "test rows that are attacked", at_least=1)
     output: str = option("runs", "folder for the runs")
-    search: tuple = option((), "options of search.py, such as learning-rate=2e-4, in a table of their own")
-    draw: tuple = option((), "options of draw.py, such as tau-ffn=0.1, in a table of their own")
-    finetune: tuple = option((), "options of every fine-tuning, such as adv-max-norm=2, in a table of their own")
+    search: tuple = option((), "options of search.py, such as learning-rate=2e-4, in rows of their own")
+    draw: tuple = option((), "options of draw.py, such as tau-ffn=0.1, in rows of their own")
+    finetune: tuple = option((), "options of every fine-tuning, such as adv-max-norm=2, in rows of their own")
     results: str = option("results", "folder for the tables")
 
 
@@ -200,17 +200,18 @@ def run(options, task, name, seed):
 
 
 def written(runs):
-    """All runs as Markdown: for each task and settings a table with the mean of each method's seeds and, where there
-    are several, the standard deviation."""
+    """All runs as Markdown: a table for each task, size of the runs and resources of the attacks, in it a row for each
+    method and options of the scripts, the mean of its seeds and, where there are several, the standard deviation."""
     tables = {}
     for cell in runs:
-        key = json.dumps([cell["task"], cell["settings"], cell["resources"]], sort_keys=True)
-        tables.setdefault(key, {}).setdefault(cell["method"], []).append(cell["figures"])
+        settings = {name: cell["settings"][name] for name in SETTINGS}
+        key = json.dumps([cell["task"], settings, cell["resources"]], sort_keys=True)
+        row = method_and_flags(cell)
+        tables.setdefault(key, {}).setdefault(row, []).append(cell["figures"])
     lines = ["Made by paper.py out of the runs in the .json beside it. ± is the standard deviation over the seeds."]
     for key, rows in tables.items():
         task, settings, resources = json.loads(key)
-        names = [*SETTINGS, *sorted(settings.keys() - set(SETTINGS))]
-        shown = [f"{name.replace('_', ' ')} {settings[name]}" for name in names if settings[name] is not None]
+        shown = [f"{name.replace('_', ' ')} {settings[name]}" for name in SETTINGS if settings[name] is not None]
         lines += ["", f"{', '.join(shown)}."]
         lines += ["", "The attacks' resources:", ""] if resources else []
         lines += [f"- {name}: {what}" for name, what in resources.items()]
@@ -220,9 +221,10 @@ def written(runs):
         head = " | ".join([f"{task}, {settings['model']}", "runs", *columns])
         lines += ["", f"| {head} |"]
         lines.append("|---" + "|---:" * (len(columns) + 1) + "|")
-        for method in sorted(rows, key=list(METHODS).index):
-            numbers = [[run[column] for run in rows[method] if run.get(column) is not None] for column in columns]
-            lines.append(f"| {' | '.join([method, str(len(rows[method])), *map(mean_and_deviation, numbers)])} |")
+        for method, flags in sorted(rows, key=lambda row: (row[1], list(METHODS).index(row[0]))):
+            found = rows[method, flags]
+            numbers = [[run[column] for run in found if run.get(column) is not None] for column in columns]
+            lines.append(f"| {' | '.join([method + flags, str(len(found)), *map(mean_and_deviation, numbers)])} |")
         if settings["attacks"]:
             widest = 100 * 1.96 * (0.5 * 0.5 / settings["n"]) ** 0.5  # in points, where the share is 50 %
             lines += ["", f"The {settings['n']} attacked rows are a sample: a single run's Aua% is uncertain by up to"]
@@ -230,6 +232,18 @@ def written(runs):
             ended = [run[key] for runs in rows.values() for run in runs for key in run if key.endswith(" errors")]
             lines[-1] += f" {sum(ended)} attacks ended in an error and count in no figure." * bool(ended)
     return "\n".join([*lines, ""])
+
+
+def method_and_flags(cell):
+    """("ORTicket", ", `--search adv-lr=0.1`") of a run: its method, and the options of the scripts that are not theirs
+    by default."""
+    flags = {}
+    for name, value in sorted(cell["settings"].items()):
+        if name not in SETTINGS:
+            script, flag = name.split(" ")
+            flags.setdefault(script, f"--{script}")
+            flags[script] += f" {flag}={value}"
+    return cell["method"], f", `{' '.join(flags.values())}`" if flags else ""
 
 
 def mean_and_deviation(numbers):

@@ -2258,7 +2258,7 @@ def test_a_table_shows_means_and_standard_deviations_over_seeds(scripts, tmp_pat
     assert "- word vectors: of a test" in out and "± 9.8 points" in out  # 1.96 sqrt(0.5 x 0.5 / 100)
 
 
-def test_other_searches_and_ratios_have_tables_of_their_own(scripts, tmp_path, capsys):
+def test_other_searches_ratios_and_adversaries_have_rows_of_their_own(scripts, tmp_path, capsys):
     assert make_table(tmp_path, "--methods", "Vanilla ticket") == 0
     other = ["--search", "learning-rate=2e-4", "adv-steps=5", "--draw", "tau-ffn=0.1"]
     assert make_table(tmp_path, "--methods", "Vanilla ticket", *other) == 0
@@ -2267,15 +2267,19 @@ def test_other_searches_and_ratios_have_tables_of_their_own(scripts, tmp_path, c
     assert all(flags["adv-steps"] == 1 for flags in searched)  # what makes it a vanilla ticket stays
     assert [flags.get("tau-ffn") for name, flags in scripts if name == "draw.py"] == [None, "0.1"]
     printed = capsys.readouterr().out
-    assert printed.count("| Vanilla ticket | 1 |") == 1 + 2  # the second command shows both tables
-    assert "n 100, draw tau-ffn 0.1, search adv-steps 5, search learning-rate 2e-4." in printed
+    assert printed.count("| Vanilla ticket | 1 |") == 2  # the second command shows both rows
+    row = "\n| Vanilla ticket, `--draw tau-ffn=0.1 --search adv-steps=5 learning-rate=2e-4` | 1 |"
+    assert printed.count(row) == 1 and printed.count("|---|") == 2  # in the one table
     assert make_table(tmp_path, "--methods", "ORTicket", "--search", "source=rt") == 0
     drawn = next(flags["coefficients"] for name, flags in reversed(scripts) if name == "draw.py")
     assert drawn == tmp_path / "runs" / "minilm" / "coefficients-rt.safetensors"
     assert make_table(tmp_path, "--methods", "RobustT", "--finetune", "adv-max-norm=2") == 0
     trained = [flags for name, flags in scripts if name == "finetune.py" and "adv-max-norm" in flags]
     assert [flags["adv-max-norm"] for flags in trained] == ["2", "2"]  # the one before the masks, and the one after
-    assert "n 100, finetune adv-max-norm 2." in capsys.readouterr().out
+    methods = [line.split(" | ")[0] for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    flags = ", `--draw tau-ffn=0.1 --search adv-steps=5 learning-rate=2e-4`", ", `--finetune adv-max-norm=2`"
+    rows = ["Vanilla ticket", "Vanilla ticket" + flags[0], "RobustT" + flags[1], "ORTicket, `--search source=rt`"]
+    assert methods[-4:] == [f"| {row}" for row in rows]
     for flag, wrong in (  # the others are paper.py's own to give
         *(("search", "adv-steps"), ("search", "output=elsewhere"), ("search", "seeds=2")),
         *(("draw", "coefficients=file"), ("finetune", "seed=1"), ("finetune", "learning_rate=1")),
