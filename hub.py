@@ -54,7 +54,7 @@ def fetch(repository, name, revision="main", dataset=False):
         what = f"{name} of {repository}"
         if offline():
             raise BadInput(f"{what} is not in the cache {folder}, and HF_HUB_OFFLINE forbids fetching it")
-        endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+        endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
         kind = "datasets/" if dataset else ""
         url = (
             f"{endpoint}/{kind}{repository}/resolve/{urllib.parse.quote(revision, safe='')}/{urllib.parse.quote(name)}"
@@ -70,7 +70,8 @@ def offline():
     return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
 
 
-VOCABULARY = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "merges.txt")
+VOCABULARY = ("tokenizer.json", "vocab.txt", "vocab.json")
+VOCABULARY_MORE = ("merges.txt", "added_tokens.json", "tokenizer_config.json")
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
@@ -85,7 +86,7 @@ def fetch_model(repository, revision="main", alias=None):
             return config.parent
     folder = fetch(repository, "config.json", revision).parent
     revision = folder.name  # the commit, though the branch may move meanwhile
-    for name in VOCABULARY:
+    for name in (*VOCABULARY, *VOCABULARY_MORE):
         with contextlib.suppress(Missing):
             fetch(repository, name, revision)
     for name in WEIGHTS:  # last: where they are, the model is whole
@@ -100,7 +101,7 @@ def fetch_model(repository, revision="main", alias=None):
 def is_model(folder):
     """Whether a folder of the cache has weights and a vocabulary."""
     try:
-        return any((folder / name).is_file() for name in VOCABULARY if "config" not in name) and weight_files(folder)
+        return any((folder / name).is_file() for name in VOCABULARY) and weight_files(folder)
     except BadInput:
         return False
 
@@ -141,6 +142,7 @@ def download(url, what, folder, name, revision):
     path = folder / "snapshots" / commit / name
     if not path.is_file():
         with replacing(path) as beside:
+            Path(beside).unlink(missing_ok=True)  # of a run that was killed here
             os.symlink(os.path.relpath(blob, path.parent), beside)
     if commit != revision:
         with replacing(folder / "refs" / revision) as beside:
@@ -222,7 +224,10 @@ def receive(place, url, blob, checksum, size, name):
         bar = progress(size, have, name, "B")
         with open(beside, "ab" if have else "wb") as file, bar:
             for chunk in answer.iter_content(CHUNK):
-                file.write(chunk)
+                try:
+                    file.write(chunk)
+                except OSError as error:
+                    raise BadInput(f"cannot write {beside}: {error.strerror or error}") from None
                 bar.update(len(chunk))
     found = beside.stat().st_size
     if found != size or digest(beside, checksum) != checksum:

@@ -1012,6 +1012,46 @@ def test_token_ids_equal_transformers_on_real_and_nasty_texts(tmp_path, kind):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_words_added_to_a_vocabulary_are_tokens_as_in_transformers(tmp_path, family):
+    saved(tmp_path, family=family)
+    (tmp_path / "tokenizer.json").unlink(missing_ok=True)
+    slow = {"bert": transformers.BertTokenizer, "roberta": transformers.RobertaTokenizer}[family]
+    reference = slow.from_pretrained(tmp_path)
+    reference.add_tokens(["covidvax", "@USER", "[E1]"])
+    reference.save_pretrained(tmp_path)
+    assert (tmp_path / "added_tokens.json").is_file() and not (tmp_path / "tokenizer.json").exists()
+    sizes = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(sizes | {"vocab_size": len(reference)}))
+    texts = ["get your covidvax", "@USER: the fox [E1]", "[E1][E1]covidvaxes", "the quick brown fox"]
+    assert token_ids(tokens.Tokenizer(tmp_path), texts, 99) == reference(texts)["input_ids"]
+
+
+def test_whether_a_vocabulary_is_cased_is_seen_in_its_words(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "<S>", "<T>", "\u7403", "nba", "##s"]  # as Google's Chinese
+    for more, expected in ((["nbas"], ["nba", "\u7403"]), (["NBAs"], ["[UNK]", "\u7403"])):
+        (tmp_path / "vocab.txt").write_text("\n".join(words + more), "utf8")
+        tokenizer = tokens.Tokenizer(tmp_path)
+        assert tokenizer.library.encode("NBA\u7403", add_special_tokens=False).tokens == expected
+
+
+def test_a_roberta_may_have_berts_vocabulary(tmp_path):
+    saved(tmp_path, family="roberta")  # as klue/roberta-base: no segments, and [CLS] in place of <s>
+    (tmp_path / "bert").mkdir()
+    saved(tmp_path / "bert")
+    for name in ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).unlink(missing_ok=True)
+    tokens.Tokenizer(tmp_path / "bert").save(tmp_path)
+    tokenizer = tokens.Tokenizer(tmp_path)
+    reference = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    rows = tokens.Rows(tokenizer, [(("the quick", "fox"), 0)], 24, torch.device("cpu"))
+    ids, _, segments, _ = rows.batch(torch.tensor([0]))
+    assert segments is None and ids.tolist() == reference(["the quick"], ["fox"])["input_ids"]
+    tokenizer.save(tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "tokenizer_config.json").read_text())["tokenizer_class"] == "BertTokenizer"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_what_is_exported_is_loaded_by_transformers_unchanged(tmp_path, corpus, family, capsys):
     saved(tmp_path / "model", family=family)
     model = tmp_path / "model"

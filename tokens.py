@@ -31,11 +31,15 @@ SPECIAL = {
 }
 
 
+CLASSES = ("BertTokenizer", "DistilBertTokenizer", "ElectraTokenizer", "RobertaTokenizer")  # transformers' alike
+
+
 class Tokenizer:
     """WordPiece or byte-level BPE from a model's own files: texts <-> token ids.
 
     `pad`, `cls`, `sep` and `mask` are the ids of the special tokens, `size` how many tokens there are. It takes what
-    is there of tokenizer.json, vocab.txt (BERT), vocab.json with merges.txt (RoBERTa).
+    is there of tokenizer.json, vocab.json with merges.txt (RoBERTa), vocab.txt (BERT), these two with the words that
+    added_tokens.json adds. `family`: whose special tokens it has; klue/roberta-base is a RoBERTa with BERT's.
     Raises BadInput where there is none, it lacks a special token, or it knows more tokens than the model.
     """
 
@@ -44,10 +48,13 @@ class Tokenizer:
         self.folder, self.config = path if path.is_dir() else path.parent, Config.read(path)
         self.library = self.read()
         self.size = self.library.get_vocab_size()
-        special = SPECIAL[self.config.model_type]
+        families = self.config.model_type, *SPECIAL
+        known = (of for of in families if self.library.token_to_id(SPECIAL[of][2]) is not None)
+        self.family = next(known, self.config.model_type)
+        special = SPECIAL[self.family]
         for token in special:
             if self.library.token_to_id(token) is None:
-                raise BadInput(f"the vocabulary in {self.folder} has no {token}: it is no {self.config.model_type}'s")
+                raise BadInput(f"the vocabulary in {self.folder} has no {token}: it is no {self.family}'s")
         self.pad, _, self.cls, self.sep, self.mask = (self.library.token_to_id(token) for token in special)
         if self.size > self.config.vocab_size:
             raise BadInput(
@@ -60,25 +67,31 @@ class Tokenizer:
 
     def read(self):
         """The tokenizers library's object."""
-        have = {name for name in ("tokenizer.json", "vocab.txt", "vocab.json") if (self.folder / name).is_file()}
-        settings = self.folder / "tokenizer_config.json"
+        folder, library = self.folder, None
         try:
-            settings = dict(json.loads(settings.read_text("utf8"))) if settings.is_file() else {}
-            if "tokenizer.json" in have:
-                return tokenizers.Tokenizer.from_file(str(self.folder / "tokenizer.json"))
-            if "vocab.json" in have:
-                return tokenizers.Tokenizer.from_str(byte_level_bpe(self.folder, settings).to_str())
-            if "vocab.txt" in have:
-                return tokenizers.Tokenizer.from_str(word_piece(self.folder, settings).to_str())
+            if (folder / "tokenizer.json").is_file():
+                return tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+            settings, added = (told(folder / name) for name in ("tokenizer_config.json", "added_tokens.json"))
+            kind = str(settings.get("tokenizer_class") or CLASSES[0]).removesuffix("Fast")
+            if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+                library = byte_level_bpe(folder, settings)
+            elif (folder / "vocab.txt").is_file():
+                library = word_piece(folder, settings)
+            if library and kind in CLASSES:
+                words = sorted(added, key=added.get)
+                library.add_tokens([word for word in words if library.token_to_id(word) is None])
+                return tokenizers.Tokenizer.from_str(library.to_str())
         except Exception as error:  # the library raises bare Exception
-            raise BadInput(f"the vocabulary in {self.folder} cannot be read: {one_line(error)}") from None
-        raise BadInput(f"{self.folder} has no vocabulary: tokenizer.json, vocab.txt or vocab.json with merges.txt")
+            raise BadInput(f"the vocabulary in {folder} cannot be read: {one_line(error)}") from None
+        if library:
+            raise BadInput(f"the vocabulary in {folder} is for a {kind}: without its tokenizer.json it cannot be read")
+        raise BadInput(f"{folder} has no vocabulary: tokenizer.json, vocab.txt or vocab.json with merges.txt")
 
     def save(self, folder):
         """tokenizer.json, and tokenizer_config.json so that transformers makes the same of it."""
         parts = json.loads(self.library.to_str())
         settings = {"model_max_length": self.config.max_length}
-        if self.config.model_type == "bert":
+        if self.family == "bert":
             normalizer = parts.get("normalizer") or {}
             settings |= {"tokenizer_class": "BertTokenizer", "do_lower_case": normalizer.get("lowercase", True)}
             settings |= {"strip_accents": normalizer.get("strip_accents")}
@@ -92,11 +105,16 @@ class Tokenizer:
             Path(beside).write_text(self.library.to_str(pretty=True), "utf8")
 
 
+def told(path):
+    """What a JSON file says, {} where it is not there."""
+    return dict(json.loads(path.read_text("utf8"))) if path.is_file() else {}
+
+
 def word_piece(folder, settings):
     """BERT's tokenizer from vocab.txt. Where no tokenizer_config.json says whether it is cased, as in Google's own
-    archives, the vocabulary does: an uncased one has no capital letter outside its special tokens."""
+    archives, the vocabulary does: an uncased one has no capital letter outside its special tokens, [CLS] or <S>."""
     vocabulary = WordPiece.read_file(str(folder / "vocab.txt"))
-    uncased = all(token == token.lower() for token in vocabulary if token[:1] != "[")
+    uncased = all(token == token.lower() for token in vocabulary if token[:1] not in ("[", "<"))
     return tokenizers.BertWordPieceTokenizer(
         vocabulary,
         lowercase=settings.get("do_lower_case", uncased),
@@ -213,6 +231,7 @@ def encode(tokenizer, texts, max_length):
     (rows,) int32, where in its row the second text begins, at the row's end where there is none, "cut": (), how many
     texts were longer than max_length}."""
     ids, lengths, second, cut = [np.zeros(0, np.int32)], [], [], 0
+    has_segments = tokenizer.config.type_vocab_size > 1  # RoBERTa's vocabulary may tell segments that the model has not
     special = tokenizer.library.num_special_tokens_to_add(any(len(text) > 1 for text in texts))
     if max_length <= special:
         raise BadInput(f"--max-length {max_length} has room for no more than the {special} special tokens")
@@ -223,7 +242,7 @@ def encode(tokenizer, texts, max_length):
             for encoding in tokenizer.library.encode_batch_fast(chunk):
                 ids.append(np.array(encoding.ids, dtype=np.int32))
                 lengths.append(len(ids[-1]))
-                second.append(lengths[-1] - sum(encoding.type_ids))
+                second.append(lengths[-1] - has_segments * sum(encoding.type_ids))
                 cut += bool(encoding.overflowing)
             ids = [np.concatenate(ids)]
     finally:
