@@ -36,7 +36,7 @@ EMBEDDED = {
         "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
     )
 }
-# name -> (repository on the hub, commit); of any other model the newest commit of its main branch counts
+# name -> (repository on the hub, commit); of any other model the main branch as it was when it was fetched first
 ON_HUB = {
     "bert-base-uncased": ("google-bert/bert-base-uncased", "86b5e0934494bd15c9632b12f734a8a67f723594"),
     "roberta-base": ("FacebookAI/roberta-base", "e2da8e2f811d1448a5b465c236feacd80ffbac7b"),
@@ -167,7 +167,7 @@ def read_parquet(path, *columns):
     try:
         table = pyarrow.parquet.read_table(path, columns=list(columns))
         return [["" if value is None else value for value in table[column].to_pylist()] for column in columns]
-    except (pyarrow.ArrowException, KeyError, UnicodeDecodeError) as error:
+    except (pyarrow.ArrowException, OSError, KeyError, UnicodeDecodeError) as error:
         raise BadInput(f"{path} is not the parquet file that it should be: {error}; delete it") from None
 
 
@@ -230,13 +230,13 @@ def find_task(name, text_columns=("text",), label_column="label"):
         raise BadInput(f"--text-columns {' '.join(text_columns)}: BERT reads one text or a pair")
     path = Path(name)
     if path.is_dir():
-        found = sorted(file for file in path.iterdir() if file.suffix in FILES)
+        found = sorted(file for file in path.iterdir() if file.suffix.lower() in FILES)
         files = {file.stem: file for file in found if file.stem in ("train", "validation", "test")}
         twice = [file for file in found if files.get(file.stem, file) != file]
         if twice or not {"train", "test"} <= files.keys():
             reason = f"both {twice[0].name} and {files[twice[0].stem].name}" if twice else "no train.csv and test.csv"
             raise BadInput(f"{path} is no task: it has {reason} (of {', '.join(FILES)})")
-    elif path.is_file() and path.suffix in FILES:
+    elif path.is_file() and path.suffix.lower() in FILES:
         files = {"all": path}
     else:
         raise BadInput(f"unknown task {name!r}: give {', '.join(TASKS)}, or a file ending in {', '.join(FILES)}")
@@ -268,23 +268,24 @@ def read_table(path, text_columns, label_column):
     Raises BadInput, with the line's number, for what is not UTF-8, for a line with too many or too few fields, and for
     a row without a label or whose text is no text. A header that comes again is left out, and that is printed.
     """
-    raw = Path(path).read_bytes()
+    raw, kind = Path(path).read_bytes(), path.suffix.lower()
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw[: error.start].count(b"\n") + 1
         raise BadInput(f"{path} line {line} is not UTF-8: save the file as UTF-8") from None
-    records = separated(path, text) if path.suffix in (".csv", ".tsv") else json_lines(path, text)
+    records = json_lines(path, text) if kind in (".jsonl", ".json") else separated(path, text, kind)
     rows, empty = [], []
     for line, record in records:
         for column in (*text_columns, label_column):
             if column not in record:
                 raise BadInput(f"{path} line {line} has no column {column!r}, but {', '.join(map(repr, record))}")
         texts, label = tuple(record[column] for column in text_columns), record[label_column]
-        if path.suffix in (".jsonl", ".json"):  # which may name half of a surrogate pair, as texts cut at a length have
+        if kind in (".jsonl", ".json"):  # which may name half of a surrogate pair, as texts cut at a length have
             texts = tuple(re.sub("[\ud800-\udfff]", "\ufffd", of) if isinstance(of, str) else of for of in texts)
         if label is None or isinstance(label, (dict, list, float)) or not str(label).strip():
-            raise BadInput(f"{path} line {line} has no label in column {label_column!r}: {label!r}")
+            wanted = "a word or an integer is wanted"
+            raise BadInput(f"{path} line {line} has no label in column {label_column!r}: {label!r}; {wanted}")
         if not all(isinstance(text, str) for text in texts):
             raise BadInput(f"{path} line {line} has no text in column {text_columns[0]!r}: {texts!r}"[:200])
         if not all(text.strip() for text in texts):
@@ -297,10 +298,14 @@ def read_table(path, text_columns, label_column):
     return rows
 
 
-def separated(path, text):
-    """(line, {column: field}) of each row of a CSV or TSV file."""
+def separated(path, text, kind):
+    """(line, {column: field}) of each row of a CSV or TSV file; what a quote is in the one is a letter in the other, as
+    in GLUE's."""
     csv.field_size_limit(2**30)
-    dialect = {} if path.suffix == ".csv" else {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+    dialect = {} if kind == ".csv" else {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+    if "\0" in text:
+        line = text[: text.index("\0")].count("\n") + 1
+        raise BadInput(f"{path} line {line} has a NUL character, as of UTF-16: save the file as UTF-8")
     reader = csv.reader(io.StringIO(text, newline=""), strict=True, **dialect)
     header, repeated, begins = None, [], 1
     try:
@@ -308,7 +313,7 @@ def separated(path, text):
             begins = reader.line_num + 1  # of the next row
             if header is None:
                 header = fields
-                twice = {column for column in header if header.count(column) > 1}
+                twice = {column for column in header if column and header.count(column) > 1}
                 if twice:
                     raise BadInput(f"{path} has the column {min(twice)!r} twice: rename one")
             elif fields == header:
@@ -326,6 +331,8 @@ def separated(path, text):
 
 def json_lines(path, text):
     """(line, record) of each line of a JSON-lines file that is not blank."""
+    if text.lstrip().startswith("["):
+        raise BadInput(f"{path} is one JSON list: JSON lines are wanted, an object a line")
     for line, content in enumerate(text.split("\n"), 1):
         if content.strip():
             try:
@@ -366,7 +373,7 @@ def lines_of(files):
     """The lines of text files that are not blank, one after another; a line longer than a megabyte in pieces."""
     replaced = 0
     for path in files:
-        with open(path, encoding="utf8", errors="surrogateescape") as file:
+        with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
             while line := file.readline(2**20):
                 line, bad = re.subn("[\udc80-\udcff]", "\ufffd", line)
                 replaced += bad

@@ -133,7 +133,7 @@ def write_tensorflow(prefix, tensors):
     entries, offset = [], 0
     with open(f"{prefix}.data-00000-of-00001", "wb") as file:
         for name, tensor in tensors.items():
-            name = name.replace("layer.", "layer_").replace(".", "/")
+            name = name.replace("layer.", "layer_").replace("LayerNorm.weight", "LayerNorm.gamma").replace(".", "/")
             if name.endswith("_embeddings/weight"):
                 name = name.removesuffix("/weight")
             elif tensor.dim() == 2:

@@ -6,7 +6,6 @@ Left out: HDF5 (tf_model.h5), Flax, ONNX.
 
 import hashlib
 import json
-import math
 import os
 import pickle
 import re
@@ -23,7 +22,12 @@ from weights import Mapped, read_safetensors, sha256
 
 # ------------------------------------------------------------------------------------------------- configuration
 
-KNOWN = {"model_type": ("bert", "roberta"), "hidden_act": ("gelu",), "position_embedding_type": ("absolute",)}
+KNOWN = {
+    "model_type": ("bert", "roberta"),
+    "hidden_act": ("gelu",),
+    "position_embedding_type": ("absolute",),
+    "is_decoder": (False,),
+}
 
 
 def read_config(path, sizes):
@@ -49,7 +53,7 @@ def read_config(path, sizes):
     found = {name: config[name] for name in ("model_type", *sizes) if name in config}
     for name, kind in sizes.items():
         least = 1 if kind is int and name != "pad_token_id" else 0
-        most = 1 if name.endswith("dropout_prob") else math.inf
+        most = 1 if name.endswith("dropout_prob") else 2**24
         if name in found and (type(found[name]) not in (int, kind) or not least <= found[name] < most):
             raise BadInput(f"{path}: {name} {found[name]!r} is nothing that a model can have")
     return found

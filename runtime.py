@@ -178,7 +178,7 @@ def read_json(path):
 
 def model_folder(root, model):
     """ROOT/MODEL, by the last part of the model's name; of a file, by its folder or its archive."""
-    path = Path(model).resolve()
+    path = Path(os.path.abspath(model))
     if path.suffix == ".zip":
         return Path(root) / path.stem
     inside = path.is_file() or path.with_name(f"{path.name}.index").is_file()  # bert_model.ckpt

@@ -26,6 +26,7 @@ from weights import Mapped, map_file
 
 MAGIC = 0xDB4775248B80FB57
 DTYPES = {1: torch.float32, 2: torch.float64, 3: torch.int32, 9: torch.int64, 14: torch.bfloat16, 19: torch.float16}
+KINDS = ("/kernel", "/bias", "/gamma", "/beta", "_embeddings", "output_weights", "output_bias")  # ends of names: weights
 CRC_TABLE = []
 for remainder in range(256):
     for _ in range(8):
@@ -36,7 +37,7 @@ for remainder in range(256):
 def read_tensorflow(index):
     """Mapped {name: tensor} of a checkpoint, given its .index; the names are those of the same model in PyTorch.
 
-    The optimizer's variables are left out. The index's checksums are verified, those of the numbers are not: it would
+    Variables of an optimizer are left out. The index's checksums are verified, those of the numbers are not: it would
     take Python minutes. Raises BadInput for anything but a whole checkpoint.
     """
     tensors, stem = Mapped(), str(index).removesuffix(".index")
@@ -51,7 +52,7 @@ def read_tensorflow(index):
             tensors.files.append(map_file(path))
         for name, entry in variables.items():
             dtype = DTYPES.get(entry[1][0])
-            if dtype is None or name == "global_step" or name.endswith(("/adam_m", "/adam_v")):
+            if dtype is None or not name.endswith(KINDS):
                 continue
             shape = [protobuf(size).get(1, [0])[0] for size in protobuf(entry.get(2, [b""])[0]).get(2, [])]
             file, offset, length = tensors.files[entry.get(3, [0])[0]], entry.get(4, [0])[0], entry[5][0]

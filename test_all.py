@@ -51,6 +51,7 @@ import gates
 import hub
 import infobert
 import paper
+import peers
 import processes
 import published
 import resources
@@ -515,6 +516,16 @@ def test_what_tensorflow_wrote_is_read_as_transformers_reads_it_to_the_bit():
     found = {re.sub("gamma$", "weight", re.sub("beta$", "bias", name)): tensor for name, tensor in found.items()}
     expected = safetensors.torch.load_file(FIXTURE / "expected.safetensors")
     assert expected.keys() == found.keys() and len(expected) == 46
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_an_optimizers_variables_in_a_tensorflow_checkpoint_are_left_out(tiny, tmp_path):
+    tensors = published.read_weights(tiny)
+    name = "bert.encoder.layer.0.output.dense.kernel"
+    optimizers = {f"{name}.{of}": torch.ones(40, 24) for of in ("adam_m", "Adam", "AdamWeightDecayOptimizer", "lamb_v")}
+    peers.write_tensorflow(tmp_path / "model.ckpt", tensors | optimizers | {"global_step": torch.ones(1)})
+    shutil.copy(tiny / "config.json", tmp_path)
+    expected, found = (Bert.load(path, mlm=True).state_dict() for path in (tiny, tmp_path))
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
@@ -1497,9 +1508,12 @@ NASTY = {
     "no column": ("a.csv", b"text,y\na,1\n", "line 2 has no column 'label', but 'text', 'y'"),
     "column twice": ("a.csv", b"text,label,text\na,1,b\n", "has the column 'text' twice"),
     "too many fields": ("a.csv", b"text,label\na,1\nb,2,3\n", "line 3 has 3 fields, the header 2"),
+    "UTF-16": ("a.CSV", "text,label\na,1\n".encode("utf-16-le"), "line 1 has a NUL character, as of UTF-16"),
+    "a JSON list": ("a.json", b'[\n{"text": "a", "label": 1}\n]', "is one JSON list"),
+    "label no word": ("a.jsonl", b'{"text": "a", "label": 1.5}', "1.5; a word or an integer is wanted"),
     "not UTF-8": ("a.csv", b"text,label\na,1\n\xff\xfe,2\n", "line 3 is not UTF-8"),
     "not JSON": ("a.jsonl", b'{"text": "a", "label": 1}\n{"text"\n', "line 2 is not JSON"),
-    "no object": ("a.jsonl", b"[1]\n", "line 1 is no JSON object"),
+    "no object": ("a.jsonl", b"1\n", "line 1 is no JSON object"),
     "text a number": ("a.jsonl", b'{"text": 3, "label": 1}', "line 1 has no text in column 'text'"),
     "nothing": ("a.csv", b"text,label\n", "has no rows"),
     "empty": ("a.csv", b"", "has no rows"),
@@ -1536,7 +1550,7 @@ def test_of_two_files_for_one_split_none_is_taken_and_others_are_left_alone(tmp_
 
 
 def test_nothing_is_dropped_silently(tmp_path, capsys, tiny):
-    rows = ["text,label", "a,1", ",0", "text,label", '"  ",1', "a\0b,0", f'"{"word " * 100_000}",1']
+    rows = ["text,label,,", "a,1,,", ",0,,", "text,label,,", '"  ",1,,', "ab,0,,", f'"{"word " * 100_000}",1,,']
     (tmp_path / "mine.csv").write_text("\n".join(rows))
     splits = data.find_task(str(tmp_path / "mine.csv")).load(None)
     printed = capsys.readouterr().out
@@ -1547,7 +1561,7 @@ def test_nothing_is_dropped_silently(tmp_path, capsys, tiny):
     assert sorted(encoded.lengths.tolist()) == [2, 2, 3, 4, 16] and encoded.cut == 1
     (tmp_path / "half.jsonl").write_text("".join('{"text": "cut \\ud83d", "label": %d}\n' % (i % 2) for i in range(20)))
     assert data.find_task(str(tmp_path / "half.jsonl")).load(None)["test"][0][0] == ("cut \ufffd",)
-    (tmp_path / "text.txt").write_bytes(b"one \xff\ntwo \xef\xbf\xbd\n\n \n")
+    (tmp_path / "text.txt").write_bytes(b"\xef\xbb\xbfone \xff\ntwo \xef\xbf\xbd\n\n \n")
     assert list(data.find_corpus(tmp_path / "text.txt")[0]) == ["one \ufffd\n", "two \ufffd\n"]
     assert "the corpus has 1 bytes that are no UTF-8" in capsys.readouterr().out
 
@@ -2039,6 +2053,12 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_file(tiny, corpus, tmp_path)
         (lambda folder: (folder / "config.json").unlink(), "config.json is not there"),
         (lambda folder: change(folder, hidden_act="relu"), "hidden_act 'relu'; bert.py runs 'gelu'"),
         (lambda folder: change(folder, hidden_size=0), "hidden_size 0 is nothing that a model can have"),
+        (lambda folder: change(folder, vocab_size=10**25), "000 is nothing that a model can have"),
+        (lambda folder: change(folder, is_decoder=True), "is_decoder True; bert.py runs False"),
+        (
+            lambda folder: (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "BertJapaneseTokenizer"}'),
+            "is for a BertJapaneseTokenizer: without its tokenizer.json it cannot be read",
+        ),
         (lambda folder: change(folder, hidden_size=48), "has shape"),
         (lambda folder: change(folder, hidden_size=25), "hidden_size 25 is no multiple of num_attention_heads"),
         (
