@@ -37,6 +37,7 @@ import torch
 import data
 import finetune
 import hub
+import published
 import resources
 import runtime
 import tokens
@@ -177,13 +178,26 @@ def find_victim(options, task, splits, device, dtype):
         model, tokenizer, length, masked_lm = Bert.load(path), tokens.Tokenizer(path), task.max_length, None
         if model.config.num_labels != len(task.labels) or {"pooler", "classifier"} & set(model.initialized):
             raise BadInput(f"{path} has no classifier for the {len(task.labels)} classes of {options.task}: {makes}")
+        in_order(model, published.label_names(path), task.labels)
     length = min(options.max_length or length, model.config.max_length)
     masked_lm = options.masked_lm or masked_lm or runtime.DEFAULT_MODEL
     settings = {name: value for name, value in asdict(options).items() if name not in NOT_SETTINGS}
     settings |= {"precision": runtime.precision_name(dtype), "max_length": length, "masked_lm": masked_lm}
+    settings["ticket"] = Path(options.ticket).name
     versions = runtime.versions() | {name: importlib.metadata.version(name) for name in ("textattack", "nltk")}
     made_by = {"script": "attack.py", "settings": settings, "model_sha256": sha256, "versions": versions}
     return resources.Classifier(model, tokenizer, length, device, dtype), folder, made_by
+
+
+def in_order(model, names, labels):
+    """Put the classes of a classifier that calls them `names` into the order of the task's; where these are not the
+    same words, that is printed and the order taken as it is."""
+    names, wanted = ([name.lower() for name in of] for of in (names, labels))
+    if sorted(names) == sorted(wanted):
+        for parameter in model.classifier.parameters():  # (classes, d) and (classes,)
+            parameter.data = parameter.data[[names.index(name) for name in wanted]]
+    elif names and not all(name.startswith("label_") for name in names):
+        print(f"the model's classes {', '.join(names)} are taken for {', '.join(labels)}, in this order")
 
 
 def sample(options, rows):

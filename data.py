@@ -225,6 +225,8 @@ def find_task(name, text_columns=("text",), label_column="label"):
     Raises BadInput for an unknown name, and where a file cannot be read as a task.
     """
     if name in TASKS:
+        if (tuple(text_columns), label_column) != (("text",), "label"):
+            raise BadInput(f"--text-columns and --label-column are of a file of one's own: {name} has columns of its own")
         return TASKS[name]
     if len(text_columns) > 2:
         raise BadInput(f"--text-columns {' '.join(text_columns)}: BERT reads one text or a pair")

@@ -135,7 +135,7 @@ def heat_map(head, ffn, head_mask, ffn_mask, title, picture):
     right.set(xlabel="share of the neurons kept", xlim=(0, 1), ylim=left.get_ylim(), title="FFN neurons")
     for axes in (left, right):
         axes.set_yticks(range(layers), range(1, layers + 1))
-    figure.suptitle(title)
+    figure.suptitle(title, parse_math=False)
     with runtime.replacing(picture) as beside:
         figure.savefig(beside, dpi=150, format="png")
 

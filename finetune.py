@@ -111,6 +111,8 @@ def main():
         config = Config.read(source)
         masks, ticket_sha256 = find_ticket(options, folder / "ticket.safetensors", model_sha256, config)
         tokenizer = tokens.Tokenizer(source)
+        if (options.max_length or 0) > config.max_length:
+            raise BadInput(f"--max-length {options.max_length}: {options.model} reads at most {config.max_length} tokens")
         max_length = min(options.max_length or task.max_length, config.max_length)
         splits = task.load(options.data_revision)
         splits["train"] = data.first_rows(splits["train"], options.train_rows, options.task)
@@ -123,19 +125,24 @@ def main():
     print(f"ticket: {options.ticket}" + f"; {longer:,} texts are cut to {max_length} tokens" * (longer > 0))
 
     settings = {name: value for name, value in asdict(options).items() if name not in NOT_SETTINGS}
-    for name, value in zip(("adv_steps", "adv_lr", "adv_init_mag", "adv_max_norm"), ADVERSARIES[options.method]):
-        if settings[name] is not None and options.method == "vanilla":
-            print(f"--{name.replace('_', '-')} {settings[name]} has no effect: --method vanilla has no adversary")
-        settings[name] = value if settings[name] is None or options.method == "vanilla" else settings[name]
+    settings["ticket"] = Path(options.ticket).name  # which one it is its sha256 tells
+    own = dict(zip(("adv_steps", "adv_lr", "adv_init_mag", "adv_max_norm"), ADVERSARIES[options.method]))
+    for name, value in (own | {"alpha": Options.alpha, "beta": Options.beta}).items():
+        if options.method != "infobert" if name in ("alpha", "beta") else options.method == "vanilla":
+            if settings[name] != getattr(Options, name):
+                print(f"--{name.replace('_', '-')} {settings[name]} has no effect with --method {options.method}")
+            settings[name] = value
+        settings[name] = value if settings[name] is None else settings[name]
     made_by = {
         "script": "finetune.py",
         "task_sha256": task_sha256,
         "settings": settings | {"precision": runtime.precision_name(dtype)},
         "model_sha256": model_sha256,
+        "config": asdict(config),
         "ticket_sha256": ticket_sha256,
         "versions": runtime.versions(),
     }
-    if options.export_hf and masks is None and Bert.load(source).config.is_pruned:
+    if options.export_hf and not isinstance(masks, tuple) and Bert.load(source).config.is_pruned:
         raise BadInput(f"{options.model} was pruned elsewhere, by masks unknown here: it cannot be exported dense")
     is_exported = options.export_hf and processes.at_first(lambda: find_export(options, source, folder, made_by))
     finished = folder / "model.safetensors"
@@ -143,8 +150,9 @@ def main():
         if not processes.at_first(lambda: weights.made_before(finished, made_by, options.overwrite)):
             model, weight_masks = starting_point(options, source, masks, task)
             finetune(options, made_by, model.to(device), weight_masks, sets, folder, tokenizer, task, dtype)
-        for leftover in folder.glob("*.state.safetensors") if processes.FIRST else ():
-            leftover.unlink()
+        if processes.FIRST:
+            for leftover in folder.glob("*.state.safetensors"):
+                leftover.unlink()
     processes.leave()
     if not processes.FIRST:
         return
@@ -242,7 +250,8 @@ def finetune(options, made_by, model, weight_masks, sets, folder, tokenizer, tas
     false at single weights that are held at 0."""
     device = model.word_embeddings.weight.device
     held = {model.get_parameter(name): mask.to(device) for name, mask in weight_masks.items()}
-    hold_at_zero(held)
+    for weight, mask in held.items():
+        weight.data.mul_(mask)
     adversary = {name: made_by["settings"][f"adv_{name}"] for name in ("steps", "lr", "init_mag", "max_norm")}
     adversary["accumulate"] = options.accumulate
     climb = pgd if options.method == "pgd" else freelb
@@ -254,13 +263,17 @@ def finetune(options, made_by, model, weight_masks, sets, folder, tokenizer, tas
     trained = processes.together(**parts)
     groups = runtime.decay_groups(trained, options.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=options.learning_rate, fused=True)
-    state, best_path = folder / "finetune.state.safetensors", folder / "best.state.safetensors"
-    seconds, scores = 0.0, []  # the validation accuracy of each epoch
-    processes.at_first(lambda: weights.made_before(best_path, made_by, options.overwrite))
+    state = folder / "finetune.state.safetensors"
+    seconds, memory, scores = 0.0, 0, []  # the validation accuracy of each epoch
+
+    def best(scores):
+        """Where the weights of the best of these epochs are: a file of its own, so that a kill never parts the two."""
+        return folder / f"epoch{scores.index(max(scores)) + 1}.state.safetensors"
+
     tensors, notes = processes.at_first(lambda: weights.resumed(state, made_by, options.overwrite))
     if tensors:
         weights.restore(tensors, optimizer, **parts)
-        seconds, scores = notes["seconds"], notes["scores"]
+        seconds, memory, scores = notes["seconds"], notes["peak_memory"], notes["scores"]
     steps_per_epoch = -(-len(sets["train"]) // options.batch_size)
     steps = options.epochs * steps_per_epoch
     step = len(scores) * steps_per_epoch
@@ -283,10 +296,11 @@ def finetune(options, made_by, model, weight_masks, sets, folder, tokenizer, tas
             with runtime.autocast(device, dtype):
                 present = tokens.present(*batch)
                 total += processes.gradients(trained, climb, loss_for, present, model.config.hidden_size, **adversary)
+            for weight, mask in held.items():  # at 0 they stay: AdamW decays nothing, and has no gradient to add up
+                weight.grad.mul_(mask)
             torch.nn.utils.clip_grad_norm_(trained.parameters(), options.clip_norm)
             runtime.set_learning_rate(optimizer, options.learning_rate, step, steps, options.warmup)
             optimizer.step()
-            hold_at_zero(held)
             optimizer.zero_grad()
             step += 1
             bar.update()
@@ -295,18 +309,20 @@ def finetune(options, made_by, model, weight_masks, sets, folder, tokenizer, tas
         if not math.isfinite(mean_loss):
             raise BadInput(f"training diverged in epoch {epoch + 1}: lower --learning-rate {options.learning_rate:g}")
         scores.append(accuracy(model, sets["validation"], options.batch_size, dtype))
-        if processes.FIRST and scores[-1] > max(scores[:-1], default=-1.0):
-            weights.write_safetensors(best_path, model.state_dict(), made_by)
+        memory = max(memory, runtime.peak_memory(device))
         if processes.FIRST:
-            notes = made_by | {"seconds": seconds, "scores": scores}
+            if scores[-1] > max(scores[:-1], default=-1.0):
+                weights.write_safetensors(best(scores), model.state_dict(), made_by)
+            notes = made_by | {"seconds": seconds, "peak_memory": memory, "scores": scores}
             weights.write_safetensors(state, weights.training_state(optimizer, **parts), notes)
+            for older in set(folder.glob("epoch*.state.safetensors")) - {best(scores)}:
+                older.unlink()
         bar.set_postfix_str(f"loss {mean_loss:.3f}, held-out accuracy {scores[-1]:.2%}")
     bar.close()
-    model.load_state_dict(processes.at_first(lambda: dict(weights.read_safetensors(best_path)[0])))
-    best = scores.index(max(scores))
+    model.load_state_dict(processes.at_first(lambda: dict(weights.read_safetensors(best(scores))[0])))
     metrics = {
-        "best_epoch": best + 1,
-        "validation_accuracy": scores[best],
+        "best_epoch": scores.index(max(scores)) + 1,
+        "validation_accuracy": max(scores),
         "validation_accuracy_by_epoch": scores,
         "test_accuracy": accuracy(model, sets["test"], options.batch_size, dtype),
         "test_rows": len(sets["test"]),
@@ -314,7 +330,7 @@ def finetune(options, made_by, model, weight_masks, sets, folder, tokenizer, tas
         - sum((~mask).sum().item() for mask in weight_masks.values()),
         "seconds": seconds,
         "tokens_per_second": options.epochs * len(sets["train"].ids) / seconds,
-        "peak_memory": runtime.peak_memory(device),
+        "peak_memory": max(memory, runtime.peak_memory(device)),
     }
     if processes.FIRST:
         runtime.write_json(folder / "metrics.json", made_by | metrics)
@@ -331,22 +347,16 @@ def without_structure(model, head_mask, ffn_mask):
     return model.with_state(model.config, state)
 
 
-@torch.no_grad()
-def hold_at_zero(held):
-    for weight, mask in held.items():
-        weight.mul_(mask)
-
-
 MADE_BY = "Made by orticket's `finetune.py`"  # how an export is known, also one that was interrupted
 
 
 def find_export(options, source, folder, made_by):
     """Whether --export-hf has what these settings make. Raises BadInput where it cannot be written, is the folder of
     the model before or after fine-tuning, or has files that no export wrote and that --overwrite does not give up."""
-    target = runtime.writable(Path(options.export_hf))
+    target, made_by = runtime.writable(Path(options.export_hf)), as_dense(made_by)
     if target.resolve() in (folder.resolve(), (source if source.is_dir() else source.parent).resolve()):
         raise BadInput(f"--export-hf {target} is the folder of the model itself: give another")
-    whole = weights.made_before(target / "model.safetensors", made_by, options.overwrite)
+    whole = weights.made_before(target / "model.safetensors", made_by, options.overwrite, "another --export-hf")
     written = ("README.md", "config.json", "tokenizer.json", "tokenizer_config.json")
     there = [name for name in written if (target / name).is_file()]
     card = target / "README.md"
@@ -364,7 +374,12 @@ def export(target, folder, masks, tokenizer, task, made_by):
     with runtime.replacing(target / "README.md") as beside:
         Path(beside).write_text(model_card(runtime.read_json(folder / "metrics.json"), task), "utf8")
     tokenizer.save(target)
-    model.save(target, task.labels, made_by)
+    model.save(target, task.labels, as_dense(made_by))
+
+
+def as_dense(made_by):
+    """How an export was made: nothing that main() leaves in the folder of its own is one."""
+    return made_by | {"settings": made_by["settings"] | {"export": "dense"}}
 
 
 def model_card(metrics, task):

@@ -34,17 +34,7 @@ def read_config(path, sizes):
     """{name: value} of the model at `path`, its folder or a file of its weights: its model_type, and what config.json
     or, as Google names it, bert_config.json says of `sizes`, {name: type}. Raises BadInput where bert.py cannot run it.
     """
-    folder = path if os.path.isdir(path) else os.path.dirname(path)
-    path = os.path.join(folder, "config.json")
-    if not os.path.isfile(path) and os.path.isfile(os.path.join(folder, "bert_config.json")):
-        path = os.path.join(folder, "bert_config.json")
-    try:
-        with open(path, encoding="utf8") as file:
-            config = dict(json.load(file))
-    except FileNotFoundError:
-        raise BadInput(f"{path} is not there: a model folder holds config.json beside its weights") from None
-    except (ValueError, TypeError, RecursionError) as error:
-        raise BadInput(f"{path} is not a model configuration: {error}") from None
+    path, config = config_json(path)
     for name, known in KNOWN.items():
         if config.get(name, known[0]) not in known:
             raise BadInput(f"{path} has {name} {config[name]!r}; bert.py runs {' and '.join(map(repr, known))}")
@@ -57,6 +47,28 @@ def read_config(path, sizes):
         if name in found and (type(found[name]) not in (int, kind) or not least <= found[name] < most):
             raise BadInput(f"{path}: {name} {found[name]!r} is nothing that a model can have")
     return found
+
+
+def config_json(path):
+    """(path, content) of the configuration of the model at `path`."""
+    folder = path if os.path.isdir(path) else os.path.dirname(path)
+    path = os.path.join(folder, "config.json")
+    if not os.path.isfile(path) and os.path.isfile(os.path.join(folder, "bert_config.json")):
+        path = os.path.join(folder, "bert_config.json")
+    try:
+        with open(path, encoding="utf8") as file:
+            return path, dict(json.load(file))
+    except FileNotFoundError:
+        raise BadInput(f"{path} is not there: a model folder holds config.json beside its weights") from None
+    except (ValueError, TypeError, RecursionError) as error:
+        raise BadInput(f"{path} is not a model configuration: {error}") from None
+
+
+def label_names(path):
+    """What the configuration of the model at `path` calls its classes, in their order; () where it does not say."""
+    names = config_json(path)[1].get("id2label")
+    names = names if isinstance(names, dict) else {}
+    return tuple(str(names.get(str(i), "")) for i in range(len(names)))
 
 
 def write_config(folder, config, labels):

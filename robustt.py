@@ -28,8 +28,13 @@ import runtime
 import tokens
 import weights
 from freelb import freelb
+from gates import draw_mask
 from runtime import BadInput, option
 
+RETRAINED = (  # options of finetune.py with which the ticket is retrained as the full model was trained
+    *("model", "revision", "output", "text_columns", "label_column", "data_revision", "seed", "epochs", "train_rows"),
+    *("batch_size", "max_length", "learning_rate", "warmup", "weight_decay", "clip_norm"),
+)
 LEFT, RIGHT, TEMPERATURE = -0.1, 1.1, 2 / 3  # the stretched interval and the temperature of hard concrete gates
 
 
@@ -82,6 +87,8 @@ class Gates(nn.Module):
 
 def main():
     options = runtime.parse(Options, __doc__)
+    if processes.WORLD > 1:
+        raise BadInput("robustt.py works in one process: start it without torchrun")
     runtime.keep_memory()
     device = runtime.pick_device()
     dtype = runtime.pick_precision(device, options.precision)
@@ -89,10 +96,10 @@ def main():
     task = data.find_task(options.task, tuple(options.text_columns), options.label_column)
     folder = runtime.output_folder(options.output, options.model) / runtime.task_folder(options.task)
     source = folder / f"none-vanilla-seed{options.seed}"
-    same = ("model", "output", "seed", "text_columns", "label_column", "data_revision", "train_rows")
-    retrain = f"python finetune.py --task {shlex.quote(options.task)}{runtime.flags(options, *same)}"
+    command = f"python finetune.py --task {shlex.quote(options.task)}"
     if not (source / "model.safetensors").is_file():
-        raise BadInput(f"{source} is not there: {retrain} --ticket none makes it")
+        same = ("model", "output", "seed", "text_columns", "label_column", "data_revision", "train_rows")
+        raise BadInput(f"{source} is not there: {command}{runtime.flags(options, *same)} --ticket none makes it")
     splits = task.load(options.data_revision)
     model, tokenizer, length, notes = finetune.reload(source, task, splits, options, device)
     train = data.first_rows(splits["train"], options.train_rows, options.task)
@@ -117,7 +124,9 @@ def main():
     total = sum(mask.numel() for mask in kept.values())
     left = sum(mask.sum().item() for mask in kept.values())
     print(f"{left:,} of {total:,} weights are left; ticket: {path}")
-    print(f"next: {retrain} --ticket {shlex.quote(str(path))}")
+    given = notes["settings"] | {"model": options.model, "output": options.output}
+    before = finetune.Options(**given | {"text_columns": tuple(given["text_columns"])})
+    print(f"next: {command}{runtime.flags(before, *RETRAINED)} --ticket {shlex.quote(str(path))}")
 
 
 def search(options, made_by, model, rows, path, state, dtype):
@@ -182,9 +191,7 @@ def matrices(model):
 def draw(scores, sparsity):
     """{name: scores} -> {name: bool}: exactly ceil(sparsity N) false, those with the smallest scores of all together,
     the earlier first among equals."""
-    flat = torch.cat([score.flatten() for score in scores.values()])
-    kept = torch.ones(len(flat), dtype=torch.bool)
-    kept[flat.argsort(stable=True)[: math.ceil(sparsity * len(flat))]] = False
+    kept = draw_mask(torch.cat([score.flatten() for score in scores.values()])[None], sparsity)[0]
     parts = kept.split([score.numel() for score in scores.values()])
     return {name: part.view(score.shape) for (name, score), part in zip(scores.items(), parts)}
 

@@ -187,7 +187,7 @@ def model_folder(root, model):
 
 def task_folder(task):
     """The name of a task's folder: of one's own file, its name without the ending."""
-    return Path(task).stem
+    return Path(os.path.abspath(task)).stem
 
 
 def run_name(options):

@@ -38,6 +38,8 @@ class Options:
         None, "branch or commit of a model on the hub; bert-base-uncased and roberta-base are pinned"
     )
     source: str = option("mlm", "mlm on the corpus; or a task, whose own loss is then searched on")
+    text_columns: tuple = option(("text",), "of a source of one's own: the column with the text, or two for pairs")
+    label_column: str = option("label", "of a source of one's own")
     corpus: str = option(
         "bbc", "of the source mlm: bbc, imdb, wikitext-2-raw-v1 (the paper's), a text file or a folder with .txt files"
     )
@@ -102,6 +104,7 @@ def main():
             "script": "search.py",
             "settings": settings | {"precision": runtime.precision_name(dtype)},
             "model_sha256": model_sha256,
+            "config": asdict(config),
             "corpus_sha256": source.sha256,
             "versions": runtime.versions(),
         }
@@ -111,9 +114,8 @@ def main():
                 search(of_seed, made_by, folder, tokenizer, source, path, state, device, dtype)
             if processes.FIRST:
                 state.unlink(missing_ok=True)
-        if processes.FIRST:
-            plot(path, output / f"search{name}.png")
-            report(path, output / f"search{name}.png", options)
+                plot(path, output / f"search{name}.png")
+                report(path, output / f"search{name}.png", options)
     processes.leave()
 
 
@@ -156,7 +158,7 @@ class Classification:
     """Or a task (Table 4): its training rows, with a classifier, newly initialized where the model has none for it."""
 
     def __init__(self, options, tokenizer, config, device):
-        task = data.find_task(options.source)
+        task = data.find_task(options.source, tuple(options.text_columns), options.label_column)
         rows = task.load(options.data_revision)["train"]
         length = min(task.max_length, config.max_length)
         self.rows = tokens.Rows(tokenizer, rows, length, device)
@@ -190,9 +192,10 @@ def search(options, made_by, folder, tokenizer, source, path, state, device, dty
     c = Coefficients(config.num_hidden_layers, config.num_attention_heads, config.intermediate_size)
     for remark in published.remarks(model):
         print(remark)
-    if "mlm_head" in model.initialized:
-        if processes.FIRST:  # the others get it with the rest of theta, see processes.together
-            fit_mlm_head(options, made_by, model.to(device), tokenizer, source.blocks, path.parent, dtype)
+    if "mlm_head" in model.initialized and not tensors and processes.FIRST:  # the others get it with the rest of theta
+        head_path = path.parent / "mlm_head.safetensors"
+        with filelock.FileLock(f"{head_path}.lock"):
+            fit_mlm_head(options, made_by, model.to(device), tokenizer, source.blocks, head_path, dtype)
     model.checkpointing = options.checkpointing
     model.to(device).train()  # line 1: theta <- theta_0, c <- 1
     c.to(device)
@@ -245,7 +248,8 @@ def search(options, made_by, folder, tokenizer, source, path, state, device, dty
             head, ffn = c.head.detach().cpu().clone(), c.ffn.detach().cpu().clone()
             mean_loss = (total / counted).cpu()
             if not all(torch.isfinite(number).all() for number in (head, ffn, mean_loss)):
-                raise BadInput(f"the search diverged by step {step}: lower --learning-rate {options.learning_rate:g}")
+                rates = runtime.flags(options, "learning_rate_c") or f" --learning-rate {options.learning_rate:g}"
+                raise BadInput(f"the search diverged by step {step}: lower{rates}")
             distances = torch.tensor(stopping.update(head, ffn))
             for series, value in zip(trace.values(), (head, ffn, distances, mean_loss)):
                 series.append(value)
@@ -260,16 +264,16 @@ def search(options, made_by, folder, tokenizer, source, path, state, device, dty
         return
     final = {"head": trace["trace.head"][-1], "ffn": trace["trace.ffn"][-1]}
     final |= {name: torch.stack(series) for name, series in trace.items()}
-    notes = made_by | {"config": asdict(config), "stopped_early": stopping.over, "mini_epochs_at_most": len(ends)}
+    notes = made_by | {"stopped_early": stopping.over, "mini_epochs_at_most": len(ends)}
     weights.write_safetensors(path, final, notes)
 
 
-def fit_mlm_head(options, made_by, model, tokenizer, blocks, output, dtype):
-    """Fit an MLM head on the frozen encoder, for a model that is published without one; kept in `output`.
+def fit_mlm_head(options, made_by, model, tokenizer, blocks, path, dtype):
+    """Fit an MLM head on the frozen encoder, for a model that is published without one, and keep it at `path`.
 
     Its bias starts at the log frequencies of the corpus's tokens, so that the head need not learn them.
     """
-    path, head, device = output / "mlm_head.safetensors", model.mlm_head, model.mlm_head.bias.device
+    head, device = model.mlm_head, model.mlm_head.bias.device
     matters = ("seed", "block", "batch_size", "warmup", "head_steps", "head_learning_rate", "precision")
     made_by = made_by | {"settings": {name: made_by["settings"][name] for name in matters}}
     if weights.made_before(path, made_by, overwrite=True):  # another takes a minute, and attack.py says which it used
@@ -313,10 +317,10 @@ def find_mlm_head(name, output, model, model_sha256, tokenizer, device):
         dtype = runtime.pick_precision(device, options.precision)
         settings = asdict(options) | {"precision": runtime.precision_name(dtype)}
         made_by = {"script": "search.py", "settings": settings, "model_sha256": model_sha256}
-        made_by |= {"corpus_sha256": blocks.sha256, "versions": runtime.versions()}
+        made_by |= {"config": asdict(tokenizer.config), "corpus_sha256": blocks.sha256, "versions": runtime.versions()}
         torch.manual_seed(options.seed)
         model.mlm_head.apply(model.initialize)
-        fit_mlm_head(options, made_by, model.to(device), tokenizer, blocks, output, dtype)
+        fit_mlm_head(options, made_by, model.to(device), tokenizer, blocks, path, dtype)
     return weights.read_notes(path)[1]
 
 
@@ -336,7 +340,7 @@ def plot(path, picture):
     above.axhline(settings["gamma"], color="black", linestyle="--", linewidth=1, label=f"gamma = {settings['gamma']:g}")
     above.set(ylabel="normalized Hamming distance", ylim=(0, None))
     on = settings["corpus"] if settings["source"] == "mlm" else settings["source"]
-    above.set_title(f"Masks from one mini-epoch to the next: {settings['model']} on {on}")
+    above.set_title(f"Masks from one mini-epoch to the next: {settings['model']} on {on}", parse_math=False)
     above.legend()
     below.plot(x, tensors["trace.loss"].numpy(), color="gray", marker=".")
     below.set(xlabel=f"mini-epoch ({settings['mini_epoch']:g} epoch each)", ylabel="loss")

@@ -1102,7 +1102,7 @@ def test_an_export_replaces_nothing_that_is_not_its_own(tiny, tmp_path, capsys):
     other = shutil.copytree(tiny, tmp_path / "other")
     original = (other / "model.safetensors").read_bytes()
     assert call(finetune, *flags, "--ticket", "none", "--export-hf", other) == 2
-    assert "--overwrite, or another --output" in capsys.readouterr().err
+    assert "--overwrite, or another --export-hf" in capsys.readouterr().err
     assert (other / "model.safetensors").read_bytes() == original
 
 
@@ -1127,6 +1127,8 @@ def test_an_export_replaces_no_other_files_and_no_model_that_it_is_made_of(tiny,
     assert call(finetune, *flags, run) == 2 and (run / "model.safetensors").read_bytes() == model
     (target / "README.md").write_text("edited")
     assert call(finetune, *flags, target) == 0 and (target / "README.md").read_text() == "edited"
+    assert call(finetune, *flags, shutil.copytree(run, tmp_path / "copy")) == 2  # which would be narrow with a ticket
+    assert "(export None, not 'dense'): --overwrite, or another --export-hf" in capsys.readouterr().err
 
 
 def test_what_cannot_be_exported_is_refused_before_training_and_after_it(tiny, corpus, tmp_path, capsys):
@@ -1746,7 +1748,8 @@ def test_search_draw_and_finetune_chain(tiny, corpus, tmp_path, capsys):
     capsys.readouterr()
     assert call(finetune, *flags, "--adv-steps", "5") == 0  # at once: it is done already
     printed = capsys.readouterr().out
-    assert "best of 1 epochs" in printed and "--adv-steps 5 has no effect: --method vanilla has no adversary" in printed
+    assert "best of 1 epochs" in printed and "--adv-steps 5 has no effect with --method vanilla" in printed
+    assert call(finetune, *flags, "--alpha", "1") == 0 and "--alpha 1.0 has no effect" in capsys.readouterr().out
 
 
 def test_a_finetuning_killed_and_started_again_ends_with_the_same_bytes(tiny, tmp_path):
@@ -1905,6 +1908,51 @@ def test_the_best_epoch_is_kept_and_each_method_trains_its_own_model(tiny, tmp_p
     assert not torch.equal(kept["vanilla"], kept["freelb"])
 
 
+def test_a_kill_between_the_files_of_an_epoch_parts_no_accuracy_from_its_model(tiny, tmp_path, monkeypatch):
+    """The third epoch is the best, its weights are written and its state is not; done again it is not the best."""
+    flags = ["--task", "bbc", "--model", tiny, "--ticket", "none", "--max-length", 8, "--train-rows", 64]
+    flags += ["--output", tmp_path, "--epochs", 3]
+    accuracies, write, seen = iter([0.4, 0.6, 0.9, 0.5, 0.1]), weights.write_safetensors, []
+
+    def made_up(model, *_):
+        seen.append(model.classifier.weight.detach().clone())
+        return next(accuracies)
+
+    def killed(path, tensors, notes):
+        if len(notes.get("scores", ())) == 3:
+            raise KeyboardInterrupt
+        write(path, tensors, notes)
+
+    monkeypatch.setattr(finetune, "accuracy", made_up)
+    with monkeypatch.context() as patched:
+        patched.setattr(weights, "write_safetensors", killed)
+        patched.setattr(runtime, "peak_memory", lambda device: 1e15)
+        assert call(finetune, *flags) == 130
+    assert call(finetune, *flags) == 0
+    folder = tmp_path / "tiny" / "bbc" / "none-vanilla-seed0"
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert (metrics["best_epoch"], metrics["validation_accuracy"], metrics["peak_memory"]) == (2, 0.6, 1e15)
+    assert torch.equal(Bert.load(folder).classifier.weight, seen[1]) and len(seen) == 5
+    assert {path.name for path in folder.iterdir() if "state" in path.name} <= {"finetune.state.safetensors.lock"}
+
+
+def test_what_a_run_is_made_of_is_its_contents_not_how_they_are_spelled(tiny, tmp_path, capsys, monkeypatch):
+    model = shutil.copytree(tiny, tmp_path / "model")
+    c = {"head": torch.rand(2, 3), "ffn": torch.rand(2, 40)}
+    masks = dict(zip(("head", "ffn"), gates.draw_masks(*c.values(), 1 / 6, 0.2)))
+    notes = {"script": "draw.py", "model_sha256": weights.sha256(model / "model.safetensors"), "settings": {}}
+    weights.write_safetensors(tmp_path / "ticket.safetensors", masks, notes)
+    monkeypatch.chdir(tmp_path)
+    flags = ["--task", "bbc", "--model", "model", "--output", "out", "--epochs", "1", "--max-length", 8]
+    flags += ["--train-rows", 32, "--ticket"]
+    for ticket in ("ticket.safetensors", "./ticket.safetensors", tmp_path / "ticket.safetensors"):
+        assert call(finetune, *flags, ticket) == 0
+    assert call(finetune, *flags, "none") == 0
+    change(model, hidden_dropout_prob=0.5)
+    assert call(finetune, *flags, "none") == 2 and "(another config)" in capsys.readouterr().err
+    assert runtime.task_folder("out/..") == tmp_path.name and runtime.task_folder("imdb") == "imdb"
+
+
 def test_gamma_and_beta_are_layernorm_weight_and_bias(tiny, tmp_path):
     """As the hub's bert-base-uncased names them."""
     tensors = safetensors.torch.load_file(tiny / "model.safetensors")
@@ -1939,7 +1987,7 @@ def test_overwriting_starts_anew_and_leaves_nothing_of_the_old(tiny, corpus, tmp
     assert call(search, *command) == 2 and state.exists()
     state.write_bytes(b"")
     assert call(search, *command, "--seed", "1") == 2
-    assert "not a whole safetensors file: 0 bytes: delete it, or --overwrite" in capsys.readouterr().err
+    assert "not a whole safetensors file: 0 bytes: --overwrite, or another --output" in capsys.readouterr().err
     assert call(search, *command, "--seed", "1", "--overwrite") == 0 and done.exists() and not state.exists()
 
 
@@ -2986,6 +3034,26 @@ def test_a_task_of_the_same_name_with_other_rows_is_not_attacked(victim, tmp_pat
     for path in (tmp_path / "mine.jsonl", tmp_path / "other" / "mine.jsonl"):
         assert call(attack, *flags, path) == 2
         assert f"{folder} was fine-tuned on other rows than those of {path}" in capsys.readouterr().err
+
+
+def test_a_classifiers_classes_count_by_their_names(victim, tmp_path, capsys):
+    source = victim / "minilm" / "rt" / "none-vanilla-seed0"
+    flags = ["--attack", "deepwordbug", "--n", "4", "--task", "rt", "--output", tmp_path, "--model"]
+    found = {}
+    for number, names in enumerate((["negative", "positive"], ["POSITIVE", "NEGATIVE"], ["LABEL_0", "LABEL_1"], "xy")):
+        folder = shutil.copytree(source, tmp_path / f"published{number}")
+        change(folder, id2label=dict(enumerate(names)))
+        model = Bert.load(folder)
+        if names[0] == "POSITIVE":  # the same model, with its classes the other way round
+            for parameter in model.classifier.parameters():
+                parameter.data = parameter.data.flip(0)
+            model.save(folder, names, {})
+        assert call(attack, *flags, folder) == 0
+        taken = "the model's classes x, y are taken for negative, positive, in this order" in capsys.readouterr().out
+        lines = (tmp_path / folder.name / "rt" / "deepwordbug.jsonl").read_text().splitlines()
+        found[str(names)] = [json.loads(line) for line in lines]
+        assert taken == (names == "xy")
+    assert all(of == found["xy"] for of in found.values())
 
 
 def test_a_classifier_that_misses_a_part_is_not_attacked(victim, tmp_path, capsys):

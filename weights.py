@@ -118,31 +118,33 @@ def read_notes(path):
         raise BadInput(f"{path} was not written by this project: its notes cannot be read") from None
 
 
-def made_before(path, made_by, overwrite):
+def made_before(path, made_by, overwrite, elsewhere="another --output"):
     """Whether the file at `path` was made with exactly the settings `made_by`, so that it need not be made again.
 
-    Where it was made with others, or cannot be read, it is removed if it may be overwritten; else raises BadInput.
-    Models, corpus and task count by their sha256, not by how their paths are spelled.
+    Where it was made with others, or cannot be read, it is removed if it may be overwritten; else raises BadInput with
+    `elsewhere` as the other remedy. Models, corpus and task count by their sha256, not by how their paths are spelled.
     """
     if not os.path.exists(path):
         return False
     try:
         notes = read_json(path) if str(path).endswith(".json") else read_notes(path)[1]
-        if not isinstance(notes, dict):
+        if not isinstance(notes, dict) or not isinstance(notes.get("settings"), dict):
             raise BadInput(f"{path} does not say how it was made")
     except BadInput as error:
         if not overwrite:
-            raise BadInput(f"{error}: delete it, or --overwrite") from None
-        notes = {}
-    differs = [f"another {key}" for key in made_by if key.endswith("sha256") and notes.get(key) != made_by[key]]
-    old, new = notes.get("settings", {}), json.loads(json.dumps(made_by["settings"]))
+            raise BadInput(f"{error}: --overwrite, or {elsewhere}") from None
+        notes = {"settings": {}}
+    made_by = json.loads(json.dumps(made_by))
+    counts = [key for key in made_by if key.endswith("sha256") or key == "config"]
+    differs = [f"another {key}" for key in counts if notes.get(key) != made_by[key]]
+    old, new = notes["settings"], made_by["settings"]
     named = ("model", "corpus", "source", "task", "revision", "data_revision", "masked_lm")
     compared = [key for key in new if key not in named]
     differs += [f"{key} {old.get(key)!r}, not {new[key]!r}" for key in compared if old.get(key) != new[key]]
     if not differs:
         return True
     if not overwrite:
-        raise BadInput(f"{path} was made with other settings ({', '.join(differs)}): --overwrite, or another --output")
+        raise BadInput(f"{path} was made with other settings ({', '.join(differs)}): --overwrite, or {elsewhere}")
     os.remove(path)
     return False
 
