@@ -63,6 +63,8 @@ def find_model(name, revision=None):
     hub's cannot be had.
     """
     path = Path(name)
+    if revision and (name in EMBEDDED or path.exists() and name not in ON_HUB):
+        raise BadInput(f"--revision {revision} is of a model on the hub: {name} is on this machine")
     if name in EMBEDDED:
         package, inner, expected = EMBEDDED[name]
         path = package_folder(package) / inner

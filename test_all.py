@@ -2034,6 +2034,9 @@ BAD = {
     "a ratio with a zero below": (draw, ["--tau-head", "1/0"], "--tau-head: '1/0' is not a number"),
     "a gigantic seed": (finetune, ["--seed", "1" + "0" * 30], "must be below"),
     "three texts": (finetune, ["--task", "mine.csv", "--text-columns", *"abc"], "--text-columns a b c: BERT reads"),
+    "columns of a task that has its own": (finetune, ["--text-columns", "a"], "rt has columns of its own"),
+    "a revision of what is here": (search, ["--model", "minilm", "--revision", "v1"], "--revision v1 is of a model on"),
+    "too long": (finetune, ["--max-length", "999", "--ticket", "none"], "--max-length 999: minilm reads at most 512"),
     "another model's ticket": (finetune, ["--ticket", "{tmp}/ticket.safetensors"], "drawn for another model"),
     "coefficients as ticket": (finetune, ["--ticket", "{tmp}/nan.safetensors"], "is no ticket"),
     "a model without weights": (finetune, ["--model", "{tmp}", "--ticket", "none"], "has several weights"),
@@ -2580,20 +2583,27 @@ def test_robust_tickets_are_searched_drawn_and_retrained_with_the_pruned_weights
     assert metrics["parameters"] == sum(p.numel() for p in model.parameters()) - zeros
 
 
-def test_masks_are_learned_only_for_the_task_that_the_model_was_fine_tuned_on(tiny, tmp_path, capsys):
+def test_masks_are_learned_only_for_the_task_that_the_model_was_fine_tuned_on(tiny, tmp_path, capsys, monkeypatch):
     for folder, labels in (("a", "xy"), ("b", "yx")):
         (tmp_path / folder).mkdir()
         lines = "".join(f"word {i},{labels[i % 2]}\n" for i in range(40))
         (tmp_path / folder / "mine.csv").write_text("title,kind\n" + lines)
     flags = ["--model", tiny, "--output", tmp_path, "--precision", "fp32", "--seed", "1", "--train-rows", "16"]
     flags += ["--text-columns", "title", "--label-column", "kind", "--epochs", "1", "--task"]
-    assert call(finetune, *flags, tmp_path / "a" / "mine.csv", "--ticket", "none") == 0
+    assert call(finetune, *flags, tmp_path / "a" / "mine.csv", "--ticket", "none", "--max-length", 8) == 0
     assert call(robustt, *flags, tmp_path / "b" / "mine.csv") == 2
     assert "was fine-tuned on other rows than those of" in capsys.readouterr().err
     assert call(robustt, *flags, tmp_path / "a" / "mine.csv") == 0
     line = capsys.readouterr().out.splitlines()[-1].removeprefix("next: python finetune.py ")
-    assert call(finetune, *shlex.split(line), "--epochs", "1") == 0  # as it is printed
-    assert (tmp_path / "tiny" / "mine" / "robustt-seed1-vanilla-seed1" / "model.safetensors").is_file()
+    assert call(finetune, *shlex.split(line)) == 0  # as it is printed
+    notes = [
+        weights.read_notes(tmp_path / "tiny" / "mine" / f"{run}-vanilla-seed1" / "model.safetensors")[1]["settings"]
+        for run in ("none", "robustt-seed1")
+    ]
+    differs = {name for name in notes[0] if notes[0][name] != notes[1][name]}
+    assert differs - {"precision"} == {"ticket"}
+    monkeypatch.setattr(processes, "WORLD", 2)
+    assert call(robustt, *flags, tmp_path / "a" / "mine.csv") == 2 and "without torchrun" in capsys.readouterr().err
 
 
 def test_the_ablations_keep_the_structure_or_the_weights_of_the_ticket(tiny, tmp_path, capsys):
@@ -2654,20 +2664,20 @@ def test_every_method_trains_resumes_and_says_what_it_cost(tiny, tmp_path, metho
 
 
 def test_a_search_on_a_tasks_own_loss_gives_coefficients_of_its_own(tiny, tmp_path, capsys):
-    (tmp_path / "mine.csv").write_text("text,label\n" + "".join(f"a b {'cd'[i % 2]} e,{i % 2}\n" for i in range(90)))
-    flags = ["--model", tiny, "--source", tmp_path / "mine.csv", "--output", tmp_path, "--batch-size", "8"]
-    flags += ["--mini-epoch", "0.25", "--precision", "fp32", "--seeds", "2", "--learning-rate", "1e-3"]
+    lines = "".join(f"a b,{'cd'[i % 2]} e,{i % 2}\n" for i in range(90))
+    (tmp_path / "m$_$.csv").write_text("a,b,y\n" + lines)  # a name that TeX would stumble upon, in the pictures' titles
+    flags = ["--model", tiny, "--source", tmp_path / "m$_$.csv", "--output", tmp_path, "--batch-size", "8"]
+    flags += ["--text-columns", "a", "b", "--label-column", "y", "--mini-epoch", "0.25", "--precision", "fp32", "--seeds", "2", "--learning-rate", "1e-3"]
     assert call(search, *flags) == 0
     out = capsys.readouterr().out
-    assert "mine.csv: 72 training rows" in out and "--coefficients" in out
-    found = [weights.read_notes(tmp_path / "tiny" / f"coefficients-mine-seed{i}.safetensors") for i in (0, 1)]
+    assert "m$_$.csv: 72 training rows" in out and "--coefficients" in out
+    found = [weights.read_notes(tmp_path / "tiny" / f"coefficients-m$_$-seed{i}.safetensors") for i in (0, 1)]
     assert [notes["settings"]["seed"] for _, notes in found] == [0, 1]
     assert not torch.equal(found[0][0]["head"], found[1][0]["head"]) and (found[0][0]["ffn"] != 1).any()
     assert call(search, *flags[:-4], "--seed", "1", "--learning-rate", "1e-3") == 0
-    alone = weights.read_notes(tmp_path / "tiny" / "coefficients-mine.safetensors")[0]
-    assert torch.equal(alone["head"], found[1][0]["head"])
-    path = tmp_path / "tiny" / "coefficients-mine.safetensors"
-    assert call(draw, "--task", "rt", "--model", tiny, "--output", tmp_path, "--coefficients", path) == 0
+    path = tmp_path / "tiny" / "coefficients-m$_$.safetensors"
+    assert torch.equal(weights.read_notes(path)[0]["head"], found[1][0]["head"])
+    assert call(draw, "--task", tmp_path / "m$_$.csv", "--model", tiny, "--output", tmp_path, "--coefficients", path) == 0
 
 
 # ---------------------------------------------------------------------------------------------------- attacks
