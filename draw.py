@@ -73,7 +73,7 @@ def main():
     title = f"{searched}, ticket for {options.task}: tau_H = {options.tau_head:.3g}, tau_F = {tau_ffn:.3g}"
     heat_map(head, ffn, head_mask, ffn_mask, title, folder / "ticket.png")
 
-    config = Config(**notes["config"] | {"num_labels": classes, "heads": None, "neurons": None})
+    config = Config(**notes["config"] | {"num_labels": classes})
     before, after = count_parameters(config), count_parameters(config, head_mask, ffn_mask)
     print(title)
     print(f"  kept in layer   {'  '.join(f'{i + 1:5}' for i in range(len(head)))}    of each   in all")
@@ -90,16 +90,9 @@ def read_coefficients(path):
     Raises BadInput where the file is something else, or its shapes are not those of its model.
     """
     tensors, notes = weights.read_notes(path)
-    try:
-        config = Config(**notes["config"] | {"heads": None, "neurons": None})
-        known = notes["script"] == "search.py" and all(
-            key in notes for key in ("model_sha256", "corpus_sha256", "versions")
-        )
-        known = known and isinstance(notes["settings"]["model"], str)
-    except (KeyError, TypeError):
-        known = False
-    if not known or not {"head", "ffn"} <= tensors.keys():
+    if notes.get("script") != "search.py" or not {"head", "ffn"} <= tensors.keys():
         raise BadInput(f"{path} holds no coefficients: give a file that search.py wrote")
+    config = Config(**notes["config"])
     for name, width in (("head", config.num_attention_heads), ("ffn", config.intermediate_size)):
         expected, found = (config.num_hidden_layers, width), tensors[name]
         if found.shape != expected or found.dtype != torch.float32 or not torch.isfinite(found).all():
