@@ -66,11 +66,11 @@ class Options:
     )
     revision: str = option(None, "branch or commit of a model on the hub")
     ticket: str = option("drawn", "as of finetune.py: drawn, none, random, or a file")
-    method: str = option("vanilla", "as of finetune.py")
-    ablation: str = option(None, "as of finetune.py")
+    method: str = option("vanilla", "as of finetune.py", choices=tuple(finetune.ADVERSARIES))
+    ablation: str = option(None, "as of finetune.py", choices=finetune.ABLATIONS)
     output: str = option("runs", "folder that finetune.py wrote to")
     seed: int = option(0, "of the fine-tuning, of the choice of examples and of random edits", at_least=0, below=2**31)
-    n: int = option(300, "test rows that are attacked", at_least=1)
+    n: int = option(None, "test rows that are attacked [300, or all of fewer]", at_least=1)
     attack_columns: str = option(
         None, "of pairs: the column that may be changed, instead of both (TextFooler: the hypothesis of a premise)"
     )
@@ -92,7 +92,10 @@ class Options:
     overwrite: bool = option(False, "replace results that other settings made in the same folder")
 
 
-NOT_SETTINGS = ("output", "workers", "show", "overwrite")  # they change neither the results nor whose they are
+NOT_SETTINGS = (
+    *("output", "workers", "show", "overwrite"),  # they change neither the results nor whose they are
+    *("vectors", "encoder", "masked_lm", "bert_attack_k", "bert_attack_ranking"),  # the resources tell what they chose
+)
 
 
 def main():
@@ -110,13 +113,15 @@ def main():
     if options.attack_columns not in (None, *task.columns):
         raise BadInput(f"--attack-columns {options.attack_columns}: {options.task} has {' and '.join(task.columns)}")
     splits = task.load(options.data_revision)
-    victim, folder, made_by = find_victim(options, task, splits, device, dtype)
     test = splits["test"]
+    options.n = options.n or min(300, len(test))
+    victim, folder, made_by = find_victim(options, task, splits, device, dtype)
     del splits  # the training rows
     examples = {number: test[number] for number in sample(options, len(test))}
     # with --max-length, at another length than finetune.py has measured it
-    clean = clean_accuracy(None if options.max_length else folder, victim, test)
-    print(f"attacking {options.n} of {len(test):,} test rows, of which {folder} gets {clean:.2%} right")
+    clean, precision = clean_accuracy(None if options.max_length else folder, victim, test)
+    right = f"{clean:.2%} right" + f", as finetune.py found in {precision}" * (precision is not None)
+    print(f"attacking {options.n} of {len(test):,} test rows, of which {folder} gets {right}")
     made_by["task_sha256"] = hashlib.sha256(repr(examples).encode("utf8", "surrogatepass")).hexdigest()
     helpers = start_helpers(options.workers) if "RANK" not in os.environ else []
     table = {}
@@ -124,7 +129,7 @@ def main():
         textattack, found = import_textattack()
         similar = resources.Encoder(device, torch.float32)
         for name in RECIPES if options.attack == "all" else (options.attack,):
-            attack, used = build(textattack, found, name, options, made_by, task, victim)
+            attack, used = build(textattack, found, name, options, task, victim)
             print("\n".join(f"{name}, {what}: {which}" for what, which in used.items()))
             results = Results(folder / f"{name}.jsonl", made_by, name, used, list(examples), options.overwrite)
             bar = runtime.progress(len(examples), len(results.rows), name, "example")
@@ -173,6 +178,9 @@ def find_victim(options, task, splits, device, dtype):
         folder, masked_lm, sha256 = run, options.model, weights.sha256(run / "model.safetensors")
     elif options.model in data.EMBEDDED or options.model in data.ON_HUB:
         raise BadInput(f"there is no fine-tuned model in {run}: {makes}")
+    elif options.ticket not in ("drawn", "none") or options.method != "vanilla" or options.ablation:
+        given = runtime.flags(options, "ticket", "method", "ablation")
+        raise BadInput(f"there is no fine-tuned model in {run}: {makes}; or leave out{given}")
     else:
         path, sha256 = data.find_model(options.model, options.revision)
         model, tokenizer, length, masked_lm = Bert.load(path), tokens.Tokenizer(path), task.max_length, None
@@ -180,9 +188,9 @@ def find_victim(options, task, splits, device, dtype):
             raise BadInput(f"{path} has no classifier for the {len(task.labels)} classes of {options.task}: {makes}")
         in_order(model, published.label_names(path), task.labels)
     length = min(options.max_length or length, model.config.max_length)
-    masked_lm = options.masked_lm or masked_lm or runtime.DEFAULT_MODEL
+    options.masked_lm = options.masked_lm or masked_lm or runtime.DEFAULT_MODEL
     settings = {name: value for name, value in asdict(options).items() if name not in NOT_SETTINGS}
-    settings |= {"precision": runtime.precision_name(dtype), "max_length": length, "masked_lm": masked_lm}
+    settings |= {"precision": runtime.precision_name(dtype), "max_length": length}
     settings["ticket"] = Path(options.ticket).name
     versions = runtime.versions() | {name: importlib.metadata.version(name) for name in ("textattack", "nltk")}
     made_by = {"script": "attack.py", "settings": settings, "model_sha256": sha256, "versions": versions}
@@ -211,11 +219,13 @@ def sample(options, rows):
 
 
 def clean_accuracy(folder, victim, test):
-    """The share of all test rows that the victim classifies rightly; in `folder` finetune.py may have measured it."""
+    """(the share of all test rows that the victim classifies rightly, None); in `folder` finetune.py may have measured
+    it, then (that, the precision in which it did)."""
     if folder is not None and (folder / "metrics.json").is_file():
-        return runtime.read_json(folder / "metrics.json")["test_accuracy"]
+        metrics = runtime.read_json(folder / "metrics.json")
+        return metrics["test_accuracy"], metrics["settings"]["precision"]
     predicted = victim([texts for texts, _ in test]).argmax(1)
-    return (predicted == torch.tensor([label for _, label in test])).float().mean().item()
+    return (predicted == torch.tensor([label for _, label in test])).float().mean().item(), None
 
 
 # --------------------------------------------------------------------------------------------------------- recipes
@@ -273,13 +283,12 @@ def find_nltk_data(nltk):
     return found
 
 
-def build(textattack, found, name, options, made_by, task, victim):
+def build(textattack, found, name, options, task, victim):
     """(TextAttack's recipe `name` against the victim, {resource: which one it uses}).
 
     The recipe is built by TextAttack, with what it draws on laid where it looks for it.
     """
-    settings, used = made_by["settings"], {}
-    shared, recipes = textattack.shared, textattack.attack_recipes
+    used, shared, recipes = {}, textattack.shared, textattack.attack_recipes
     synonyms = resources.find_synonyms(options.vectors)
     numbers = {word: number for number, word in enumerate(synonyms.words)}
     vectors = shared.WordEmbedding(synonyms.vectors, numbers, synonyms.words, synonyms.neighbours)
@@ -296,7 +305,7 @@ def build(textattack, found, name, options, made_by, task, victim):
         used["stop words"] = "NLTK's" if found["stopwords"] else "TextFooler's list (the papers': NLTK's)"
     swap = None
     if name == "bertattack":
-        swap, used["masked language model"] = masked_swap(textattack, options, settings, victim)
+        swap, used["masked language model"] = masked_swap(textattack, options, victim)
     with mock.patch.object(recipes.bert_attack_li_2020, "WordSwapMaskedLM", lambda **_: swap):
         attack = getattr(recipes, RECIPES[name]).build(victim)
     attack.goal_function.batch_size = 2**30  # the victim makes its own batches
@@ -306,8 +315,7 @@ def build(textattack, found, name, options, made_by, task, victim):
             if options.encoder == "minilm":
                 constraint.model = resources.Encoder(victim.device, victim.dtype)
                 if constraint.skip_text_shorter_than_window:
-                    constraint.model.skip_shorter = constraint.window_size
-                    constraint.model.count_words = lambda text: len(shared.utils.words_from_text(text))
+                    leave_short_texts(constraint)
                 used["sentence encoder"] = constraint.model.description
             elif importlib.util.find_spec("tensorflow_hub") is None:
                 raise BadInput("--encoder use needs the package tensorflow_hub: pip install it, or --encoder minilm")
@@ -324,9 +332,20 @@ def build(textattack, found, name, options, made_by, task, victim):
     return attack, used
 
 
-def masked_swap(textattack, options, settings, victim):
+def leave_short_texts(constraint):
+    """Where all texts are so short that a sentence constraint passes them whatever their similarity, compute none."""
+    score = constraint._score_list
+
+    def _score_list(start, texts):
+        count = any(len(text.words) >= constraint.window_size for text in texts)
+        return score(start, texts) if count else torch.ones(len(texts))
+
+    constraint._score_list = _score_list
+
+
+def masked_swap(textattack, options, victim):
     """(BERT-Attack's transformation with a masked language model of ours, which one that is)."""
-    name = settings["masked_lm"]
+    name = options.masked_lm
     path, sha256 = data.find_model(name, options.revision if name == options.model else None)
     model, tokenizer = Bert.load(path, mlm=True), tokens.Tokenizer(path)
     which = f"{Path(name).name}, sha256 {sha256[:8]}"

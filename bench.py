@@ -374,8 +374,8 @@ def attack_of(textattack, nltk_data, options):
     device = runtime.pick_device()
     task = data.find_task(options.task)
     splits, dtype = task.load(None), runtime.pick_precision(device, options.precision)
-    victim, _, made_by = attack.find_victim(options, task, splits, device, dtype)
-    recipe, _ = attack.build(textattack, nltk_data, options.attack, options, made_by, task, victim)
+    victim, _, _ = attack.find_victim(options, task, splits, device, dtype)
+    recipe, _ = attack.build(textattack, nltk_data, options.attack, options, task, victim)
     test = splits["test"]
     rows = {number: test[number] for number in attack.sample(options, len(test))}
     return recipe, {i: (OrderedDict(zip(task.columns, texts)), label) for i, (texts, label) in rows.items()}

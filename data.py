@@ -228,10 +228,10 @@ def find_task(name, text_columns=("text",), label_column="label"):
     """
     if name in TASKS:
         if (tuple(text_columns), label_column) != (("text",), "label"):
-            raise BadInput(f"--text-columns and --label-column are of a file of one's own: {name} has columns of its own")
+            raise BadInput(f"--text-columns and --label-column are of one's own file: {name} has columns of its own")
         return TASKS[name]
-    if len(text_columns) > 2:
-        raise BadInput(f"--text-columns {' '.join(text_columns)}: BERT reads one text or a pair")
+    if len(text_columns) > 2 or len(set(text_columns)) < len(text_columns):
+        raise BadInput(f"--text-columns {' '.join(text_columns)}: BERT reads one text or a pair of two")
     path = Path(name)
     if path.is_dir():
         found = sorted(file for file in path.iterdir() if file.suffix.lower() in FILES)

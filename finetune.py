@@ -42,6 +42,7 @@ ADVERSARIES = {
     "freelb": (3, 0.03, 0.05, 0.2),
     "infobert": (3, 0.04, 0.08, 0.0),
 }
+ABLATIONS = ("no-initialization", "no-structure")
 
 
 @dataclass
@@ -61,7 +62,7 @@ class Options:
     ablation: str = option(
         None,
         "of the ticket: all its weights initialized anew; or, of the full model, those that the ticket prunes",
-        choices=("no-initialization", "no-structure"),
+        choices=ABLATIONS,
     )
     output: str = option("runs", "folder for what is made; this script writes below OUTPUT/MODEL/TASK")
     seed: int = option(0, "of all that is random; each seed has a folder of its own", at_least=0, below=2**63)
@@ -112,7 +113,8 @@ def main():
         masks, ticket_sha256 = find_ticket(options, folder / "ticket.safetensors", model_sha256, config)
         tokenizer = tokens.Tokenizer(source)
         if (options.max_length or 0) > config.max_length:
-            raise BadInput(f"--max-length {options.max_length}: {options.model} reads at most {config.max_length} tokens")
+            reads = f"{options.model} reads at most {config.max_length} tokens"
+            raise BadInput(f"--max-length {options.max_length}: {reads}")
         max_length = min(options.max_length or task.max_length, config.max_length)
         splits = task.load(options.data_revision)
         splits["train"] = data.first_rows(splits["train"], options.train_rows, options.task)

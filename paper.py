@@ -27,7 +27,7 @@ import filelock
 
 import data
 import runtime
-from attack import RECIPES
+from attack import RECIPES, sample
 from runtime import BadInput, option
 
 # name in the table -> (--ticket, --method, --ablation) of finetune.py and attack.py
@@ -97,14 +97,20 @@ def main():
         for value in getattr(options, name):
             if value not in known:
                 raise BadInput(f"--{name} {value!r}: give some of {', '.join(known)}")
+    options.attacks = [name for name in RECIPES if name in options.attacks]  # in whatever order they were named
     settings = {name: getattr(options, name) for name in SETTINGS} | {"attacks": " ".join(options.attacks)}
+    settings |= {} if options.attacks else {"attacks": None, "n": None}
     for name in ("search", "draw", "finetune"):
-        settings |= {f"{name} {flag}": value for flag, value in given(options, name).items()}
+        for flag, value in given(options, name).items():
+            reach(options.methods, name, flag)
+            settings[f"{name} {flag}"] = value
     path = Path(options.results) / f"{options.table}.json"
     there = {(run["task"], run["method"], run["seed"]) for run in recorded(path) if run["settings"] == settings}
     cells = [(task, name, seed) for task in options.tasks for seed in range(options.seeds) for name in options.methods]
     cells = list(dict.fromkeys(cells))  # a method named twice is one row
     missing = [cell for cell in cells if cell not in there]
+    for task in {task: None for task, _, _ in missing} if options.attacks else ():
+        sample(SimpleNamespace(n=options.n, task=task, seed=0), len(data.find_task(task).load(None)["test"]))
     path.parent.mkdir(parents=True, exist_ok=True)
     bar = runtime.progress(len(cells), len(cells) - len(missing), options.table, "run")
     for task, name, seed in missing:
@@ -140,6 +146,22 @@ def given(options, name):
             )
         flags[flag] = value
     return flags
+
+
+def reach(methods, name, flag):
+    """Raises BadInput where the option `flag` of the script `name` changes nothing of one of these methods."""
+    for method in methods:
+        ticket, training, _ = METHODS[method]
+        kinds = {"drawn", "random", "of a search without adversary"}
+        if name == "search" and flag in ("adv-steps", "adv-init-mag"):
+            kinds = {"drawn", "random"}
+        reaches = ticket in kinds
+        if name == "finetune" and flag in ("alpha", "beta"):
+            reaches = training == "infobert"
+        elif name == "finetune":
+            reaches = training != "vanilla" or not flag.startswith("adv-")
+        if not reaches:
+            raise BadInput(f"--{name} {flag} changes nothing of {method}: name with --methods those that it is for")
 
 
 def script(name, /, **flags):
@@ -215,7 +237,8 @@ def written(runs):
         lines += ["", f"{', '.join(shown)}."]
         lines += ["", "The attacks' resources:", ""] if resources else []
         lines += [f"- {name}: {what}" for name, what in resources.items()]
-        columns = [f"{attack} {column}" for attack in settings["attacks"].split() for column in ATTACKED]
+        attacks = (settings["attacks"] or "").split()
+        columns = [f"{attack} {column}" for attack in attacks for column in ATTACKED]
         # seconds only where they are the point: the machine may have had other work
         columns = ["Clean%", *(columns or ["seconds"]), "GB", "M parameters"]
         head = " | ".join([f"{task}, {settings['model']}", "runs", *columns])
@@ -225,7 +248,7 @@ def written(runs):
             found = rows[method, flags]
             numbers = [[run[column] for run in found if run.get(column) is not None] for column in columns]
             lines.append(f"| {' | '.join([method + flags, str(len(found)), *map(mean_and_deviation, numbers)])} |")
-        if settings["attacks"]:
+        if attacks:
             widest = 100 * 1.96 * (0.5 * 0.5 / settings["n"]) ** 0.5  # in points, where the share is 50 %
             lines += ["", f"The {settings['n']} attacked rows are a sample: a single run's Aua% is uncertain by up to"]
             lines[-1] += f" ± {widest:.1f} points (95 % interval), Suc% by a little more, whatever the seed does."

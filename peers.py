@@ -102,6 +102,7 @@ def unwrap(recipe, textattack, options):
     for constraint in recipe.constraints:
         if hasattr(constraint, "sim_metric"):
             constraint.model = encode
+            vars(constraint).pop("_score_list", None)  # ours, which leaves out what does not count
     if options.attack == "bertattack":
         with tempfile.TemporaryDirectory() as whole:
             ours = recipe.transformation.substitutes.model

@@ -69,28 +69,16 @@ class Classifier(Texts):
 
 
 class Encoder(Texts):
-    """Texts -> unit vectors (n, d): the mean of all-MiniLM-L6-v2's last hidden states, as sentence-transformers has it.
-
-    skip_shorter: texts of fewer words are not encoded, their vectors are 0: a constraint that does not look at the
-    similarity of short texts sets it, with `count_words`, a function that counts a text's words as it does.
-    """
+    """Texts -> unit vectors (n, d): the mean of all-MiniLM-L6-v2's last states, as sentence-transformers has it."""
 
     description = "all-MiniLM-L6-v2, mean of its states (the papers': Universal Sentence Encoder)"
 
     def __init__(self, device, dtype):
         path, _ = data.find_model("minilm")
         super().__init__(Bert.load(path, num_labels=0), tokens.Tokenizer(path), 256, device, dtype)
-        self.skip_shorter, self.count_words = 0, None
 
     def __call__(self, texts):
-        long = [number for number, text in enumerate(texts) if self.is_read(text)]
-        vectors = torch.zeros(len(texts), self.model.config.hidden_size)
-        if long:
-            vectors[long] = self.each([texts[number] for number in long], self.mean_state)
-        return vectors
-
-    def is_read(self, text):
-        return not self.skip_shorter or self.count_words(text) >= self.skip_shorter
+        return self.each(texts, self.mean_state)
 
     def mean_state(self, ids, mask, segments):
         states = self.model(ids, mask, segments).float()  # (B, T, d)

@@ -26,7 +26,7 @@ from weights import Mapped, map_file
 
 MAGIC = 0xDB4775248B80FB57
 DTYPES = {1: torch.float32, 2: torch.float64, 3: torch.int32, 9: torch.int64, 14: torch.bfloat16, 19: torch.float16}
-KINDS = ("/kernel", "/bias", "/gamma", "/beta", "_embeddings", "output_weights", "output_bias")  # ends of names: weights
+KINDS = ("/kernel", "/bias", "/gamma", "/beta", "_embeddings", "output_weights", "output_bias")  # names of weights
 CRC_TABLE = []
 for remainder in range(256):
     for _ in range(8):

@@ -25,6 +25,7 @@ import time
 import types
 import unittest.mock
 import zipfile
+from collections import OrderedDict
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -2107,7 +2108,7 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_file(tiny, corpus, tmp_path)
         (lambda folder: change(folder, vocab_size=10**25), "000 is nothing that a model can have"),
         (lambda folder: change(folder, is_decoder=True), "is_decoder True; bert.py runs False"),
         (
-            lambda folder: (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "BertJapaneseTokenizer"}'),
+            lambda f: (f / "tokenizer_config.json").write_text('{"tokenizer_class": "BertJapaneseTokenizer"}'),
             "is for a BertJapaneseTokenizer: without its tokenizer.json it cannot be read",
         ),
         (lambda folder: change(folder, hidden_size=48), "has shape"),
@@ -2329,7 +2330,8 @@ def scripts(monkeypatch):
 
 
 def make_table(folder, *more, table="table1"):
-    flags = ["--model", "minilm", "--n", "100", "--output", folder / "runs", "--results", folder / "results"]
+    flags = ["--model", "minilm", "--tasks", "bbc", "--n", "100"]
+    flags += ["--output", folder / "runs", "--results", folder / "results"]
     return call(paper, table, *flags, *more)
 
 
@@ -2344,6 +2346,9 @@ def test_a_table_is_made_of_every_methods_runs_and_none_is_repeated(scripts, tmp
         attacked = sum(name == "attack.py" for name, _ in scripts[seen:])
         assert attacked == (0 if table == "table2" else len(rows))
     assert "| FreeLB | 1 | 80.0 | 7.0 | 2.0 | 3.0 |" in (tmp_path / "results" / "table2.md").read_text("utf8")
+    assert "learning rate 0.0001.\n" in (tmp_path / "results" / "table2.md").read_text("utf8")
+    assert make_table(tmp_path, "--tasks", "bbc", "--n", 224) == 2
+    assert "--n 224 is more than the 223 test rows of bbc" in capsys.readouterr().err
     assert {name for rows in paper.ROWS.values() for name in rows} == set(paper.METHODS)
     seen = len(scripts)
     assert make_table(tmp_path, "--seeds", 3, "--methods", "PGD", "ORTicket") == 0
@@ -2371,7 +2376,7 @@ def test_a_table_shows_means_and_standard_deviations_over_seeds(scripts, tmp_pat
 
 def test_other_searches_ratios_and_adversaries_have_rows_of_their_own(scripts, tmp_path, capsys):
     assert make_table(tmp_path, "--methods", "Vanilla ticket") == 0
-    other = ["--search", "learning-rate=2e-4", "adv-steps=5", "--draw", "tau-ffn=0.1"]
+    other = ["--search", "learning-rate=2e-4", "lambda-head=0", "--draw", "tau-ffn=0.1"]
     assert make_table(tmp_path, "--methods", "Vanilla ticket", *other) == 0
     searched = [flags for name, flags in scripts if name == "search.py"]
     assert [flags.get("learning-rate") for flags in searched] == [None, "2e-4"]
@@ -2379,16 +2384,16 @@ def test_other_searches_ratios_and_adversaries_have_rows_of_their_own(scripts, t
     assert [flags.get("tau-ffn") for name, flags in scripts if name == "draw.py"] == [None, "0.1"]
     printed = capsys.readouterr().out
     assert printed.count("| Vanilla ticket | 1 |") == 2  # the second command shows both rows
-    row = "\n| Vanilla ticket, `--draw tau-ffn=0.1 --search adv-steps=5 learning-rate=2e-4` | 1 |"
+    row = "\n| Vanilla ticket, `--draw tau-ffn=0.1 --search lambda-head=0 learning-rate=2e-4` | 1 |"
     assert printed.count(row) == 1 and printed.count("|---|") == 2  # in the one table
     assert make_table(tmp_path, "--methods", "ORTicket", "--search", "source=rt") == 0
     drawn = next(flags["coefficients"] for name, flags in reversed(scripts) if name == "draw.py")
     assert drawn == tmp_path / "runs" / "minilm" / "coefficients-rt.safetensors"
-    assert make_table(tmp_path, "--methods", "RobustT", "--finetune", "adv-max-norm=2") == 0
-    trained = [flags for name, flags in scripts if name == "finetune.py" and "adv-max-norm" in flags]
-    assert [flags["adv-max-norm"] for flags in trained] == ["2", "2"]  # the one before the masks, and the one after
+    assert make_table(tmp_path, "--methods", "RobustT", "--finetune", "weight-decay=0") == 0
+    trained = [flags for name, flags in scripts if name == "finetune.py" and "weight-decay" in flags]
+    assert [flags["weight-decay"] for flags in trained] == ["0", "0"]  # the one before the masks, and the one after
     methods = [line.split(" | ")[0] for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
-    flags = ", `--draw tau-ffn=0.1 --search adv-steps=5 learning-rate=2e-4`", ", `--finetune adv-max-norm=2`"
+    flags = ", `--draw tau-ffn=0.1 --search lambda-head=0 learning-rate=2e-4`", ", `--finetune weight-decay=0`"
     rows = ["Vanilla ticket", "Vanilla ticket" + flags[0], "RobustT" + flags[1], "ORTicket, `--search source=rt`"]
     assert methods[-4:] == [f"| {row}" for row in rows]
     for flag, wrong in (  # the others are paper.py's own to give
@@ -2397,6 +2402,16 @@ def test_other_searches_ratios_and_adversaries_have_rows_of_their_own(scripts, t
     ):
         assert make_table(tmp_path, f"--{flag}", wrong) == 2
         assert f"--{flag} {wrong!r}: give options of {flag}.py as NAME=VALUE" in capsys.readouterr().err
+    for method, flag, reached in (
+        *(("Vanilla", "search adv-lr=1", "ORTicket"), ("PGD", "draw tau-ffn=0.1", "Random ticket")),
+        *(("ORTicket", "finetune adv-lr=1", "ORTicket + FreeLB"), ("FreeLB", "finetune alpha=1", "InfoBERT")),
+        ("Vanilla ticket", "search adv-steps=2", "ORTicket"),
+    ):
+        name, value = flag.split()
+        seen = len(scripts)
+        assert make_table(tmp_path, "--methods", reached, method, f"--{name}", value) == 2 and len(scripts) == seen
+        assert f"--{name} {value.split('=')[0]} changes nothing of {method}: name" in capsys.readouterr().err
+        assert make_table(tmp_path, "--methods", reached, f"--{name}", value) == 0
 
 
 def test_a_row_counts_once_and_attacks_that_ended_in_errors_are_told(scripts, tmp_path, capsys):
@@ -2667,7 +2682,8 @@ def test_a_search_on_a_tasks_own_loss_gives_coefficients_of_its_own(tiny, tmp_pa
     lines = "".join(f"a b,{'cd'[i % 2]} e,{i % 2}\n" for i in range(90))
     (tmp_path / "m$_$.csv").write_text("a,b,y\n" + lines)  # a name that TeX would stumble upon, in the pictures' titles
     flags = ["--model", tiny, "--source", tmp_path / "m$_$.csv", "--output", tmp_path, "--batch-size", "8"]
-    flags += ["--text-columns", "a", "b", "--label-column", "y", "--mini-epoch", "0.25", "--precision", "fp32", "--seeds", "2", "--learning-rate", "1e-3"]
+    flags += ["--text-columns", "a", "b", "--label-column", "y", "--mini-epoch", "0.25", "--precision", "fp32"]
+    flags += ["--seeds", "2", "--learning-rate", "1e-3"]
     assert call(search, *flags) == 0
     out = capsys.readouterr().out
     assert "m$_$.csv: 72 training rows" in out and "--coefficients" in out
@@ -2677,7 +2693,8 @@ def test_a_search_on_a_tasks_own_loss_gives_coefficients_of_its_own(tiny, tmp_pa
     assert call(search, *flags[:-4], "--seed", "1", "--learning-rate", "1e-3") == 0
     path = tmp_path / "tiny" / "coefficients-m$_$.safetensors"
     assert torch.equal(weights.read_notes(path)[0]["head"], found[1][0]["head"])
-    assert call(draw, "--task", tmp_path / "m$_$.csv", "--model", tiny, "--output", tmp_path, "--coefficients", path) == 0
+    flags = ["--model", tiny, "--output", tmp_path, "--coefficients", path]
+    assert call(draw, "--task", tmp_path / "m$_$.csv", *flags) == 0
 
 
 # ---------------------------------------------------------------------------------------------------- attacks
@@ -2855,15 +2872,27 @@ def textattack(tmp_path_factory):
     return imported
 
 
+STRANGE = (
+    "in the end , the film is a charming and funny story about İstanbul , a İbo İ a b c d e f g h i j and the dull boring "
+    "dialogue of it",
+    "a dull and boring film 电影很好 with weak dialogue and slow plot that nobody will ever want to see again in this life",
+    "İ İ İ İ a good film 电影很好电影很好电影很好 that is bad and boring and very good indeed and great and so on for ever",
+)
+
+
 @pytest.mark.parametrize("name", attack.RECIPES)
 def test_every_outcome_text_and_query_count_is_textattacks_own(textattack, victim, name):
     settings = {"task": "rt", "output": str(victim), "ticket": "none", "max_length": 64}
     if name == "bertattack":  # TextAttack takes k^n evaluations of a word of n pieces
         settings |= {"masked_lm": "minilm", "bert_attack_k": 6}
     options = attack.Options(attack=name, n=6, **settings)
-    outcomes = []
+    outcomes, label_of = [], {}
     for build in (bench.attack_of, bench.unwrapped):
         recipe, examples = build(*textattack, options)
+        if name == "textfooler":  # whose windows of 15 words are cut otherwise among other letters than English ones
+            for number, text in enumerate(STRANGE, 10_000):
+                label = label_of.setdefault(text, int(recipe.goal_function.model([text]).argmax()))
+                examples[number] = OrderedDict(text=text), label
         outcomes.append([])
         for number, (columns, label) in examples.items():
             textattack[0].shared.utils.set_seed(number)
@@ -2999,7 +3028,7 @@ def test_a_model_is_attacked_at_the_length_that_it_was_trained_and_measured_at(v
     shutil.copytree(victim, tmp_path, dirs_exist_ok=True)
     run = tmp_path / "minilm" / "rt" / "none-vanilla-seed0"
     noted(run, data.TASKS["rt"], max_length=16)
-    runtime.write_json(run / "metrics.json", {"test_accuracy": 0.125})
+    runtime.write_json(run / "metrics.json", {"test_accuracy": 0.125, "settings": {"precision": "bf16"}})
     flags = ["--attack", "deepwordbug", "--n", "1"]
     assert run_attack(victim, tmp_path, *flags)[2]["settings"]["max_length"] == 16
     assert "12.50% right" in capsys.readouterr().out
@@ -3032,10 +3061,10 @@ def test_a_task_of_the_same_name_with_other_rows_is_not_attacked(victim, tmp_pat
     lines = [json.dumps({"text": texts[0], "label": label}) for texts, label in rows]
     (tmp_path / "mine.jsonl").write_text("\n".join(lines))
     folder = copied(victim, tmp_path, tmp_path / "mine.jsonl")
-    runtime.write_json(folder / "metrics.json", {"test_accuracy": 0.125})
+    runtime.write_json(folder / "metrics.json", {"test_accuracy": 0.125, "settings": {"precision": "bf16"}})
     flags = ["--n", "2", "--ticket", "none", "--output", tmp_path, "--attack", "deepwordbug", "--task"]
     assert call(attack, *flags, tmp_path / "mine.jsonl") == 0
-    assert f"of which {folder} gets 12.50% right" in capsys.readouterr().out
+    assert f"of which {folder} gets 12.50% right, as finetune.py found in bf16" in capsys.readouterr().out
     (tmp_path / "mine.jsonl").write_text("\n".join(lines[:-1]))
     monkeypatch.setattr(tokens, "encode", None)  # nothing is tokenized to tell the rows apart
     (tmp_path / "other").mkdir()
@@ -3066,6 +3095,25 @@ def test_a_classifiers_classes_count_by_their_names(victim, tmp_path, capsys):
     assert all(of == found["xy"] for of in found.values())
 
 
+def test_no_other_model_is_attacked_than_that_of_the_ticket_asked_for(victim, tmp_path, capsys):
+    folder = shutil.copytree(victim / "minilm" / "rt" / "none-vanilla-seed0", tmp_path / "published")
+    for given in (["--ticket", "random"], ["--method", "freelb"], ["--ablation", "no-structure"]):
+        assert call(attack, "--task", "rt", "--output", tmp_path, "--model", folder, *given) == 2
+        assert f"makes one; or leave out {' '.join(given)}" in capsys.readouterr().err
+
+
+def test_results_are_told_by_the_resources_that_they_used(textattack, victim, tmp_path, capsys):
+    flags = ["--n", "2", "--attack", "textfooler"]
+    _, path, _ = run_attack(victim, tmp_path, *flags)
+    before = path.stat().st_mtime_ns
+    assert run_attack(victim, tmp_path, *flags, "--vectors", "embedded", "--bert-attack-k", "20")[0] == 0
+    assert json.loads(path.with_suffix(".json").read_text())["outcomes"] and "2 of 2 examples" in capsys.readouterr().out
+    other = {key: array for key, array in np.load(resources.TABLE).items()}
+    np.savez(tmp_path / "other.npz", **other | {"words": other["words"][:, ...]})
+    assert run_attack(victim, tmp_path, *flags, "--vectors", tmp_path / "other.npz")[0] == 2
+    assert "(another resources_sha256)" in capsys.readouterr().err and before
+
+
 def test_a_classifier_that_misses_a_part_is_not_attacked(victim, tmp_path, capsys):
     folder = shutil.copytree(victim / "minilm" / "rt" / "none-vanilla-seed0", tmp_path / "published")
     tensors, notes = weights.read_notes(folder / "model.safetensors")
@@ -3080,7 +3128,7 @@ def test_the_masked_language_model_is_of_the_revision_asked_for(monkeypatch):
     monkeypatch.setattr(data, "find_model", asked)
     for masked_lm in ("a/b", "c/d"):
         with pytest.raises(BadInput):
-            attack.masked_swap(None, attack.Options(model="a/b", revision="x"), {"masked_lm": masked_lm}, None)
+            attack.masked_swap(None, attack.Options(model="a/b", revision="x", masked_lm=masked_lm), None)
     assert asked.mock_calls == [unittest.mock.call("a/b", "x"), unittest.mock.call("c/d", None)]
 
 

@@ -138,7 +138,7 @@ def made_before(path, made_by, overwrite, elsewhere="another --output"):
     counts = [key for key in made_by if key.endswith("sha256") or key == "config"]
     differs = [f"another {key}" for key in counts if notes.get(key) != made_by[key]]
     old, new = notes["settings"], made_by["settings"]
-    named = ("model", "corpus", "source", "task", "revision", "data_revision", "masked_lm")
+    named = ("model", "corpus", "source", "task", "revision", "data_revision")
     compared = [key for key in new if key not in named]
     differs += [f"{key} {old.get(key)!r}, not {new[key]!r}" for key in compared if old.get(key) != new[key]]
     if not differs:
