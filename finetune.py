@@ -129,12 +129,12 @@ def main():
     settings = {name: value for name, value in asdict(options).items() if name not in NOT_SETTINGS}
     settings["ticket"] = Path(options.ticket).name  # which one it is its sha256 tells
     own = dict(zip(("adv_steps", "adv_lr", "adv_init_mag", "adv_max_norm"), ADVERSARIES[options.method]))
-    for name, value in (own | {"alpha": Options.alpha, "beta": Options.beta}).items():
-        if options.method != "infobert" if name in ("alpha", "beta") else options.method == "vanilla":
-            if settings[name] != getattr(Options, name):
-                print(f"--{name.replace('_', '-')} {settings[name]} has no effect with --method {options.method}")
-            settings[name] = value
-        settings[name] = value if settings[name] is None else settings[name]
+    own |= {"alpha": Options.alpha, "beta": Options.beta}
+    idle = {"vanilla": tuple(own), "infobert": ()}.get(options.method, ("alpha", "beta"))
+    for name, value in own.items():
+        if name in idle and settings[name] != getattr(Options, name):
+            print(f"--{name.replace('_', '-')} {settings[name]} has no effect with --method {options.method}")
+        settings[name] = value if name in idle or settings[name] is None else settings[name]
     made_by = {
         "script": "finetune.py",
         "task_sha256": task_sha256,

@@ -194,7 +194,7 @@ def search(options, made_by, folder, tokenizer, source, path, state, device, dty
         print(remark)
     if "mlm_head" in model.initialized and not tensors and processes.FIRST:  # the others get it with the rest of theta
         head_path = path.parent / "mlm_head.safetensors"
-        with filelock.FileLock(f"{head_path}.lock"):
+        with processes.alone(head_path):
             fit_mlm_head(options, made_by, model.to(device), tokenizer, source.blocks, head_path, dtype)
     model.checkpointing = options.checkpointing
     model.to(device).train()  # line 1: theta <- theta_0, c <- 1

@@ -2873,10 +2873,9 @@ def textattack(tmp_path_factory):
 
 
 STRANGE = (
-    "in the end , the film is a charming and funny story about İstanbul , a İbo İ a b c d e f g h i j and the dull boring "
-    "dialogue of it",
-    "a dull and boring film 电影很好 with weak dialogue and slow plot that nobody will ever want to see again in this life",
-    "İ İ İ İ a good film 电影很好电影很好电影很好 that is bad and boring and very good indeed and great and so on for ever",
+    "in the end , the film is a charming and funny story about İstanbul , a İbo İ a b c d e f g h i j and the dull "
+    "boring dialogue of it",
+    "a dull and boring film 电影很好 with weak dialogue and slow plot that nobody will ever want to see again",
 )
 
 
@@ -3104,14 +3103,12 @@ def test_no_other_model_is_attacked_than_that_of_the_ticket_asked_for(victim, tm
 
 def test_results_are_told_by_the_resources_that_they_used(textattack, victim, tmp_path, capsys):
     flags = ["--n", "2", "--attack", "textfooler"]
-    _, path, _ = run_attack(victim, tmp_path, *flags)
-    before = path.stat().st_mtime_ns
+    assert run_attack(victim, tmp_path, *flags)[0] == 0
     assert run_attack(victim, tmp_path, *flags, "--vectors", "embedded", "--bert-attack-k", "20")[0] == 0
-    assert json.loads(path.with_suffix(".json").read_text())["outcomes"] and "2 of 2 examples" in capsys.readouterr().out
-    other = {key: array for key, array in np.load(resources.TABLE).items()}
-    np.savez(tmp_path / "other.npz", **other | {"words": other["words"][:, ...]})
+    assert "2 of 2 examples" in capsys.readouterr().out
+    np.savez(tmp_path / "other.npz", **np.load(resources.TABLE))  # as large, and another file
     assert run_attack(victim, tmp_path, *flags, "--vectors", tmp_path / "other.npz")[0] == 2
-    assert "(another resources_sha256)" in capsys.readouterr().err and before
+    assert "(another resources_sha256)" in capsys.readouterr().err
 
 
 def test_a_classifier_that_misses_a_part_is_not_attacked(victim, tmp_path, capsys):
