@@ -3075,23 +3075,20 @@ def test_a_task_of_the_same_name_with_other_rows_is_not_attacked(victim, tmp_pat
 
 
 def test_a_classifiers_classes_count_by_their_names(victim, tmp_path, capsys):
-    source = victim / "minilm" / "rt" / "none-vanilla-seed0"
-    flags = ["--attack", "deepwordbug", "--n", "4", "--task", "rt", "--output", tmp_path, "--model"]
-    found = {}
-    for number, names in enumerate((["negative", "positive"], ["POSITIVE", "NEGATIVE"], ["LABEL_0", "LABEL_1"], "xy")):
-        folder = shutil.copytree(source, tmp_path / f"published{number}")
-        change(folder, id2label=dict(enumerate(names)))
+    folder = shutil.copytree(victim / "minilm" / "rt" / "none-vanilla-seed0", tmp_path / "published")
+    ids = torch.randint(1000, 9000, (3, 8))
+    logits = Bert.load(folder).class_logits(ids)
+    for names, order in (("ab", [0, 1]), ("BA", [1, 0]), (["LABEL_0", "LABEL_1"], [0, 1]), ("xy", [0, 1]), ((), [0, 1])):
         model = Bert.load(folder)
-        if names[0] == "POSITIVE":  # the same model, with its classes the other way round
-            for parameter in model.classifier.parameters():
-                parameter.data = parameter.data.flip(0)
-            model.save(folder, names, {})
-        assert call(attack, *flags, folder) == 0
-        taken = "the model's classes x, y are taken for negative, positive, in this order" in capsys.readouterr().out
-        lines = (tmp_path / folder.name / "rt" / "deepwordbug.jsonl").read_text().splitlines()
-        found[str(names)] = [json.loads(line) for line in lines]
-        assert taken == (names == "xy")
-    assert all(of == found["xy"] for of in found.values())
+        attack.in_order(model, names, ("a", "b"))
+        assert torch.equal(model.class_logits(ids), logits[:, order])
+        assert ("classes x, y are taken for a, b, in this order" in capsys.readouterr().out) == (names == "xy")
+    for parameter in model.classifier.parameters():  # the same model, with its classes the other way round
+        parameter.data = parameter.data.flip(0)
+    model.save(folder, ("POSITIVE", "NEGATIVE"), {})
+    assert call(attack, "--attack", "deepwordbug", "--n", "4", "--task", "rt", "--output", tmp_path, "--model", folder) == 0
+    right = float(re.search(r"gets ([\d.]+)% right", capsys.readouterr().out)[1])
+    assert right > 60  # and not below 40
 
 
 def test_no_other_model_is_attacked_than_that_of_the_ticket_asked_for(victim, tmp_path, capsys):
