@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 import data
+import export
 import processes
 import published
 import runtime
@@ -146,7 +147,7 @@ def main():
     }
     if options.export_hf and not isinstance(masks, tuple) and Bert.load(source).config.is_pruned:
         raise BadInput(f"{options.model} was pruned elsewhere, by masks unknown here: it cannot be exported dense")
-    is_exported = options.export_hf and processes.at_first(lambda: find_export(options, source, folder, made_by))
+    is_exported = options.export_hf and processes.at_first(lambda: export.find(options, source, folder, made_by))
     finished = folder / "model.safetensors"
     with processes.alone(folder / "finetune.state.safetensors"):
         if not processes.at_first(lambda: weights.made_before(finished, made_by, options.overwrite)):
@@ -167,7 +168,7 @@ def main():
     if options.export_hf:
         if not is_exported:
             pruned = None if options.ablation == "no-structure" or isinstance(masks, dict) else masks
-            export(Path(options.export_hf), folder, pruned, tokenizer, task, made_by)
+            export.write(Path(options.export_hf), folder, pruned, tokenizer, task, made_by)
         print(f"for transformers, with zeros where the ticket pruned: {options.export_hf}")
 
 
@@ -347,63 +348,6 @@ def without_structure(model, head_mask, ffn_mask):
         shape = [-1 if i == dimension else 1 for i in range(state[name].dim())]
         state[name] = torch.where(kept.view(shape), state[name], fresh[name])
     return model.with_state(model.config, state)
-
-
-MADE_BY = "Made by orticket's `finetune.py`"  # how an export is known, also one that was interrupted
-
-
-def find_export(options, source, folder, made_by):
-    """Whether --export-hf has what these settings make. Raises BadInput where it cannot be written, is the folder of
-    the model before or after fine-tuning, or has files that no export wrote and that --overwrite does not give up."""
-    target, made_by = runtime.writable(Path(options.export_hf)), as_dense(made_by)
-    if target.resolve() in (folder.resolve(), (source if source.is_dir() else source.parent).resolve()):
-        raise BadInput(f"--export-hf {target} is the folder of the model itself: give another")
-    whole = weights.made_before(target / "model.safetensors", made_by, options.overwrite, "another --export-hf")
-    written = ("README.md", "config.json", "tokenizer.json", "tokenizer_config.json")
-    there = [name for name in written if (target / name).is_file()]
-    card = target / "README.md"
-    ours = whole or (card.is_file() and MADE_BY in card.read_text("utf8", errors="replace"))
-    if there and not (ours or options.overwrite):
-        raise BadInput(f"--export-hf {target}: no export wrote its {there[0]}; give another folder, or --overwrite")
-    return whole
-
-
-def export(target, folder, masks, tokenizer, task, made_by):
-    """Write the model in `folder` to `target` as users of transformers know one: dense, tokenizer, model card."""
-    model = Bert.load(folder)
-    if masks is not None:
-        model = model.dense(*masks)
-    with runtime.replacing(target / "README.md") as beside:
-        Path(beside).write_text(model_card(runtime.read_json(folder / "metrics.json"), task), "utf8")
-    tokenizer.save(target)
-    model.save(target, task.labels, as_dense(made_by))
-
-
-def as_dense(made_by):
-    """How an export was made: nothing that main() leaves in the folder of its own is one."""
-    return made_by | {"settings": made_by["settings"] | {"export": "dense"}}
-
-
-def model_card(metrics, task):
-    """How the model was made, for whoever finds it on the hub."""
-    settings = metrics["settings"]
-    rows = {
-        "task": f"{settings['task']}: {', '.join(task.labels)}",
-        "pre-trained model": f"{settings['model']}, sha256 {metrics['model_sha256']}",
-        "ticket": f"{settings['ticket']}, sha256 {metrics['ticket_sha256']}",
-        "method": f"{settings['method']}, seed {settings['seed']}, {settings['epochs']} epochs",
-        "test accuracy": f"{metrics['test_accuracy']:.2%} of {metrics['test_rows']:,} rows",
-        "parameters that are not pruned": f"{metrics['parameters']:,}",
-        "packages": ", ".join(f"{name} {version}" for name, version in metrics["versions"].items()),
-    }
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
-    return (
-        "---\nlibrary_name: transformers\npipeline_tag: text-classification\n---\n\n"
-        f"# {Path(settings['model']).name} fine-tuned on {settings['task']}\n\n"
-        f"{MADE_BY}, after *ORTicket: Let One Robust BERT Ticket Transfer across Different\n"
-        "Tasks* (LREC-COLING 2024). The weights are dense: what the ticket pruned is zero, and stays in the sizes.\n\n"
-        f"| | |\n|---|---|\n{table}\n\nAll settings are in the header of `model.safetensors`.\n"
-    )
 
 
 @torch.inference_mode()
