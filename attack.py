@@ -176,6 +176,7 @@ def find_victim(options, task, splits, device, dtype):
     if (run / "model.safetensors").is_file():
         model, tokenizer, length, _ = finetune.reload(run, task, splits, options, device)
         folder, masked_lm, sha256 = run, options.model, weights.sha256(run / "model.safetensors")
+        names = task.labels
     elif options.model in data.EMBEDDED or options.model in data.ON_HUB:
         raise BadInput(f"there is no fine-tuned model in {run}: {makes}")
     elif options.ticket not in ("drawn", "none") or options.method != "vanilla" or options.ablation:
@@ -186,11 +187,13 @@ def find_victim(options, task, splits, device, dtype):
         model, tokenizer, length, masked_lm = Bert.load(path), tokens.Tokenizer(path), task.max_length, None
         if model.config.num_labels != len(task.labels) or {"pooler", "classifier"} & set(model.initialized):
             raise BadInput(f"{path} has no classifier for the {len(task.labels)} classes of {options.task}: {makes}")
-        in_order(model, published.label_names(path), task.labels)
+        names = published.label_names(path)
+        in_order(model, names, task.labels)
     length = min(options.max_length or length, model.config.max_length)
     options.masked_lm = options.masked_lm or masked_lm or runtime.DEFAULT_MODEL
     settings = {name: value for name, value in asdict(options).items() if name not in NOT_SETTINGS}
     settings |= {"precision": runtime.precision_name(dtype), "max_length": length}
+    settings["classes"] = list(names)
     settings["ticket"] = Path(options.ticket).name
     versions = runtime.versions() | {name: importlib.metadata.version(name) for name in ("textattack", "nltk")}
     made_by = {"script": "attack.py", "settings": settings, "model_sha256": sha256, "versions": versions}
@@ -200,8 +203,10 @@ def find_victim(options, task, splits, device, dtype):
 def in_order(model, names, labels):
     """Put the classes of a classifier that calls them `names` into the order of the task's; where these are not the
     same words, that is printed and the order taken as it is."""
-    names, wanted = ([name.lower() for name in of] for of in (names, labels))
-    if sorted(names) == sorted(wanted):
+    wanted = tuple(labels)
+    if set(names) != set(wanted):
+        names, wanted = (tuple(name.lower() for name in of) for of in (names, wanted))
+    if len(set(names)) == len(names) and sorted(names) == sorted(wanted):
         for parameter in model.classifier.parameters():  # (classes, d) and (classes,)
             parameter.data = parameter.data[[names.index(name) for name in wanted]]
     elif names and not all(name.startswith("label_") for name in names):
@@ -356,8 +361,8 @@ def masked_swap(textattack, options, victim):
         how = ", ".join(f"{setting.replace('_', ' ')} {value}" for setting, value in notes["settings"].items())
         which += f", with a head fitted to it on a corpus of sha256 {notes['corpus_sha256'][:8]}, {how}"
     k, ranking = options.bert_attack_k, options.bert_attack_ranking
-    if k > model.config.vocab_size:
-        raise BadInput(f"--bert-attack-k {k} is more than the {model.config.vocab_size:,} tokens of {name}")
+    if k > tokenizer.size:
+        raise BadInput(f"--bert-attack-k {k} is more than the {tokenizer.size:,} tokens of {name}")
     substitutes = resources.MaskedWords(model, tokenizer, k, ranking, victim.device, victim.dtype)
     mask = tokenizer.library.id_to_token(tokenizer.mask)
 

@@ -309,7 +309,7 @@ def separated(path, text, kind):
     dialect = {} if kind == ".csv" else {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
     if "\0" in text:
         line = text[: text.index("\0")].count("\n") + 1
-        raise BadInput(f"{path} line {line} has a NUL character, as of UTF-16: save the file as UTF-8")
+        raise BadInput(f"{path} line {line} has a NUL character: save the file as UTF-8, without any")
     reader = csv.reader(io.StringIO(text, newline=""), strict=True, **dialect)
     header, repeated, begins = None, [], 1
     try:

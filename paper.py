@@ -153,8 +153,8 @@ def reach(methods, name, flag):
     for method in methods:
         ticket, training, _ = METHODS[method]
         kinds = {"drawn", "random", "of a search without adversary"}
-        if name == "search" and flag in ("adv-steps", "adv-init-mag"):
-            kinds = {"drawn", "random"}
+        if name == "search":
+            kinds = {"drawn"} if flag.startswith("adv-") else kinds - {"random"}
         reaches = ticket in kinds
         if name == "finetune" and flag in ("alpha", "beta"):
             reaches = training == "infobert"

@@ -26,7 +26,7 @@ KNOWN = {
     "model_type": ("bert", "roberta"),
     "hidden_act": ("gelu",),
     "position_embedding_type": ("absolute",),
-    "is_decoder": (False,),
+    "is_decoder": (False, None),
 }
 
 

@@ -140,7 +140,7 @@ def find_synonyms(name):
         description = f"{path.name}, {len(words):,} words, {whose}, {least} ({PAPERS} >= 0.5)"
         return Synonyms(description, words, rows, None, cosines)
     return Synonyms(
-        f"{name}, {len(words):,} words, sha256 {weights.sha256(path)[:8]} ({PAPERS} >= 0.5)", words, rows, vectors
+        f"{path.name}, {len(words):,} words, sha256 {weights.sha256(path)[:8]} ({PAPERS} >= 0.5)", words, rows, vectors
     )
 
 
@@ -214,7 +214,7 @@ class MaskedWords:
 
     def is_piece(self, name, is_first):
         """Whether a token only goes on a word."""
-        if self.model.config.model_type == "bert":
+        if self.tokenizer.family == "bert":
             return "##" in name
         return not is_first and not name.startswith("Ġ")
 
@@ -228,7 +228,7 @@ class MaskedWords:
             mask = None if present.all() else present[None].to(self.device)
             with runtime.autocast(self.device, self.dtype):
                 logits = self.model.mlm_logits(self.model(ids, mask)[0]).float()  # (T, V)
-            values, top = logits.topk(self.k)
+            values, top = logits[:, : self.tokenizer.size].topk(self.k)  # a model may have room for more tokens
             self.last, self.top = text, (top.tolist(), values.tolist())
         return self.top
 

@@ -34,6 +34,7 @@ from runtime import BadInput, option
 RETRAINED = (  # options of finetune.py with which the ticket is retrained as the full model was trained
     *("model", "revision", "output", "text_columns", "label_column", "data_revision", "seed", "epochs", "train_rows"),
     *("batch_size", "max_length", "learning_rate", "warmup", "weight_decay", "clip_norm"),
+    "precision",
 )
 LEFT, RIGHT, TEMPERATURE = -0.1, 1.1, 2 / 3  # the stretched interval and the temperature of hard concrete gates
 
@@ -125,7 +126,10 @@ def main():
     left = sum(mask.sum().item() for mask in kept.values())
     print(f"{left:,} of {total:,} weights are left; ticket: {path}")
     given = notes["settings"] | {"model": options.model, "output": options.output}
-    before = finetune.Options(**given | {"text_columns": tuple(given["text_columns"])})
+    given |= {"text_columns": tuple(given["text_columns"])}
+    if given["precision"] == runtime.precision_name(runtime.pick_precision(device, "auto")):
+        given["precision"] = "auto"
+    before = finetune.Options(**given)
     print(f"next: {command}{runtime.flags(before, *RETRAINED)} --ticket {shlex.quote(str(path))}")
 
 

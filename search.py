@@ -85,6 +85,9 @@ def main():
     device = runtime.pick_device()
     processes.join(device)
     dtype = runtime.pick_precision(device, options.precision)
+    columns = runtime.flags(options, "text_columns", "label_column")
+    if options.source == "mlm" and columns:
+        raise BadInput(f"{columns.strip()} is of a --source of one's own: a corpus has no columns")
     output = runtime.output_folder(options.output, options.model)
     with processes.first_alone():
         folder, model_sha256 = data.find_model(options.model, options.revision)

@@ -1030,11 +1030,12 @@ def test_words_added_to_a_vocabulary_are_tokens_as_in_transformers(tmp_path, fam
     slow = {"bert": transformers.BertTokenizer, "roberta": transformers.RobertaTokenizer}[family]
     reference = slow.from_pretrained(tmp_path)
     reference.add_tokens(["covidvax", "@USER", "[E1]"])
+    reference.add_special_tokens({"additional_special_tokens": ["[E2]"]})  # which are not what they are in lower case
     reference.save_pretrained(tmp_path)
     assert (tmp_path / "added_tokens.json").is_file() and not (tmp_path / "tokenizer.json").exists()
     sizes = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(sizes | {"vocab_size": len(reference)}))
-    texts = ["get your covidvax", "@USER: the fox [E1]", "[E1][E1]covidvaxes", "the quick brown fox"]
+    texts = ["get your covidvax", "@USER: the fox [e1]", "[E1][e2] [E2]covidvaxes", "the quick brown fox"]
     assert token_ids(tokens.Tokenizer(tmp_path), texts, 99) == reference(texts)["input_ids"]
 
 
@@ -1045,6 +1046,15 @@ def test_whether_a_vocabulary_is_cased_is_seen_in_its_words(tmp_path):
         (tmp_path / "vocab.txt").write_text("\n".join(words + more), "utf8")
         tokenizer = tokens.Tokenizer(tmp_path)
         assert tokenizer.library.encode("NBA\u7403", add_special_tokens=False).tokens == expected
+
+
+def test_a_model_without_segments_leaves_those_of_others_in_the_cache(tmp_path):
+    found = []
+    for name, segments in (("one", 1), ("two", 2), ("again", 1)):
+        saved(tmp_path / name, type_vocab_size=segments)
+        rows = tokens.Rows(tokens.Tokenizer(tmp_path / name), [(("a b", "c"), 0)], 24, torch.device("cpu"))
+        found.append(rows.batch(torch.tensor([0]))[2])
+    assert found[0] is None and found[1].tolist() == [[0, 0, 0, 0, 1, 1]] and found[2] is None
 
 
 def test_a_roberta_may_have_berts_vocabulary(tmp_path):
@@ -1059,6 +1069,9 @@ def test_a_roberta_may_have_berts_vocabulary(tmp_path):
     rows = tokens.Rows(tokenizer, [(("the quick", "fox"), 0)], 24, torch.device("cpu"))
     ids, _, segments, _ = rows.batch(torch.tensor([0]))
     assert segments is None and ids.tolist() == reference(["the quick"], ["fox"])["input_ids"]
+    model, cpu = Bert.load(tmp_path, mlm=True), torch.device("cpu")
+    masked = resources.MaskedWords(model, tokenizer, 57, "loop", cpu, torch.float32)  # all that the vocabulary has
+    assert set(LETTERS) < set(masked("a b c", "a [MASK] c", "b", count_words, False))
     tokenizer.save(tmp_path / "again")
     assert json.loads((tmp_path / "again" / "tokenizer_config.json").read_text())["tokenizer_class"] == "BertTokenizer"
 
@@ -1511,7 +1524,7 @@ NASTY = {
     "no column": ("a.csv", b"text,y\na,1\n", "line 2 has no column 'label', but 'text', 'y'"),
     "column twice": ("a.csv", b"text,label,text\na,1,b\n", "has the column 'text' twice"),
     "too many fields": ("a.csv", b"text,label\na,1\nb,2,3\n", "line 3 has 3 fields, the header 2"),
-    "UTF-16": ("a.CSV", "text,label\na,1\n".encode("utf-16-le"), "line 1 has a NUL character, as of UTF-16"),
+    "UTF-16": ("a.CSV", "text,label\na,1\n".encode("utf-16-le"), "line 1 has a NUL character: save the file as UTF-8"),
     "a JSON list": ("a.json", b'[\n{"text": "a", "label": 1}\n]', "is one JSON list"),
     "label no word": ("a.jsonl", b'{"text": "a", "label": 1.5}', "1.5; a word or an integer is wanted"),
     "not UTF-8": ("a.csv", b"text,label\na,1\n\xff\xfe,2\n", "line 3 is not UTF-8"),
@@ -2037,6 +2050,7 @@ BAD = {
     "three texts": (finetune, ["--task", "mine.csv", "--text-columns", *"abc"], "--text-columns a b c: BERT reads"),
     "columns of a task that has its own": (finetune, ["--text-columns", "a"], "rt has columns of its own"),
     "a revision of what is here": (search, ["--model", "minilm", "--revision", "v1"], "--revision v1 is of a model on"),
+    "columns of a corpus": (search, ["--label-column", "y"], "--label-column y is of a --source of one's own"),
     "too long": (finetune, ["--max-length", "999", "--ticket", "none"], "--max-length 999: minilm reads at most 512"),
     "another model's ticket": (finetune, ["--ticket", "{tmp}/ticket.safetensors"], "drawn for another model"),
     "coefficients as ticket": (finetune, ["--ticket", "{tmp}/nan.safetensors"], "is no ticket"),
@@ -2111,6 +2125,7 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_file(tiny, corpus, tmp_path)
             lambda f: (f / "tokenizer_config.json").write_text('{"tokenizer_class": "BertJapaneseTokenizer"}'),
             "is for a BertJapaneseTokenizer: without its tokenizer.json it cannot be read",
         ),
+        (lambda folder: change(folder, tokenizer_class="BertweetTokenizer"), "is for a BertweetTokenizer"),
         (lambda folder: change(folder, hidden_size=48), "has shape"),
         (lambda folder: change(folder, hidden_size=25), "hidden_size 25 is no multiple of num_attention_heads"),
         (
@@ -2405,7 +2420,7 @@ def test_other_searches_ratios_and_adversaries_have_rows_of_their_own(scripts, t
     for method, flag, reached in (
         *(("Vanilla", "search adv-lr=1", "ORTicket"), ("PGD", "draw tau-ffn=0.1", "Random ticket")),
         *(("ORTicket", "finetune adv-lr=1", "ORTicket + FreeLB"), ("FreeLB", "finetune alpha=1", "InfoBERT")),
-        ("Vanilla ticket", "search adv-steps=2", "ORTicket"),
+        *(("Vanilla ticket", "search adv-lr=2", "ORTicket"), ("Random ticket", "search seed=2", "Vanilla ticket")),
     ):
         name, value = flag.split()
         seen = len(scripts)
@@ -2616,7 +2631,7 @@ def test_masks_are_learned_only_for_the_task_that_the_model_was_fine_tuned_on(ti
         for run in ("none", "robustt-seed1")
     ]
     differs = {name for name in notes[0] if notes[0][name] != notes[1][name]}
-    assert differs - {"precision"} == {"ticket"}
+    assert differs == {"ticket"}
     monkeypatch.setattr(processes, "WORLD", 2)
     assert call(robustt, *flags, tmp_path / "a" / "mine.csv") == 2 and "without torchrun" in capsys.readouterr().err
 
@@ -3083,6 +3098,9 @@ def test_a_classifiers_classes_count_by_their_names(victim, tmp_path, capsys):
         attack.in_order(model, names, ("a", "b"))
         assert torch.equal(model.class_logits(ids), logits.flip(1) if names == "BA" else logits)
         assert ("classes x, y are taken for a, b, in this order" in capsys.readouterr().out) == (names == "xy")
+    attack.in_order(model, ("Yes", "yes"), ("yes", "Yes"))
+    assert torch.equal(model.class_logits(ids), logits.flip(1))
+    model = Bert.load(folder)
     for parameter in model.classifier.parameters():  # the same model, with its classes the other way round
         parameter.data = parameter.data.flip(0)
     model.save(folder, ("POSITIVE", "NEGATIVE"), {})
@@ -3090,6 +3108,9 @@ def test_a_classifiers_classes_count_by_their_names(victim, tmp_path, capsys):
     assert call(attack, "--attack", "deepwordbug", "--n", "4", *flags) == 0
     right = float(re.search(r"gets ([\d.]+)% right", capsys.readouterr().out)[1])
     assert right > 60  # and not below 40
+    change(folder, id2label=dict(enumerate(data.SENTIMENT)))
+    assert call(attack, "--attack", "deepwordbug", "--n", "4", *flags) == 2
+    assert "(classes ['POSITIVE', 'NEGATIVE'], not ['negative', 'positive'])" in capsys.readouterr().err
 
 
 def test_no_other_model_is_attacked_than_that_of_the_ticket_asked_for(victim, tmp_path, capsys):

@@ -31,7 +31,11 @@ SPECIAL = {
 }
 
 
-CLASSES = ("BertTokenizer", "DistilBertTokenizer", "ElectraTokenizer", "RobertaTokenizer")  # transformers' alike
+# transformers' classes that make of these files what is made of them here
+CLASSES = tuple(
+    f"{name}Tokenizer"
+    for name in ("Bert", "DistilBert", "Electra", "ConvBert", "MobileBert", "LayoutLM", "Roberta", "Longformer", "Bart")
+)
 
 
 class Tokenizer:
@@ -72,14 +76,16 @@ class Tokenizer:
             if (folder / "tokenizer.json").is_file():
                 return tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
             settings, added = (told(folder / name) for name in ("tokenizer_config.json", "added_tokens.json"))
-            kind = str(settings.get("tokenizer_class") or CLASSES[0]).removesuffix("Fast")
+            kind = settings.get("tokenizer_class") or told(folder / "config.json").get("tokenizer_class") or CLASSES[0]
+            kind = str(kind).removesuffix("Fast")
             if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
                 library = byte_level_bpe(folder, settings)
             elif (folder / "vocab.txt").is_file():
                 library = word_piece(folder, settings)
             if library and kind in CLASSES:
-                words = sorted(added, key=added.get)
-                library.add_tokens([word for word in words if library.token_to_id(word) is None])
+                kinds = {of.pop("content"): of for of in settings.get("added_tokens_decoder", {}).values()}
+                words = [word for word in sorted(added, key=added.get) if library.token_to_id(word) is None]
+                library.add_tokens([AddedToken(word, **kinds.get(word, {})) for word in words])
                 return tokenizers.Tokenizer.from_str(library.to_str())
         except Exception as error:  # the library raises bare Exception
             raise BadInput(f"the vocabulary in {folder} cannot be read: {one_line(error)}") from None
@@ -155,7 +161,7 @@ class Rows:
             tensors = encode(tokenizer, [texts for texts, _ in rows], max_length)
         self.ids, self.ends, self.second, self.cut = (tensors[name] for name in ("ids", "ends", "second", "cut"))
         self.lengths = torch.diff(self.ends, prepend=torch.zeros(1, dtype=torch.int64))
-        self.has_segments = bool((self.second < self.lengths).any())
+        self.has_segments = tokenizer.config.type_vocab_size > 1 and bool((self.second < self.lengths).any())
 
     def kept(self, tokenizer, rows, max_length):
         """What `encode` makes of the rows, from the cache or into it."""
@@ -231,7 +237,6 @@ def encode(tokenizer, texts, max_length):
     (rows,) int32, where in its row the second text begins, at the row's end where there is none, "cut": (), how many
     texts were longer than max_length}."""
     ids, lengths, second, cut = [np.zeros(0, np.int32)], [], [], 0
-    has_segments = tokenizer.config.type_vocab_size > 1  # RoBERTa's vocabulary may tell segments that the model has not
     special = tokenizer.library.num_special_tokens_to_add(any(len(text) > 1 for text in texts))
     if max_length <= special:
         raise BadInput(f"--max-length {max_length} has room for no more than the {special} special tokens")
@@ -242,7 +247,7 @@ def encode(tokenizer, texts, max_length):
             for encoding in tokenizer.library.encode_batch_fast(chunk):
                 ids.append(np.array(encoding.ids, dtype=np.int32))
                 lengths.append(len(ids[-1]))
-                second.append(lengths[-1] - has_segments * sum(encoding.type_ids))
+                second.append(lengths[-1] - sum(encoding.type_ids))
                 cut += bool(encoding.overflowing)
             ids = [np.concatenate(ids)]
     finally:
