@@ -392,9 +392,7 @@ def masked_swap(textattack, options, victim):
 def attack_one(attack, task, similar, number, texts, label):
     """A line of the results: what became of the test row `number` under attack."""
     row = {"example": number, "label": task.labels[label], "original": as_given(texts)}
-    for model in (attack.goal_function.model, *(getattr(c, "model", None) for c in attack.constraints)):
-        if isinstance(model, resources.Texts):
-            model.known.clear()  # each example on its own, whichever process had which before
+    forget(attack)
     try:
         result = attack.attack(OrderedDict(zip(task.columns, texts)), label)
     except Exception as error:  # whatever goes wrong inside TextAttack on one text must not end a run of hours
@@ -415,6 +413,13 @@ def attack_one(attack, task, similar, number, texts, label):
         "words_changed": editdistance.eval(*words),
         "similarity": round((vectors[0] @ vectors[1]).item(), 4),
     }
+
+
+def forget(attack):
+    """Let each example be on its own, whichever a process had before."""
+    for model in (attack.goal_function.model, *(getattr(c, "model", None) for c in attack.constraints)):
+        if isinstance(model, resources.Texts):
+            model.known.clear()
 
 
 def as_given(texts):

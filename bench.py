@@ -347,6 +347,7 @@ def time_attack(options, side, precision, folder):
     start, found = time.perf_counter(), []
     for number, (columns, label) in examples.items():
         textattack.shared.utils.set_seed(number)
+        attack.forget(recipe)
         result = recipe.attack(columns, label)
         found.append((type(result).__name__, result.perturbed_result.attacked_text.text, result.num_queries))
     seconds = time.perf_counter() - start

@@ -90,9 +90,14 @@ def read_coefficients(path):
     Raises BadInput where the file is something else, or its shapes are not those of its model.
     """
     tensors, notes = weights.read_notes(path)
-    if notes.get("script") != "search.py" or not {"head", "ffn"} <= tensors.keys():
+    try:  # somebody else's, perhaps
+        config, known = Config(**notes["config"]), notes["script"] == "search.py" and {"head", "ffn"} <= tensors.keys()
+        known = known and isinstance(notes["settings"]["model"], str)
+        known = known and {"model_sha256", "corpus_sha256", "versions"} <= notes.keys()
+    except (KeyError, TypeError):
+        known = False
+    if not known:
         raise BadInput(f"{path} holds no coefficients: give a file that search.py wrote")
-    config = Config(**notes["config"])
     for name, width in (("head", config.num_attention_heads), ("ffn", config.intermediate_size)):
         expected, found = (config.num_hidden_layers, width), tensors[name]
         if found.shape != expected or found.dtype != torch.float32 or not torch.isfinite(found).all():

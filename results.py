@@ -73,8 +73,8 @@ class Results:
         attacked = [row for row in rows if row["outcome"] in ("failed", "succeeded")]
         changed = [row for row in rows if row["outcome"] == "succeeded"]
         return {
-            "aua": failed / (failed + succeeded + skipped) if failed + succeeded + skipped else None,
-            "suc": succeeded / (failed + succeeded) if attacked else None,
+            "aua": failed / (len(attacked) + skipped) if attacked or skipped else None,
+            "suc": succeeded / len(attacked) if attacked else None,
             "queries": mean(row["queries"] for row in attacked) if attacked else None,
             "words_changed": mean(row["words_changed"] / row["words"] for row in changed) if changed else None,
             "similarity": mean(row["similarity"] for row in changed) if changed else None,

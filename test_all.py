@@ -2038,6 +2038,7 @@ BAD = {
     "too many heads": (draw, ["--tau-head", "0.99", "--output", "{tmp}", "--model", "tiny"], "choose at most 2/3"),
     "another model's coefficients": (draw, ["--output", "{tmp}", "--model", "other"], "of model tiny: --model tiny"),
     "no coefficients at all": (draw, ["--coefficients", "{tmp}/ticket.safetensors"], "holds no coefficients"),
+    "notes that nobody wrote": (draw, ["--coefficients", "{tmp}/notes.safetensors"], "holds no coefficients"),
     "a truncated file": (
         draw,
         ["--model", "tiny", "--coefficients", "{tmp}/cut.safetensors"],
@@ -2078,6 +2079,7 @@ def test_bad_input_gets_one_line_and_exit_code_2(case, tmp_path, capsys, monkeyp
     ticket = {"script": "draw.py", "model_sha256": "f00", "settings": {}}
     weights.write_safetensors(tmp_path / "ticket.safetensors", c, ticket)
     weights.write_safetensors(tmp_path / "nan.safetensors", {name: t * math.nan for name, t in c.items()}, notes)
+    weights.write_safetensors(tmp_path / "notes.safetensors", c, notes | {"settings": []})
     wide = c | {"ffn": torch.ones(2, 41)}
     weights.write_safetensors(tmp_path / "wide.safetensors", wide, notes)
     whole = (tmp_path / "tiny" / "coefficients.safetensors").read_bytes()
