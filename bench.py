@@ -34,6 +34,7 @@ import peers
 import runtime
 import scale
 import tokens
+import vocabulary
 from bert import Bert, Config
 from freelb import freelb
 from gates import Coefficients, draw_masks
@@ -164,7 +165,7 @@ def time_training(options, side, precision, folder):
         if side in PEERS:
             work = peers.finetune_work(folder, PEERS[side], *given)
         else:
-            work = finetune_work(folder, side, dtype, *given)
+            work = finetune_work(folder, side, dtype, splits["train"], *given)
     modules = torch.nn.ModuleList(work.modules)
     optimizer = torch.optim.AdamW(modules.parameters(), lr=2e-5, fused=True)
 
@@ -221,14 +222,17 @@ def search_work(folder, batch, adversary, device):
     return SimpleNamespace(modules=[model, c], steps=steps, loss=loss, tokens=ids.numel())
 
 
-def finetune_work(folder, side, dtype, rows, test, batch_size, max_length, device):
-    """What finetune.py does with these rows; the ticket is one of ratios 1/6 and 0.3."""
+def finetune_work(folder, side, dtype, train, rows, test, batch_size, max_length, device):
+    """What finetune.py does with these `rows` when it trains on all of `train`, whose words are more; the ticket is
+    one of ratios 1/6 and 0.3."""
     adversary = ADVERSARY | {"steps": 3} if side == "with FreeLB" else dict.fromkeys(ADVERSARY, 0.0) | {"steps": 1}
     model, tokenizer = Bert.load(folder), tokens.Tokenizer(Path(folder))
     if side == "its ticket":
         model = model.pruned(*draw_masks(torch.rand(6, 12), torch.rand(6, 1536), 1 / 6, 0.3))
     model.to(device)
-    rows, test = (tokens.Rows(tokenizer, part, max_length, device, cached=False) for part in (rows, test))
+    sets = [tokens.Rows(tokenizer, part, max_length, device) for part in (rows, test, train)]
+    model, _ = vocabulary.narrow(model, *sets)
+    rows, test, _ = sets
 
     def steps():
         for batch in rows.batches(batch_size, np.random.default_rng(0)):

@@ -28,6 +28,7 @@ import processes
 import published
 import runtime
 import tokens
+import vocabulary
 import weights
 from bert import Bert, Config, cuts
 from freelb import freelb, pgd
@@ -251,7 +252,8 @@ def find_ticket(options, drawn, model_sha256, config):
 def finetune(options, made_by, model, weight_masks, sets, folder, tokenizer, task, dtype):
     """Algorithm 2, lines 7-9. Writes the best epoch's model and metrics.json into `folder`. weight_masks: {name: mask},
     false at single weights that are held at 0."""
-    device = model.word_embeddings.weight.device
+    all_words, device = model.word_embeddings.weight.detach(), model.word_embeddings.weight.device
+    model, words = vocabulary.narrow(model, *sets.values())
     held = {model.get_parameter(name): mask.to(device) for name, mask in weight_masks.items()}
     for weight, mask in held.items():
         weight.data.mul_(mask)
@@ -323,11 +325,17 @@ def finetune(options, made_by, model, weight_masks, sets, folder, tokenizer, tas
         bar.set_postfix_str(f"loss {mean_loss:.3f}, held-out accuracy {scores[-1]:.2%}")
     bar.close()
     model.load_state_dict(processes.at_first(lambda: dict(weights.read_safetensors(best(scores))[0])))
+    test_accuracy, best_epoch = accuracy(model, sets["test"], options.batch_size, dtype), scores.index(max(scores)) + 1
+    rates = (
+        runtime.learning_rate(options.learning_rate, step, steps, options.warmup)
+        for step in range(best_epoch * steps_per_epoch)
+    )
+    model = vocabulary.widen(model, words, all_words, math.prod(1 - rate * options.weight_decay for rate in rates))
     metrics = {
-        "best_epoch": scores.index(max(scores)) + 1,
+        "best_epoch": best_epoch,
         "validation_accuracy": max(scores),
         "validation_accuracy_by_epoch": scores,
-        "test_accuracy": accuracy(model, sets["test"], options.batch_size, dtype),
+        "test_accuracy": test_accuracy,
         "test_rows": len(sets["test"]),
         "parameters": sum(p.numel() for p in model.parameters())
         - sum((~mask).sum().item() for mask in weight_masks.values()),

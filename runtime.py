@@ -305,12 +305,16 @@ def seed_step(*numbers):
     torch.manual_seed(seed)
 
 
-def set_learning_rate(optimizer, peak, step, steps, warmup):
-    """BERT's schedule: linearly up to `peak` over warmup x steps, then linearly down to 0; in a group that has "times",
-    so many times that."""
+def learning_rate(peak, step, steps, warmup):
+    """BERT's schedule: linearly up to `peak` over warmup x steps, then linearly down to 0."""
     rise = max(1, round(warmup * steps))
+    return peak * min((step + 1) / rise, (steps - step) / max(1, steps - rise))
+
+
+def set_learning_rate(optimizer, peak, step, steps, warmup):
+    """That of the schedule; in a group that has "times", so many times that."""
     for group in optimizer.param_groups:
-        group["lr"] = group.get("times", 1) * peak * min((step + 1) / rise, (steps - step) / max(1, steps - rise))
+        group["lr"] = group.get("times", 1) * learning_rate(peak, step, steps, warmup)
 
 
 def decay_groups(model, weight_decay):

@@ -62,6 +62,7 @@ import scale
 import search
 import tensorflow1
 import tokens
+import vocabulary
 import weights
 from bert import FIRST, Bert, Config, Dropout, count_parameters, linear
 from runtime import BadInput
@@ -1920,6 +1921,33 @@ def test_the_best_epoch_is_kept_and_each_method_trains_its_own_model(tiny, tmp_p
         metrics = json.loads((folder / "metrics.json").read_text())
         assert (metrics["best_epoch"], metrics["validation_accuracy"], metrics["test_accuracy"]) == (2, 0.6, 0.9)
     assert not torch.equal(kept["vanilla"], kept["freelb"])
+
+
+def test_training_only_the_words_that_occur_equals_training_all(tiny, tmp_path, monkeypatch):
+    """The second of three epochs is the best: words that do not occur have decayed in two."""
+    flags = ["--task", "bbc", "--model", tiny, "--ticket", "none", "--max-length", 8, "--train-rows", 64]
+    flags += ["--precision", "fp32", "--epochs", 3, "--weight-decay", 0.5, "--learning-rate", 0.01]
+    narrow, made, left_out = vocabulary.narrow, {}, []
+
+    def recorded(model, *sets):
+        model, words = narrow(model, *sets)
+        left_out.extend(set(range(len(before))) - set(words.tolist()))
+        return model, words
+
+    before = Bert.load(tiny).word_embeddings.weight
+    for name, way in (("some", recorded), ("all", lambda model, *sets: (model, torch.arange(len(before))))):
+        scores = iter([0.4, 0.6, 0.5, 0.5])
+        monkeypatch.setattr(finetune, "accuracy", lambda *_: next(scores))
+        monkeypatch.setattr(vocabulary, "narrow", way)
+        assert call(finetune, *flags, "--output", tmp_path / name) == 0
+        folder = tmp_path / name / "tiny" / "bbc" / "none-vanilla-seed0"
+        made[name] = Bert.load(folder).state_dict() | {"parameters": json.loads((folder / "metrics.json").read_text())}
+        made[name]["parameters"] = torch.tensor(made[name]["parameters"]["parameters"])
+    assert made["some"].keys() == made["all"].keys()
+    for name, tensor in made["some"].items():
+        assert torch.allclose(tensor, made["all"][name], rtol=1e-5, atol=1e-6), name
+    after = made["some"]["word_embeddings.weight"]
+    assert left_out and ((after / before)[left_out] < 0.99).all()
 
 
 def test_a_kill_between_the_files_of_an_epoch_parts_no_accuracy_from_its_model(tiny, tmp_path, monkeypatch):

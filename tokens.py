@@ -174,6 +174,11 @@ class Rows:
     def __len__(self):
         return len(self.labels)
 
+    def renumber(self, words):
+        """Let each token's id be its place in `words` (n,), ids in order; the padding's is among them."""
+        self.ids = torch.searchsorted(words, self.ids.long()).int()
+        self.pad = int(torch.searchsorted(words, self.pad))
+
     def batches(self, batch_size, generator=None):
         for chosen in batches(self.lengths.numpy(), batch_size, generator):
             yield self.batch(torch.from_numpy(chosen))
