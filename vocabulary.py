@@ -2,8 +2,8 @@
 
 The others get no gradient, so that AdamW has no moments of them and only lets them decay. Left out of the training
 and decayed at its end by as much, they are what they would have become: what is spared is their part of the gradient,
-of its norm and of AdamW's passes. In MiniLM half of all parameters are word embeddings, and a fifth to a half of those
-occur in a task.
+of its norm and of AdamW's passes. In MiniLM half of all parameters are word embeddings; SST-2 has 39 % of its words,
+rt 42, IMDB 80.
 """
 
 from dataclasses import replace
