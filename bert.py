@@ -15,6 +15,7 @@ import math
 import os
 from dataclasses import asdict, dataclass, fields, replace
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -81,7 +82,8 @@ class Config:
 
 
 class Dropout(nn.Module):
-    """Inverted dropout. On CPU each 64-bit random word decides for four elements: 5 times faster than nn.Dropout."""
+    """Inverted dropout. On CPU each 64-bit random word of NumPy's decides for four elements: in bfloat16 6 to 11 times
+    as fast as nn.Dropout, in float32 4 to 5."""
 
     def __init__(self, p):
         super().__init__()
@@ -92,10 +94,13 @@ class Dropout(nn.Module):
             return x
         if x.is_cuda:
             return F.dropout(x, self.p)
-        words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
-        draws = words.view(torch.int16)[: x.numel()].view(x.shape)  # uniform on -32768 ... 32767
-        keep = torch.ge(draws, round(self.p * 65536) - 32768, out=torch.empty_like(x, requires_grad=False))
-        return x * keep.mul_(1 / (1 - self.p))
+        generator = np.random.Generator(np.random.SFC64(torch.randint(2**63 - 1, ()).item()))
+        words = generator.integers(2**64 - 1, size=-(-x.numel() // 4), dtype=np.uint64, endpoint=True)
+        draws = torch.from_numpy(words).view(torch.int16)[: x.numel()].view(x.shape)  # uniform on -32768 ... 32767
+        keep, scale = draws.ge_(round(self.p * 65536) - 32768), torch.tensor(1 / (1 - self.p), dtype=x.dtype)
+        if x.dtype == torch.bfloat16:  # 0 or 1 times the factor's bits are the bits of 0 or the factor
+            return x * keep.mul_(scale.view(torch.int16)).view(torch.bfloat16)
+        return x * (keep * scale)
 
 
 HAS_ONEDNN = torch.backends.mkldnn.is_available()

@@ -28,8 +28,9 @@ def climb(loss_of, mask, dim, steps, lr, init_mag, max_norm, weights, anchored):
     """The loop of both: `weights` are the shares of the passes in the parameters' gradient and in the loss."""
     mask = mask.float()[..., None]  # (B, T, 1)
     tokens = mask.sum(1, keepdim=True).clamp(min=1)  # (B, 1, 1), padding not counted
-    delta = torch.empty(*mask.shape[:2], dim, device=mask.device).uniform_(-1, 1)
-    delta = project(delta * mask * init_mag / (tokens * dim).sqrt(), max_norm)  # (B, T, dim)
+    delta = torch.zeros(*mask.shape[:2], dim, device=mask.device)  # (B, T, dim)
+    if init_mag:
+        delta = project(delta.uniform_(-1, 1) * mask * init_mag / (tokens * dim).sqrt(), max_norm)
     random_state = torch.get_rng_state(), torch.cuda.get_rng_state() if delta.is_cuda else None
     mean_loss = 0.0
     for step, weight in enumerate(weights):

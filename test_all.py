@@ -832,7 +832,6 @@ def recorded(model, ids, mask, labels, seen):
 def test_one_step_without_perturbation_is_an_ordinary_training_step(tiny, adversary):
     model, ids, mask, labels = adversarial_case(tiny)
     torch.manual_seed(1)
-    torch.empty(3, 10, 24).uniform_()  # delta is drawn, then multiplied by 0
     loss = F.cross_entropy(model.train().class_logits(ids, mask), labels)
     loss.backward()
     expected = gradients(model)
