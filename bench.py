@@ -28,9 +28,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import attack
+import cpu
 import data
 import finetune
 import peers
+import recipes
 import runtime
 import scale
 import tokens
@@ -55,8 +57,8 @@ class Options:
     steps: int = option(3, "of search: counted steps in each process", at_least=1)
     rows: int = option(640, "of finetune: training rows", at_least=1)
     rounds: int = option(3, "processes of each side, in turn", at_least=1)
-    same_allocator: bool = option(False, "give the peer, too, runtime.keep_memory()")
-    attack: str = option("textfooler", "which attack", choices=tuple(attack.RECIPES))
+    same_allocator: bool = option(False, "give the peer, too, cpu.keep_memory()")
+    attack: str = option("textfooler", "which attack", choices=tuple(recipes.RECIPES))
     task: str = option("rt", "of finetune and attack; the attacked model is that of finetune.py --ticket none")
     n: int = option(20, "of attack: test rows that are attacked", at_least=1)
     vectors: str = option(None, "word vectors, as of attack.py")
@@ -150,7 +152,7 @@ def time_training(options, side, precision, folder):
     device, is_search = runtime.pick_device(), options.what == "search"
     dtype = runtime.pick_precision(device, precision)
     if side not in PEERS or options.same_allocator:
-        runtime.keep_memory()
+        cpu.keep_memory()
     torch.manual_seed(0)
     if is_search:
         ids = torch.randint(1000, 30000, (options.batch_size, options.block), device=device)
@@ -375,12 +377,12 @@ def spend(clock, part, owner, name):
 
 def attack_of(textattack, nltk_data, options):
     """(the recipe as attack.py has it, {number: (columns, label)} of the rows it attacks)."""
-    runtime.keep_memory()
+    cpu.keep_memory()
     device = runtime.pick_device()
     task = data.find_task(options.task)
     splits, dtype = task.load(None), runtime.pick_precision(device, options.precision)
     victim, _, _ = attack.find_victim(options, task, splits, device, dtype)
-    recipe, _ = attack.build(textattack, nltk_data, options.attack, options, task, victim)
+    recipe, _ = recipes.build(textattack, nltk_data, options.attack, options, task, victim)
     test = splits["test"]
     rows = {number: test[number] for number in attack.sample(options, len(test))}
     return recipe, {i: (OrderedDict(zip(task.columns, texts)), label) for i, (texts, label) in rows.items()}

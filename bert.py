@@ -15,7 +15,6 @@ import math
 import os
 from dataclasses import asdict, dataclass, fields, replace
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -23,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 import published
 import weights
+from cpu import Dropout, linear
 from runtime import BadInput
 
 
@@ -79,40 +79,6 @@ class Config:
         if config.max_length < 1:
             raise BadInput(f"{path}: max_position_embeddings {config.max_position_embeddings} leaves no position")
         return config
-
-
-class Dropout(nn.Module):
-    """Inverted dropout. On CPU each 64-bit random word of NumPy's decides for four elements: in bfloat16 6 to 11 times
-    as fast as nn.Dropout, in float32 4 to 5."""
-
-    def __init__(self, p):
-        super().__init__()
-        self.p = p
-
-    def forward(self, x):
-        if not self.training or self.p == 0:
-            return x
-        if x.is_cuda:
-            return F.dropout(x, self.p)
-        generator = np.random.Generator(np.random.SFC64(torch.randint(2**63 - 1, ()).item()))
-        words = generator.integers(2**64 - 1, size=-(-x.numel() // 4), dtype=np.uint64, endpoint=True)
-        draws = torch.from_numpy(words).view(torch.int16)[: x.numel()].view(x.shape)  # uniform on -32768 ... 32767
-        keep, scale = draws.ge_(round(self.p * 65536) - 32768), torch.tensor(1 / (1 - self.p), dtype=x.dtype)
-        if x.dtype == torch.bfloat16:  # 0 or 1 times the factor's bits are the bits of 0 or the factor
-            return x * keep.mul_(scale.view(torch.int16)).view(torch.bfloat16)
-        return x * (keep * scale)
-
-
-HAS_ONEDNN = torch.backends.mkldnn.is_available()
-
-
-def linear(x, weight, bias=None):
-    """F.linear. Where float32 is multiplied on a CPU and no gradient is wanted, by oneDNN: PyTorch's own product is
-    MKL's, which on AMD's processors uses vectors of half the width."""
-    is_plain = x.dtype == torch.float32 and x.device.type == "cpu" and x.numel() and weight.numel()
-    if is_plain and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu") and HAS_ONEDNN:
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return F.linear(x, weight, bias)
 
 
 class Linear(nn.Linear):
@@ -387,11 +353,3 @@ class MLMHead(nn.Module):
 
     def forward(self, states):
         return self.norm(F.gelu(self.dense(states)))
-
-
-def count_parameters(config, head_mask=None, ffn_mask=None):
-    """How many parameters a Bert of these sizes has, pooler and classifier included, before or after pruning."""
-    if head_mask is not None:
-        config = replace(config, heads=tuple(head_mask.sum(1).tolist()), neurons=tuple(ffn_mask.sum(1).tolist()))
-    with torch.device("meta"):
-        return sum(p.numel() for p in Bert(config).parameters())

@@ -9,14 +9,14 @@ differ in the ratio alone.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 import runtime
 import weights
-from bert import Config, count_parameters
+from bert import Bert, Config
 from gates import draw_masks
 from runtime import BadInput, option
 
@@ -103,6 +103,14 @@ def read_coefficients(path):
         if found.shape != expected or found.dtype != torch.float32 or not torch.isfinite(found).all():
             raise BadInput(f"{path}: {name} is not a finite float32 for each of {expected}: search again")
     return tensors["head"], tensors["ffn"], notes
+
+
+def count_parameters(config, head_mask=None, ffn_mask=None):
+    """How many parameters a Bert of these sizes has, pooler and classifier included, before or after pruning."""
+    if head_mask is not None:
+        config = replace(config, heads=tuple(head_mask.sum(1).tolist()), neurons=tuple(ffn_mask.sum(1).tolist()))
+    with torch.device("meta"):
+        return sum(p.numel() for p in Bert(config).parameters())
 
 
 def heat_map(head, ffn, head_mask, ffn_mask, title, picture):

@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import cpu
 import data
 import export
 import processes
@@ -102,7 +103,7 @@ NOT_SETTINGS = ("output", "overwrite", "export_hf", "accumulate", "checkpointing
 
 def main():
     options = runtime.parse(Options, __doc__)
-    runtime.keep_memory()
+    cpu.keep_memory()
     device = runtime.pick_device()
     processes.join(device)
     dtype = runtime.pick_precision(device, options.precision)

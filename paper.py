@@ -27,7 +27,8 @@ import filelock
 
 import data
 import runtime
-from attack import RECIPES, sample
+from attack import sample
+from recipes import RECIPES
 from runtime import BadInput, option
 
 # name in the table -> (--ticket, --method, --ablation) of finetune.py and attack.py

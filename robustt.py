@@ -21,6 +21,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+import cpu
 import data
 import finetune
 import processes
@@ -90,7 +91,7 @@ def main():
     options = runtime.parse(Options, __doc__)
     if processes.WORLD > 1:
         raise BadInput("robustt.py works in one process: start it without torchrun")
-    runtime.keep_memory()
+    cpu.keep_memory()
     device = runtime.pick_device()
     dtype = runtime.pick_precision(device, options.precision)
     print(runtime.first_line(options.model, device, dtype))

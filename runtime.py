@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import ctypes
 import dataclasses
 import importlib.metadata
 import json
@@ -217,22 +216,6 @@ def writable(folder):
 
 
 # ---------------------------------------------------------------------------------------------------- machine
-
-
-def keep_memory():
-    """Let oneDNN keep the code that it generates and glibc the memory that tensors free: to be called before the first
-    product on a CPU.
-
-    oneDNN generates code for every shape of a bfloat16 product, which takes longer than a small product itself, and by
-    default forgets all but 1,024: batches of 40 lengths in a ticket, whose layers have 6 widths, need more. glibc by
-    default hands every large block back to the kernel, which then zeroes it page by page at the next use: about a
-    third of a training step.
-    """
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "8192")  # some 200 KB each
-    if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block of its own mapping
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 DEFAULT_MODEL = "bert-base-uncased" if torch.cuda.is_available() else "minilm"

@@ -16,6 +16,7 @@ from unittest import mock
 import numpy as np
 import torch
 
+import cpu
 import data
 import runtime
 import search
@@ -67,7 +68,7 @@ def of_search(megabytes, options, folder):
                     written += file.write(f"{text}\n")
     device, source = runtime.pick_device(), data.find_model("minilm")[0]
     dtype = runtime.pick_precision(device, "auto")
-    runtime.keep_memory()
+    cpu.keep_memory()
     torch.manual_seed(0)
     model, tokenizer = Bert.load(source, mlm=True).to(device).train(), tokens.Tokenizer(source)
     given = search.Options(corpus=str(path), batch_size=options.batch_size, block=options.block)

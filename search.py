@@ -19,6 +19,7 @@ import filelock
 import numpy as np
 import torch
 
+import cpu
 import data
 import processes
 import published
@@ -81,7 +82,7 @@ NOT_SETTINGS = ("output", "overwrite", "seeds", "accumulate", "checkpointing")  
 
 def main():
     options = runtime.parse(Options, __doc__)
-    runtime.keep_memory()
+    cpu.keep_memory()
     device = runtime.pick_device()
     processes.join(device)
     dtype = runtime.pick_precision(device, options.precision)

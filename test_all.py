@@ -55,6 +55,7 @@ import paper
 import peers
 import processes
 import published
+import recipes
 import resources
 import robustt
 import runtime
@@ -64,7 +65,8 @@ import tensorflow1
 import tokens
 import vocabulary
 import weights
-from bert import FIRST, Bert, Config, Dropout, count_parameters, linear
+from bert import FIRST, Bert, Config
+from cpu import Dropout, linear
 from runtime import BadInput
 
 HERE = Path(__file__).resolve().parent
@@ -339,9 +341,9 @@ def test_the_mlm_loss_over_gathered_positions_equals_the_loss_over_all_logits(tm
 def test_parameter_counts_are_the_papers():
     config = Config(num_labels=2)
     c = gates.Coefficients(12, 12, 3072)
-    assert count_parameters(config) == 109_483_778
+    assert draw.count_parameters(config) == 109_483_778
     for tau_ffn, expected in ((0.2, 93_428_277), (0.3, 87_761_358)):
-        assert count_parameters(config, *gates.draw_masks(*c.gates, 1 / 6, tau_ffn)) == expected
+        assert draw.count_parameters(config, *gates.draw_masks(*c.gates, 1 / 6, tau_ffn)) == expected
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -2923,7 +2925,7 @@ STRANGE = (
 )
 
 
-@pytest.mark.parametrize("name", attack.RECIPES)
+@pytest.mark.parametrize("name", recipes.RECIPES)
 def test_every_outcome_text_and_query_count_is_textattacks_own(textattack, victim, name):
     settings = {"task": "rt", "output": str(victim), "ticket": "none", "max_length": 64}
     if name == "bertattack":  # TextAttack takes k^n evaluations of a word of n pieces
@@ -3173,7 +3175,7 @@ def test_the_masked_language_model_is_of_the_revision_asked_for(monkeypatch):
     monkeypatch.setattr(data, "find_model", asked)
     for masked_lm in ("a/b", "c/d"):
         with pytest.raises(BadInput):
-            attack.masked_swap(None, attack.Options(model="a/b", revision="x", masked_lm=masked_lm), None)
+            recipes.masked_swap(None, attack.Options(model="a/b", revision="x", masked_lm=masked_lm), None)
     assert asked.mock_calls == [unittest.mock.call("a/b", "x"), unittest.mock.call("c/d", None)]
 
 
