@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 import published
 import weights
-from cpu import Dropout, linear
+from cpu import Dropout, linear, masks_kept
 from runtime import BadInput
 
 
@@ -220,7 +220,11 @@ class Bert(nn.Module):
         for i, layer in enumerate(self.layers):
             c = None if gates is None else (gates[0][i], gates[1][i])
             given = x, bias, c, keep if i == len(self.layers) - 1 else None
-            x = checkpoint(layer, *given, use_reentrant=False) if self.checkpointing else layer(*given)
+            if self.checkpointing:
+                with masks_kept(None):  # drawn again, as the rest is computed again
+                    x = checkpoint(layer, *given, use_reentrant=False)
+            else:
+                x = layer(*given)
         return x
 
     def mlm_logits(self, states):

@@ -5,6 +5,8 @@ Left out: perturbations bounded in the max norm, and perturbing anything but the
 
 import torch
 
+from cpu import masks_kept
+
 
 def freelb(loss_of, mask, dim, steps, lr, init_mag, max_norm, anchored=None):
     """K forward and backward passes, each but the last followed by a step up the loss; every pass's gradient counts.
@@ -32,14 +34,15 @@ def climb(loss_of, mask, dim, steps, lr, init_mag, max_norm, weights, anchored):
     if init_mag:
         delta = project(delta.uniform_(-1, 1) * mask * init_mag / (tokens * dim).sqrt(), max_norm)
     random_state = torch.get_rng_state(), torch.cuda.get_rng_state() if delta.is_cuda else None
-    mean_loss = 0.0
+    mean_loss, dropout_masks = 0.0, {} if steps > 1 else None
     for step, weight in enumerate(weights):
         torch.set_rng_state(random_state[0])  # every pass sees the same dropout mask (FreeLB, section 3.3)
         if delta.is_cuda:
             torch.cuda.set_rng_state(random_state[1])
         last = step == steps - 1
         delta.requires_grad_(not last or anchored is not None)
-        loss = loss_of(delta)
+        with masks_kept(dropout_masks):
+            loss = loss_of(delta)
         if anchored is not None:  # the ascent follows the loss alone
             gradient = torch.autograd.grad(loss, delta, retain_graph=True)[0]
             ((loss + anchored(gradient)) * weight).backward()

@@ -922,6 +922,34 @@ def test_every_ascent_step_sees_the_same_dropout_mask(tiny):
     assert len(set(first)) == 1 and len(set(second)) == 1 and first[0] != second[0]
 
 
+@pytest.mark.parametrize("climb", [freelb.freelb, freelb.pgd])
+def test_dropout_masks_are_drawn_once_for_all_ascent_steps_and_change_nothing(tiny, climb, monkeypatch):
+    """To the bit; with checkpointing, which saves memory, only the mask outside the layers is kept."""
+    model, ids, mask, labels = adversarial_case(tiny)
+    model.train()
+    draw, drawn = Dropout.factors, []
+    monkeypatch.setattr(Dropout, "factors", lambda *given: drawn.append(given) or draw(*given))
+
+    def run(keeps=True, checkpointing=False, steps=4):
+        drawn.clear()
+        model.checkpointing = checkpointing
+        torch.manual_seed(3)
+        with monkeypatch.context() as patch:
+            if not keeps:
+                patch.setattr(freelb, "masks_kept", lambda masks: contextlib.nullcontext())
+            ball = BALL | {"steps": steps}
+            loss = climb(lambda delta: model.class_loss(ids, mask, None, labels, delta=delta), mask, 24, **ball)
+        assert Dropout.kept is None
+        return {"loss": loss} | gradients(model), len(drawn)
+
+    (kept, once), (anew, each) = run(), run(keeps=False)
+    assert all(torch.equal(kept[name], anew[name]) for name in anew) and len(anew) > 30
+    assert each == 4 * once and run(steps=1)[1] == once == 2 + 3 * model.config.num_hidden_layers
+    checkpointed, counted = run(checkpointing=True)
+    assert all(torch.equal(checkpointed[name], anew[name]) for name in anew)
+    assert counted == 2 + 4 * 2 * 3 * model.config.num_hidden_layers
+
+
 def test_the_adversary_raises_the_loss(tiny):
     model, ids, mask, labels = adversarial_case(tiny)
     model.eval()
