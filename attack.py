@@ -33,19 +33,20 @@ import editdistance
 import numpy as np
 import torch
 
-import cpu
 import data
 import finetune
-import hub
-import published
-import resources
-import runtime
-import tokens
-import weights
+from attacks import resources
+from attacks.recipes import RECIPES, build
+from attacks.results import Results, print_table
 from bert import Bert
-from recipes import RECIPES, build
-from results import Results, print_table
-from runtime import BadInput, option
+from checkpoints import huggingface
+from checkpoints.provenance import versions
+from inputs import hub
+from inputs.tokenizer import Tokenizer
+from runtime import cli, files
+from runtime.cli import BadInput, option
+from runtime.cpu import keep_memory
+from runtime.device import DEFAULT_MODEL, pick_device, pick_precision, precision_name, run_banner
 
 
 @dataclass
@@ -55,9 +56,7 @@ class Options:
     text_columns: tuple = option(("text",), "of one's own file: the column with the text, or two for pairs")
     label_column: str = option("label", "of one's own file")
     data_revision: str = option(None, "branch or commit of the task on the hub, instead of the pinned one")
-    model: str = option(
-        runtime.DEFAULT_MODEL, "the model that was fine-tuned; or one with a classifier head of its own"
-    )
+    model: str = option(DEFAULT_MODEL, "the model that was fine-tuned; or one with a classifier head of its own")
     revision: str = option(None, "branch or commit of a model on the hub")
     ticket: str = option("drawn", "as of finetune.py: drawn, none, random, or a file")
     method: str = option("vanilla", "as of finetune.py", choices=tuple(finetune.ADVERSARIES))
@@ -73,7 +72,7 @@ class Options:
     masked_lm: str = option(
         None,
         "BERT-Attack's masked language model, instead of what --model was before fine-tuning; of a model with a "
-        f"classifier of its own, instead of {runtime.DEFAULT_MODEL}",
+        f"classifier of its own, instead of {DEFAULT_MODEL}",
     )
     bert_attack_k: int = option(48, "substitutes a word that BERT-Attack considers; TextAttack's, too", at_least=1)
     bert_attack_ranking: str = option(
@@ -93,30 +92,30 @@ NOT_SETTINGS = (
 
 
 def main():
-    options = runtime.parse(Options, __doc__)
+    options = cli.parse(Options, __doc__)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", options.workers))
     parent = os.getppid()
     if rank:
         sys.stdout = open(os.devnull, "w")
     torch.set_num_threads(max(1, torch.get_num_threads() // world))
-    cpu.keep_memory()
-    device = runtime.pick_device()
-    dtype = runtime.pick_precision(device, options.precision)
-    print(runtime.first_line(options.model, device, dtype))
+    keep_memory()
+    device = pick_device()
+    dtype = pick_precision(device, options.precision)
+    print(run_banner(options.model, device, dtype))
     task = data.find_task(options.task, tuple(options.text_columns), options.label_column)
     if options.attack_columns not in (None, *task.columns):
         raise BadInput(f"--attack-columns {options.attack_columns}: {options.task} has {' and '.join(task.columns)}")
     splits = task.load(options.data_revision)
     test = splits["test"]
     options.n = options.n or min(300, len(test))
-    victim, folder, made_by = find_victim(options, task, splits, device, dtype)
+    victim, folder, provenance = find_victim(options, task, splits, device, dtype)
     del splits  # the training rows
     examples = {number: test[number] for number in sample(options, len(test))}
     # with --max-length, at another length than finetune.py has measured it
     clean, precision = clean_accuracy(None if options.max_length else folder, victim, test)
     right = f"{clean:.2%} right" + f", as finetune.py found in {precision}" * (precision is not None)
     print(f"attacking {options.n} of {len(test):,} test rows, of which {folder} gets {right}")
-    made_by["task_sha256"] = hashlib.sha256(repr(examples).encode("utf8", "surrogatepass")).hexdigest()
+    provenance["task_sha256"] = hashlib.sha256(repr(examples).encode("utf8", "surrogatepass")).hexdigest()
     helpers = start_helpers(options.workers) if "RANK" not in os.environ else []
     table = {}
     try:
@@ -125,8 +124,8 @@ def main():
         for name in RECIPES if options.attack == "all" else (options.attack,):
             attack, used = build(textattack, found, name, options, task, victim)
             print("\n".join(f"{name}, {what}: {which}" for what, which in used.items()))
-            results = Results(folder / f"{name}.jsonl", made_by, name, used, list(examples), options.overwrite)
-            bar = runtime.progress(len(examples), len(results.rows), name, "example")
+            results = Results(folder / f"{name}.jsonl", provenance, name, used, list(examples), options.overwrite)
+            bar = cli.progress(len(examples), len(results.rows), name, "example")
             try:
                 for place, number in enumerate(examples):
                     if rank and os.getppid() != parent:
@@ -162,36 +161,36 @@ def find_victim(options, task, splits, device, dtype):
 
     Raises BadInput where there is neither, with the command that makes it, and as finetune.reload does.
     """
-    folder = runtime.model_folder(options.output, options.model) / runtime.task_folder(options.task)
-    run = folder / runtime.run_name(options)
+    folder = files.model_folder(options.output, options.model) / files.task_folder(options.task)
+    run = folder / files.run_name(options)
     same = ("model", "output", "ticket", "method", "ablation", "seed", "text_columns", "label_column", "data_revision")
-    given = runtime.flags(options, *same)
+    given = cli.flags(options, *same)
     makes = f"python finetune.py --task {shlex.quote(options.task)}{given} makes one"
     if (run / "model.safetensors").is_file():
         model, tokenizer, length, _ = finetune.reload(run, task, splits, options, device)
-        folder, masked_lm, sha256 = run, options.model, weights.sha256(run / "model.safetensors")
+        folder, masked_lm, sha256 = run, options.model, files.sha256(run / "model.safetensors")
         names = task.labels
     elif options.model in data.EMBEDDED or options.model in data.ON_HUB:
         raise BadInput(f"there is no fine-tuned model in {run}: {makes}")
     elif options.ticket not in ("drawn", "none") or options.method != "vanilla" or options.ablation:
-        given = runtime.flags(options, "ticket", "method", "ablation")
+        given = cli.flags(options, "ticket", "method", "ablation")
         raise BadInput(f"there is no fine-tuned model in {run}: {makes}; or leave out{given}")
     else:
         path, sha256 = data.find_model(options.model, options.revision)
-        model, tokenizer, length, masked_lm = Bert.load(path), tokens.Tokenizer(path), task.max_length, None
+        model, tokenizer, length, masked_lm = Bert.load(path), Tokenizer(path), task.max_length, None
         if model.config.num_labels != len(task.labels) or {"pooler", "classifier"} & set(model.initialized):
             raise BadInput(f"{path} has no classifier for the {len(task.labels)} classes of {options.task}: {makes}")
-        names = published.label_names(path)
+        names = huggingface.label_names(path)
         in_order(model, names, task.labels)
     length = min(options.max_length or length, model.config.max_length)
-    options.masked_lm = options.masked_lm or masked_lm or runtime.DEFAULT_MODEL
+    options.masked_lm = options.masked_lm or masked_lm or DEFAULT_MODEL
     settings = {name: value for name, value in asdict(options).items() if name not in NOT_SETTINGS}
-    settings |= {"precision": runtime.precision_name(dtype), "max_length": length}
+    settings |= {"precision": precision_name(dtype), "max_length": length}
     settings["classes"] = list(names)
     settings["ticket"] = Path(options.ticket).name
-    versions = runtime.versions() | {name: importlib.metadata.version(name) for name in ("textattack", "nltk")}
-    made_by = {"script": "attack.py", "settings": settings, "model_sha256": sha256, "versions": versions}
-    return resources.Classifier(model, tokenizer, length, device, dtype), folder, made_by
+    packages = versions() | {name: importlib.metadata.version(name) for name in ("textattack", "nltk")}
+    provenance = {"script": "attack.py", "settings": settings, "model_sha256": sha256, "versions": packages}
+    return resources.Classifier(model, tokenizer, length, device, dtype), folder, provenance
 
 
 def in_order(model, names, labels):
@@ -221,7 +220,7 @@ def clean_accuracy(folder, victim, test):
     """(the share of all test rows that the victim classifies rightly, None); in `folder` finetune.py may have measured
     it, then (that, the precision in which it did)."""
     if folder is not None and (folder / "metrics.json").is_file():
-        metrics = runtime.read_json(folder / "metrics.json")
+        metrics = files.read_json(folder / "metrics.json")
         return metrics["test_accuracy"], metrics["settings"]["precision"]
     predicted = victim([texts for texts, _ in test]).argmax(1)
     return (predicted == torch.tensor([label for _, label in test])).float().mean().item(), None
@@ -292,7 +291,7 @@ def attack_one(attack, task, similar, number, texts, label):
     try:
         result = attack.attack(OrderedDict(zip(task.columns, texts)), label)
     except Exception as error:  # whatever goes wrong inside TextAttack on one text must not end a run of hours
-        return row | {"outcome": "error", "reason": runtime.one_line(error)}
+        return row | {"outcome": "error", "reason": cli.one_line(error)}
     before, after = result.original_result, result.perturbed_result
     words = before.attacked_text.words, after.attacked_text.words
     vectors = similar([before.attacked_text.text, after.attacked_text.text])
@@ -345,8 +344,8 @@ def check(helpers):
     """Raises BadInput with the last words of a process that failed."""
     for helper in helpers:
         if helper.poll():
-            raise BadInput(f"a process failed: {runtime.last_words(helper.stderr.read(), helper.returncode)}")
+            raise BadInput(f"a process failed: {cli.last_words(helper.stderr.read(), helper.returncode)}")
 
 
 if __name__ == "__main__":
-    runtime.run(main)
+    cli.run(main)

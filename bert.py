@@ -20,10 +20,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-import published
-import weights
-from cpu import Dropout, linear, masks_kept
-from runtime import BadInput
+from checkpoints import huggingface, safetensors
+from runtime.cli import BadInput
+from runtime.cpu import Dropout, keep_dropout_masks, linear
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,7 @@ class Config:
         BERT or RoBERTa that this file can run."""
         not_sizes = ("model_type", "num_labels", "heads", "neurons")
         sizes = {f.name: f.type for f in fields(Config) if f.name not in not_sizes}
-        config = Config(**published.read_config(path, sizes))
+        config = Config(**huggingface.read_config(path, sizes))
         if config.hidden_size % config.num_attention_heads:
             raise BadInput(f"{path}: hidden_size {config.hidden_size} is no multiple of num_attention_heads")
         if config.max_length < 1:
@@ -221,7 +220,7 @@ class Bert(nn.Module):
             c = None if gates is None else (gates[0][i], gates[1][i])
             given = x, bias, c, keep if i == len(self.layers) - 1 else None
             if self.checkpointing:
-                with masks_kept(None):  # drawn again, as the rest is computed again
+                with keep_dropout_masks(None):  # drawn again, as the rest is computed again
                     x = checkpoint(layer, *given, use_reentrant=False)
             else:
                 x = layer(*given)
@@ -293,12 +292,12 @@ class Bert(nn.Module):
         model.load_state_dict(state, assign=True)
         return model
 
-    def save(self, folder, labels, notes):
+    def save(self, folder, labels, metadata):
         """Write config.json (the published names, `labels` the classes' names) and model.safetensors, with published
         tensor names and the JSON values `notes`, how it was made, in its header."""
-        published.write_config(folder, asdict(self.config), labels)
-        tensors = published.to_published(self.state_dict(), self.config.model_type)
-        weights.write_safetensors(os.path.join(folder, "model.safetensors"), tensors, notes)
+        huggingface.write_config(folder, asdict(self.config), labels)
+        tensors = huggingface.to_huggingface(self.state_dict(), self.config.model_type)
+        safetensors.write_safetensors(os.path.join(folder, "model.safetensors"), tensors, metadata)
 
     @staticmethod
     def load(path, mlm=False, num_labels=None):
@@ -311,10 +310,10 @@ class Bert(nn.Module):
         Raises BadInput that names the tensor which is missing or has another shape than the configuration says.
         """
         config = Config.read(path)
-        mapped = published.read_weights(path)
-        tensors, unused = published.from_published(mapped, config.model_type, config.num_hidden_layers, path)
+        mapped = huggingface.read_weights(path)
+        tensors, unused = huggingface.from_huggingface(mapped, config.model_type, config.num_hidden_layers, path)
         mapped.release()  # what was copied
-        heads, neurons = published.widths(tensors, config, path)
+        heads, neurons = huggingface.layer_widths(tensors, config, path)
         found_labels = len(tensors.get("classifier.bias", ()))
         if num_labels not in (None, found_labels):
             tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("classifier.")}
@@ -323,7 +322,7 @@ class Bert(nn.Module):
         with torch.device("meta"):  # shapes without memory: a configuration that lies cannot fill the machine
             model = Bert(config, mlm)
         expected = {name: parameter.shape for name, parameter in model.state_dict().items()}
-        model.initialized = published.missing(tensors, expected, path)
+        model.initialized = huggingface.missing_modules(tensors, expected, path)
         model.unused = unused
         for name in model.initialized:
             tensors = {key: tensor for key, tensor in tensors.items() if key.split(".")[0] != name}

@@ -19,11 +19,11 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 
-import hub
-from published import identity, unpack
-from runtime import BadInput
-from tables import FILES, read_table
-from weights import sha256
+from checkpoints.huggingface import unpack, weights_sha256
+from inputs import hub
+from inputs.tables import FILES, read_table
+from runtime.cli import BadInput
+from runtime.files import sha256
 
 # ------------------------------------------------------------------------------------------------------- models
 
@@ -82,7 +82,7 @@ def find_model(name, revision=None):
             path = hub.fetch_model(repository, revision or commit, alias=name)
         except BadInput as error:
             raise BadInput(f"model {name!r}: {error}; {', '.join(EMBEDDED)} needs no network") from None
-    return path, identity(path)
+    return path, weights_sha256(path)
 
 
 # -------------------------------------------------------------------------------------------------------- tasks

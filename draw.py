@@ -14,11 +14,13 @@ from pathlib import Path
 
 import torch
 
-import runtime
-import weights
 from bert import Bert, Config
+from checkpoints import safetensors
+from checkpoints.provenance import versions
 from gates import draw_masks
-from runtime import BadInput, option
+from runtime import cli, files
+from runtime.cli import BadInput, option
+from runtime.device import DEFAULT_MODEL
 
 # task -> (tau_ffn, classes): section 3.5 and Table 2 for the paper's five; imdb-embedded as imdb, the others 0.2
 TASKS = {
@@ -36,7 +38,7 @@ TASKS = {
 @dataclass
 class Options:
     task: str = option("rt", f"gives the ratios: {', '.join(TASKS)}; a file of one's own: 0.2")
-    model: str = option(runtime.DEFAULT_MODEL, "the model that was searched")
+    model: str = option(DEFAULT_MODEL, "the model that was searched")
     output: str = option("runs", "folder that search.py wrote to; the ticket goes to OUTPUT/MODEL/TASK")
     coefficients: str = option(None, "a coefficients file elsewhere")
     tau_head: float = option(1 / 6, "pruning ratio of the heads, the same for all tasks", at_least=0, below=1)
@@ -44,36 +46,36 @@ class Options:
 
 
 def main():
-    options = runtime.parse(Options, __doc__)
+    options = cli.parse(Options, __doc__)
     known = options.task in TASKS or Path(options.task).exists()
     if not known and options.tau_ffn is None:
         raise BadInput(f"unknown task {options.task!r}: give one of {', '.join(TASKS)}, a file, or --tau-ffn as well")
     tau_ffn, classes = TASKS.get(options.task, (0.2, 2))
     tau_ffn = tau_ffn if options.tau_ffn is None else options.tau_ffn
-    folder = runtime.model_folder(options.output, options.model) / runtime.task_folder(options.task)
+    folder = files.model_folder(options.output, options.model) / files.task_folder(options.task)
     path = Path(options.coefficients or folder.parent / "coefficients.safetensors")
     if not path.is_file():
-        raise BadInput(f"{path} is not there: python search.py{runtime.flags(options, 'model', 'output')} makes it")
-    head, ffn, notes = read_coefficients(path)
-    searched = notes["settings"]["model"]
-    if runtime.model_folder("", searched) != runtime.model_folder("", options.model):
+        raise BadInput(f"{path} is not there: python search.py{cli.flags(options, 'model', 'output')} makes it")
+    head, ffn, metadata = read_coefficients(path)
+    searched = metadata["settings"]["model"]
+    if files.model_folder("", searched) != files.model_folder("", options.model):
         raise BadInput(f"{path} are the coefficients of model {searched}: --model {searched} draws from them")
 
     head_mask, ffn_mask = draw_masks(head, ffn, options.tau_head, tau_ffn)
-    made_by = {
+    provenance = {
         "script": "draw.py",
         "settings": {"task": options.task, "tau_head": options.tau_head, "tau_ffn": tau_ffn},
-        "model_sha256": notes["model_sha256"],
-        "coefficients_sha256": weights.sha256(path),
-        "coefficients_made_by": {key: notes[key] for key in ("settings", "corpus_sha256", "versions")},
-        "versions": runtime.versions(),
+        "model_sha256": metadata["model_sha256"],
+        "coefficients_sha256": files.sha256(path),
+        "coefficients_made_by": {key: metadata[key] for key in ("settings", "corpus_sha256", "versions")},
+        "versions": versions(),
     }
     ticket = folder / "ticket.safetensors"
-    weights.write_safetensors(ticket, {"head": head_mask, "ffn": ffn_mask}, made_by)
+    safetensors.write_safetensors(ticket, {"head": head_mask, "ffn": ffn_mask}, provenance)
     title = f"{searched}, ticket for {options.task}: tau_H = {options.tau_head:.3g}, tau_F = {tau_ffn:.3g}"
     heat_map(head, ffn, head_mask, ffn_mask, title, folder / "ticket.png")
 
-    config = Config(**notes["config"] | {"num_labels": classes})
+    config = Config(**metadata["config"] | {"num_labels": classes})
     before, after = count_parameters(config), count_parameters(config, head_mask, ffn_mask)
     print(title)
     print(f"  kept in layer   {'  '.join(f'{i + 1:5}' for i in range(len(head)))}    of each   in all")
@@ -89,11 +91,14 @@ def read_coefficients(path):
 
     Raises BadInput where the file is something else, or its shapes are not those of its model.
     """
-    tensors, notes = weights.read_notes(path)
+    tensors, metadata = safetensors.read_with_metadata(path)
     try:  # somebody else's, perhaps
-        config, known = Config(**notes["config"]), notes["script"] == "search.py" and {"head", "ffn"} <= tensors.keys()
-        known = known and isinstance(notes["settings"]["model"], str)
-        known = known and {"model_sha256", "corpus_sha256", "versions"} <= notes.keys()
+        config, known = (
+            Config(**metadata["config"]),
+            metadata["script"] == "search.py" and {"head", "ffn"} <= tensors.keys(),
+        )
+        known = known and isinstance(metadata["settings"]["model"], str)
+        known = known and {"model_sha256", "corpus_sha256", "versions"} <= metadata.keys()
     except (KeyError, TypeError):
         known = False
     if not known:
@@ -102,7 +107,7 @@ def read_coefficients(path):
         expected, found = (config.num_hidden_layers, width), tensors[name]
         if found.shape != expected or found.dtype != torch.float32 or not torch.isfinite(found).all():
             raise BadInput(f"{path}: {name} is not a finite float32 for each of {expected}: search again")
-    return tensors["head"], tensors["ffn"], notes
+    return tensors["head"], tensors["ffn"], metadata
 
 
 def count_parameters(config, head_mask=None, ffn_mask=None):
@@ -142,9 +147,9 @@ def heat_map(head, ffn, head_mask, ffn_mask, title, picture):
     for axes in (left, right):
         axes.set_yticks(range(layers), range(1, layers + 1))
     figure.suptitle(title, parse_math=False)
-    with runtime.replacing(picture) as beside:
-        figure.savefig(beside, dpi=150, format="png")
+    with files.atomic_write(picture) as tmp_path:
+        figure.savefig(tmp_path, dpi=150, format="png")
 
 
 if __name__ == "__main__":
-    runtime.run(main)
+    cli.run(main)

@@ -22,21 +22,30 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import cpu
 import data
-import export
-import processes
-import published
-import runtime
-import tokens
-import vocabulary
-import weights
+from baselines.infobert import Anchor, InfoBERT
 from bert import Bert, Config, cuts
+from checkpoints import huggingface, safetensors
+from checkpoints.provenance import is_up_to_date, load_checkpoint, restore_state, training_state, versions
 from freelb import freelb, pgd
 from gates import draw_masks
-from infobert import Anchor, InfoBERT
-from runtime import BadInput, option
-
+from inputs.batches import TokenizedSplit, rows_of, rows_sha256, token_mask
+from inputs.tokenizer import Tokenizer
+from runtime import cli, distributed, files, optim
+from runtime.cli import BadInput, option
+from runtime.cpu import keep_memory
+from runtime.device import (
+    DEFAULT_MODEL,
+    MODEL_HELP,
+    autocast,
+    peak_memory,
+    pick_device,
+    pick_precision,
+    precision_name,
+    run_banner,
+)
+from runtime.embeddings import restore_vocabulary, restrict_vocabulary
+from sharing import export
 
 # method -> its adversary: K, size of a step, first magnitude, largest norm. InfoBERT's are its authors' own.
 ADVERSARIES = {
@@ -54,7 +63,7 @@ class Options:
     text_columns: tuple = option(("text",), "of one's own file: the column with the text, or two for pairs")
     label_column: str = option("label", "of one's own file")
     data_revision: str = option(None, "branch or commit of the task on the hub, instead of the pinned one")
-    model: str = option(runtime.DEFAULT_MODEL, runtime.MODEL_HELP)
+    model: str = option(DEFAULT_MODEL, MODEL_HELP)
     revision: str = option(
         None, "branch or commit of a model on the hub; bert-base-uncased and roberta-base are pinned"
     )
@@ -102,28 +111,28 @@ NOT_SETTINGS = ("output", "overwrite", "export_hf", "accumulate", "checkpointing
 
 
 def main():
-    options = runtime.parse(Options, __doc__)
-    cpu.keep_memory()
-    device = runtime.pick_device()
-    processes.join(device)
-    dtype = runtime.pick_precision(device, options.precision)
-    print(runtime.first_line(options.model, device, dtype))
+    options = cli.parse(Options, __doc__)
+    keep_memory()
+    device = pick_device()
+    distributed.init_distributed(device)
+    dtype = pick_precision(device, options.precision)
+    print(run_banner(options.model, device, dtype))
     task = data.find_task(options.task, tuple(options.text_columns), options.label_column)
-    folder = runtime.output_folder(options.output, options.model) / runtime.task_folder(options.task)
-    with processes.first_alone():
+    folder = files.output_folder(options.output, options.model) / files.task_folder(options.task)
+    with distributed.main_process_first():
         source, model_sha256 = data.find_model(options.model, options.revision)
         config = Config.read(source)
         masks, ticket_sha256 = find_ticket(options, folder / "ticket.safetensors", model_sha256, config)
-        tokenizer = tokens.Tokenizer(source)
+        tokenizer = Tokenizer(source)
         if (options.max_length or 0) > config.max_length:
             reads = f"{options.model} reads at most {config.max_length} tokens"
             raise BadInput(f"--max-length {options.max_length}: {reads}")
         max_length = min(options.max_length or task.max_length, config.max_length)
         splits = task.load(options.data_revision)
         splits["train"] = data.first_rows(splits["train"], options.train_rows, options.task)
-        task_sha256 = tokens.rows_sha256(tokenizer, max_length, *splits.values())
-        sets = {name: tokens.Rows(tokenizer, rows, max_length, device) for name, rows in splits.items()}
-    folder = folder / runtime.run_name(options)
+        task_sha256 = rows_sha256(tokenizer, max_length, *splits.values())
+        sets = {name: TokenizedSplit(tokenizer, rows, max_length, device) for name, rows in splits.items()}
+    folder = folder / files.run_name(options)
     del splits  # the texts; from here on there are token ids
     print(f"task {options.task}: {', '.join(f'{len(rows):,} {name}' for name, rows in sets.items())} rows; {task.note}")
     longer = sum(int(rows.cut) for rows in sets.values())
@@ -138,30 +147,32 @@ def main():
         if name in idle and settings[name] != getattr(Options, name):
             print(f"--{name.replace('_', '-')} {settings[name]} has no effect with --method {options.method}")
         settings[name] = value if name in idle or settings[name] is None else settings[name]
-    made_by = {
+    provenance = {
         "script": "finetune.py",
         "task_sha256": task_sha256,
-        "settings": settings | {"precision": runtime.precision_name(dtype)},
+        "settings": settings | {"precision": precision_name(dtype)},
         "model_sha256": model_sha256,
         "config": asdict(config),
         "ticket_sha256": ticket_sha256,
-        "versions": runtime.versions(),
+        "versions": versions(),
     }
     if options.export_hf and not isinstance(masks, tuple) and Bert.load(source).config.is_pruned:
         raise BadInput(f"{options.model} was pruned elsewhere, by masks unknown here: it cannot be exported dense")
-    is_exported = options.export_hf and processes.at_first(lambda: export.find(options, source, folder, made_by))
+    is_exported = options.export_hf and distributed.broadcast_from_main(
+        lambda: export.find(options, source, folder, provenance)
+    )
     finished = folder / "model.safetensors"
-    with processes.alone(folder / "finetune.state.safetensors"):
-        if not processes.at_first(lambda: weights.made_before(finished, made_by, options.overwrite)):
+    with distributed.file_lock(folder / "finetune.state.safetensors"):
+        if not distributed.broadcast_from_main(lambda: is_up_to_date(finished, provenance, options.overwrite)):
             model, weight_masks = starting_point(options, source, masks, task)
-            finetune(options, made_by, model.to(device), weight_masks, sets, folder, tokenizer, task, dtype)
-        if processes.FIRST:
+            finetune(options, provenance, model.to(device), weight_masks, sets, folder, tokenizer, task, dtype)
+        if distributed.FIRST:
             for leftover in folder.glob("*.state.safetensors"):
                 leftover.unlink()
-    processes.leave()
-    if not processes.FIRST:
+    distributed.shutdown()
+    if not distributed.FIRST:
         return
-    metrics = runtime.read_json(folder / "metrics.json")
+    metrics = files.read_json(folder / "metrics.json")
     print(
         f"best of {options.epochs} epochs by the held-out rows: epoch {metrics['best_epoch']}, "
         f"{metrics['validation_accuracy']:.2%} there, {metrics['test_accuracy']:.2%} on the test rows"
@@ -170,7 +181,7 @@ def main():
     if options.export_hf:
         if not is_exported:
             pruned = None if options.ablation == "no-structure" or isinstance(masks, dict) else masks
-            export.write(Path(options.export_hf), folder, pruned, tokenizer, task, made_by)
+            export.write(Path(options.export_hf), folder, pruned, tokenizer, task, provenance)
         print(f"for transformers, with zeros where the ticket pruned: {options.export_hf}")
 
 
@@ -180,26 +191,26 @@ def reload(folder, task, splits, options, device):
     Raises BadInput where it was fine-tuned on other rows than those of `splits`, the task's, so that its accuracy is
     not theirs and its training rows may be their test rows: a file of one's own may have changed, or have a namesake.
     """
-    model, tokenizer = Bert.load(folder).to(device), tokens.Tokenizer(folder)
-    notes = weights.read_notes(folder / "model.safetensors")[1]
-    if notes.get("script") != "finetune.py":
+    model, tokenizer = Bert.load(folder).to(device), Tokenizer(folder)
+    metadata = safetensors.read_with_metadata(folder / "model.safetensors")[1]
+    if metadata.get("script") != "finetune.py":
         raise BadInput(f"{folder} was not made by finetune.py: give another --output")
-    length = min(notes["settings"]["max_length"] or task.max_length, model.config.max_length)
-    count = min(notes["settings"]["train_rows"] or math.inf, len(splits["train"]))
+    length = min(metadata["settings"]["max_length"] or task.max_length, model.config.max_length)
+    count = min(metadata["settings"]["train_rows"] or math.inf, len(splits["train"]))
     before = splits | {"train": data.first_rows(splits["train"], count, options.task)}
-    if tokens.rows_sha256(tokenizer, length, *before.values()) != notes["task_sha256"]:
+    if rows_sha256(tokenizer, length, *before.values()) != metadata["task_sha256"]:
         raise BadInput(
             f"{folder} was fine-tuned on other rows than those of {options.task}: give finetune.py's --text-columns, "
             "--label-column and --data-revision, or fine-tune with --overwrite"
         )
-    return model, tokenizer, length, notes
+    return model, tokenizer, length, metadata
 
 
 def starting_point(options, source, masks, task):
     """(the model that is fine-tuned, {name: mask} of its single weights that are held at 0)."""
     torch.manual_seed(options.seed)
     model = Bert.load(source, num_labels=len(task.labels))
-    for remark in published.remarks(model):
+    for remark in huggingface.load_report(model):
         print(remark)
     if masks is None or isinstance(masks, dict):
         return model, masks or {}
@@ -220,23 +231,23 @@ def find_ticket(options, drawn, model_sha256, config):
             raise BadInput(f"--ablation {options.ablation} is of a ticket: --ticket none has none")
         return None, None
     path = drawn if options.ticket in ("drawn", "random") else Path(options.ticket)
-    draw = f"python draw.py --task {shlex.quote(options.task)}{runtime.flags(options, 'model', 'output')}"
+    draw = f"python draw.py --task {shlex.quote(options.task)}{cli.flags(options, 'model', 'output')}"
     if not path.is_file():
         remedy = f"{draw} makes it"
         raise BadInput(f"the ticket {path} is not there: {remedy if path == drawn else 'give drawn, random or none'}")
-    tensors, notes = weights.read_notes(path)
-    of_weights = notes.get("script") == "robustt.py"
-    if not of_weights and (notes.get("script") != "draw.py" or not {"head", "ffn"} <= tensors.keys()):
+    tensors, metadata = safetensors.read_with_metadata(path)
+    of_weights = metadata.get("script") == "robustt.py"
+    if not of_weights and (metadata.get("script") != "draw.py" or not {"head", "ffn"} <= tensors.keys()):
         raise BadInput(f"{path} is no ticket: give a file that draw.py or robustt.py wrote")
-    drawn_for = notes["settings"].get("task", options.task)
+    drawn_for = metadata["settings"].get("task", options.task)
     if (drawn_for in data.TASKS) != (options.task in data.TASKS) and path == drawn:  # imdb and one's own imdb.csv
         raise BadInput(f"{path} was drawn for {drawn_for}: {draw} draws it anew")
-    if notes.get("model_sha256") != model_sha256:
+    if metadata.get("model_sha256") != model_sha256:
         raise BadInput(f"{path} was drawn for another model than {options.model}")
     if of_weights:
         if options.ablation:
             raise BadInput(f"--ablation {options.ablation} is of a ticket of heads and neurons, not of single weights")
-        return tensors, weights.sha256(path)
+        return tensors, files.sha256(path)
     masks = tensors["head"], tensors["ffn"]
     for mask, width in zip(masks, (config.num_attention_heads, config.intermediate_size)):
         if mask.dtype != torch.bool or mask.shape != (config.num_hidden_layers, width):
@@ -245,20 +256,20 @@ def find_ticket(options, drawn, model_sha256, config):
         raise BadInput(f"{path} leaves a layer without a head: draw it again")
     if options.ticket == "random":
         torch.manual_seed(options.seed)
-        ratios = notes["settings"]["tau_head"], notes["settings"]["tau_ffn"]
+        ratios = metadata["settings"]["tau_head"], metadata["settings"]["tau_ffn"]
         masks = draw_masks(*(torch.rand(mask.shape) for mask in masks), *ratios)
-    return masks, weights.sha256(path)
+    return masks, files.sha256(path)
 
 
-def finetune(options, made_by, model, weight_masks, sets, folder, tokenizer, task, dtype):
+def finetune(options, provenance, model, weight_masks, sets, folder, tokenizer, task, dtype):
     """Algorithm 2, lines 7-9. Writes the best epoch's model and metrics.json into `folder`. weight_masks: {name: mask},
     false at single weights that are held at 0."""
     all_words, device = model.word_embeddings.weight.detach(), model.word_embeddings.weight.device
-    model, words = vocabulary.narrow(model, *sets.values())
+    model, words = restrict_vocabulary(model, *sets.values())
     held = {model.get_parameter(name): mask.to(device) for name, mask in weight_masks.items()}
     for weight, mask in held.items():
         weight.data.mul_(mask)
-    adversary = {name: made_by["settings"][f"adv_{name}"] for name in ("steps", "lr", "init_mag", "max_norm")}
+    adversary = {name: provenance["settings"][f"adv_{name}"] for name in ("steps", "lr", "init_mag", "max_norm")}
     adversary["accumulate"] = options.accumulate
     climb = pgd if options.method == "pgd" else freelb
     parts, info = {"model": model}, None
@@ -266,8 +277,8 @@ def finetune(options, made_by, model, weight_masks, sets, folder, tokenizer, tas
         parts["anchor"] = Anchor(model.config.hidden_size).to(device)
         info = InfoBERT(model, parts["anchor"], options.alpha, options.beta, options.batch_size)
     model.checkpointing = options.checkpointing
-    trained = processes.together(**parts)
-    groups = runtime.decay_groups(trained, options.weight_decay)
+    trained = distributed.together(**parts)
+    groups = optim.decay_groups(trained, options.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=options.learning_rate, fused=True)
     state = folder / "finetune.state.safetensors"
     seconds, memory, scores = 0.0, 0, []  # the validation accuracy of each epoch
@@ -276,36 +287,36 @@ def finetune(options, made_by, model, weight_masks, sets, folder, tokenizer, tas
         """Where the weights of the best of these epochs are: a file of its own, so that a kill never parts the two."""
         return folder / f"epoch{scores.index(max(scores)) + 1}.state.safetensors"
 
-    tensors, notes = processes.at_first(lambda: weights.resumed(state, made_by, options.overwrite))
+    tensors, metadata = distributed.broadcast_from_main(lambda: load_checkpoint(state, provenance, options.overwrite))
     if tensors:
-        weights.restore(tensors, optimizer, **parts)
-        seconds, memory, scores = notes["seconds"], notes["peak_memory"], notes["scores"]
+        restore_state(tensors, optimizer, **parts)
+        seconds, memory, scores = metadata["seconds"], metadata["peak_memory"], metadata["scores"]
     steps_per_epoch = -(-len(sets["train"]) // options.batch_size)
     steps = options.epochs * steps_per_epoch
     step = len(scores) * steps_per_epoch
-    bar = runtime.progress(steps, step, "fine-tune")
+    bar = cli.progress(steps, step, "fine-tune")
     for epoch in range(len(scores), options.epochs):
         start = time.perf_counter()
         total = torch.zeros((), device=device)  # a list of losses would fragment the memory
         generator = np.random.Generator(np.random.PCG64([options.seed, epoch]))
         model.train()
         for batch in sets["train"].batches(options.batch_size, generator):
-            runtime.seed_step(options.seed, step)
+            optim.seed_step(options.seed, step)
 
             def loss_for(rows):
-                part = tokens.part(batch, rows)
+                part = rows_of(batch, rows)
                 share = len(part[-1]) / len(batch[-1])
                 if info is not None:
                     return info.losses(*part, share)
                 return (lambda delta: model.class_loss(*part, delta=delta) * share), None
 
-            with runtime.autocast(device, dtype):
-                present = tokens.present(*batch)
-                total += processes.gradients(trained, climb, loss_for, present, model.config.hidden_size, **adversary)
+            with autocast(device, dtype):
+                present = token_mask(*batch)
+                total += distributed.gradients(trained, climb, loss_for, present, model.config.hidden_size, **adversary)
             for weight, mask in held.items():  # at 0 they stay: AdamW decays nothing, and has no gradient to add up
                 weight.grad.mul_(mask)
             torch.nn.utils.clip_grad_norm_(trained.parameters(), options.clip_norm)
-            runtime.set_learning_rate(optimizer, options.learning_rate, step, steps, options.warmup)
+            optim.set_learning_rate(optimizer, options.learning_rate, step, steps, options.warmup)
             optimizer.step()
             optimizer.zero_grad()
             step += 1
@@ -315,23 +326,23 @@ def finetune(options, made_by, model, weight_masks, sets, folder, tokenizer, tas
         if not math.isfinite(mean_loss):
             raise BadInput(f"training diverged in epoch {epoch + 1}: lower --learning-rate {options.learning_rate:g}")
         scores.append(accuracy(model, sets["validation"], options.batch_size, dtype))
-        memory = max(memory, runtime.peak_memory(device))
-        if processes.FIRST:
+        memory = max(memory, peak_memory(device))
+        if distributed.FIRST:
             if scores[-1] > max(scores[:-1], default=-1.0):
-                weights.write_safetensors(best(scores), model.state_dict(), made_by)
-            notes = made_by | {"seconds": seconds, "peak_memory": memory, "scores": scores}
-            weights.write_safetensors(state, weights.training_state(optimizer, **parts), notes)
+                safetensors.write_safetensors(best(scores), model.state_dict(), provenance)
+            metadata = provenance | {"seconds": seconds, "peak_memory": memory, "scores": scores}
+            safetensors.write_safetensors(state, training_state(optimizer, **parts), metadata)
             for older in set(folder.glob("epoch*.state.safetensors")) - {best(scores)}:
                 older.unlink()
         bar.set_postfix_str(f"loss {mean_loss:.3f}, held-out accuracy {scores[-1]:.2%}")
     bar.close()
-    model.load_state_dict(processes.at_first(lambda: dict(weights.read_safetensors(best(scores))[0])))
+    model.load_state_dict(distributed.broadcast_from_main(lambda: dict(safetensors.read_safetensors(best(scores))[0])))
     test_accuracy, best_epoch = accuracy(model, sets["test"], options.batch_size, dtype), scores.index(max(scores)) + 1
     rates = (
-        runtime.learning_rate(options.learning_rate, step, steps, options.warmup)
+        optim.learning_rate(options.learning_rate, step, steps, options.warmup)
         for step in range(best_epoch * steps_per_epoch)
     )
-    model = vocabulary.widen(model, words, all_words, math.prod(1 - rate * options.weight_decay for rate in rates))
+    model = restore_vocabulary(model, words, all_words, math.prod(1 - rate * options.weight_decay for rate in rates))
     metrics = {
         "best_epoch": best_epoch,
         "validation_accuracy": max(scores),
@@ -342,12 +353,12 @@ def finetune(options, made_by, model, weight_masks, sets, folder, tokenizer, tas
         - sum((~mask).sum().item() for mask in weight_masks.values()),
         "seconds": seconds,
         "tokens_per_second": options.epochs * len(sets["train"].ids) / seconds,
-        "peak_memory": max(memory, runtime.peak_memory(device)),
+        "peak_memory": max(memory, peak_memory(device)),
     }
-    if processes.FIRST:
-        runtime.write_json(folder / "metrics.json", made_by | metrics)
+    if distributed.FIRST:
+        files.write_json(folder / "metrics.json", provenance | metrics)
         tokenizer.save(folder)
-        model.save(folder, task.labels, made_by)  # last: where it is, the run is complete
+        model.save(folder, task.labels, provenance)  # last: where it is, the run is complete
 
 
 def without_structure(model, head_mask, ffn_mask):
@@ -364,12 +375,12 @@ def accuracy(model, rows, batch_size, dtype):
     """The share of rows that the model classifies as labelled, without dropout; the processes share the batches."""
     model.eval()
     right = torch.zeros((), device=model.word_embeddings.weight.device)
-    batches = islice(rows.batches(batch_size), processes.RANK, None, processes.WORLD)
+    batches = islice(rows.batches(batch_size), distributed.RANK, None, distributed.WORLD)
     for ids, mask, segments, labels in batches:
-        with runtime.autocast(ids.device, dtype):
+        with autocast(ids.device, dtype):
             right += (model.class_logits(ids, mask, segments).argmax(1) == labels).sum()
-    return processes.total(right).item() / len(rows)
+    return distributed.all_reduce_sum(right).item() / len(rows)
 
 
 if __name__ == "__main__":
-    runtime.run(main)
+    cli.run(main)

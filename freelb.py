@@ -5,7 +5,7 @@ Left out: perturbations bounded in the max norm, and perturbing anything but the
 
 import torch
 
-from cpu import masks_kept
+from runtime.cpu import keep_dropout_masks
 
 
 def freelb(loss_of, mask, dim, steps, lr, init_mag, max_norm, anchored=None):
@@ -41,7 +41,7 @@ def climb(loss_of, mask, dim, steps, lr, init_mag, max_norm, weights, anchored):
             torch.cuda.set_rng_state(random_state[1])
         last = step == steps - 1
         delta.requires_grad_(not last or anchored is not None)
-        with masks_kept(dropout_masks):
+        with keep_dropout_masks(dropout_masks):
             loss = loss_of(delta)
         if anchored is not None:  # the ascent follows the loss alone
             gradient = torch.autograd.grad(loss, delta, retain_graph=True)[0]

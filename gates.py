@@ -5,7 +5,7 @@ import math
 import torch
 from torch import nn
 
-from runtime import BadInput
+from runtime.cli import BadInput
 
 
 class Coefficients(nn.Module):

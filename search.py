@@ -19,22 +19,23 @@ import filelock
 import numpy as np
 import torch
 
-import cpu
 import data
-import processes
-import published
-import runtime
-import tokens
-import weights
 from bert import Bert, Config
+from checkpoints import huggingface, safetensors
+from checkpoints.provenance import is_up_to_date, load_checkpoint, restore_state, training_state, versions
 from freelb import freelb
 from gates import Coefficients, EarlyStopping, draw_masks
-from runtime import BadInput, option
+from inputs.batches import Blocks, TokenizedSplit, length_sorted_batches, mask_tokens, rows_of, rows_sha256, token_mask
+from inputs.tokenizer import Tokenizer
+from runtime import cli, distributed, files, optim
+from runtime.cli import BadInput, option
+from runtime.cpu import keep_memory
+from runtime.device import DEFAULT_MODEL, MODEL_HELP, autocast, pick_device, pick_precision, precision_name, run_banner
 
 
 @dataclass
 class Options:
-    model: str = option(runtime.DEFAULT_MODEL, runtime.MODEL_HELP)
+    model: str = option(DEFAULT_MODEL, MODEL_HELP)
     revision: str = option(
         None, "branch or commit of a model on the hub; bert-base-uncased and roberta-base are pinned"
     )
@@ -81,46 +82,46 @@ NOT_SETTINGS = ("output", "overwrite", "seeds", "accumulate", "checkpointing")  
 
 
 def main():
-    options = runtime.parse(Options, __doc__)
-    cpu.keep_memory()
-    device = runtime.pick_device()
-    processes.join(device)
-    dtype = runtime.pick_precision(device, options.precision)
-    columns = runtime.flags(options, "text_columns", "label_column")
+    options = cli.parse(Options, __doc__)
+    keep_memory()
+    device = pick_device()
+    distributed.init_distributed(device)
+    dtype = pick_precision(device, options.precision)
+    columns = cli.flags(options, "text_columns", "label_column")
     if options.source == "mlm" and columns:
         raise BadInput(f"{columns.strip()} is of a --source of one's own: a corpus has no columns")
-    output = runtime.output_folder(options.output, options.model)
-    with processes.first_alone():
+    output = files.output_folder(options.output, options.model)
+    with distributed.main_process_first():
         folder, model_sha256 = data.find_model(options.model, options.revision)
-        print(runtime.first_line(options.model, device, dtype))
-        tokenizer = tokens.Tokenizer(folder)
+        print(run_banner(options.model, device, dtype))
+        tokenizer = Tokenizer(folder)
         config = Config.read(folder)
         c = Coefficients(config.num_hidden_layers, config.num_attention_heads, config.intermediate_size)
         draw_masks(*c.gates, options.tau_head, options.tau_ffn)  # ratios that cannot be had are refused now
         source = (MLM if options.source == "mlm" else Classification)(options, tokenizer, config, device)
     print(source.description)
     for seed in range(options.seed, options.seed + options.seeds):
-        name = "" if options.source == "mlm" else f"-{runtime.task_folder(options.source)}"
+        name = "" if options.source == "mlm" else f"-{files.task_folder(options.source)}"
         name += f"-seed{seed}" if options.seeds > 1 else ""
         of_seed = replace(options, seed=seed)
         settings = {key: value for key, value in asdict(of_seed).items() if key not in NOT_SETTINGS}
-        made_by = {
+        provenance = {
             "script": "search.py",
-            "settings": settings | {"precision": runtime.precision_name(dtype)},
+            "settings": settings | {"precision": precision_name(dtype)},
             "model_sha256": model_sha256,
             "config": asdict(config),
             "corpus_sha256": source.sha256,
-            "versions": runtime.versions(),
+            "versions": versions(),
         }
         path, state = output / f"coefficients{name}.safetensors", output / f"search{name}.state.safetensors"
-        with processes.alone(state):
-            if not processes.at_first(lambda: weights.made_before(path, made_by, options.overwrite)):
-                search(of_seed, made_by, folder, tokenizer, source, path, state, device, dtype)
-            if processes.FIRST:
+        with distributed.file_lock(state):
+            if not distributed.broadcast_from_main(lambda: is_up_to_date(path, provenance, options.overwrite)):
+                search(of_seed, provenance, folder, tokenizer, source, path, state, device, dtype)
+            if distributed.FIRST:
                 state.unlink(missing_ok=True)
                 plot(path, output / f"search{name}.png")
                 report(path, output / f"search{name}.png", options)
-    processes.leave()
+    distributed.shutdown()
 
 
 class MLM:
@@ -130,19 +131,19 @@ class MLM:
         if options.block > config.max_length:
             raise BadInput(f"--block {options.block}: {options.model} reads at most {config.max_length} tokens")
         corpus, self.device = data.find_corpus(options.corpus, options.data_revision), device
-        self.blocks = tokens.Blocks(tokenizer, *corpus, options.block)
+        self.blocks = Blocks(tokenizer, *corpus, options.block)
         self.tokenizer, self.sha256, self.num_labels = tokenizer, self.blocks.sha256, 0
         self.steps = -(-len(self.blocks) // options.batch_size)
         self.description = f"corpus {options.corpus}: {len(self.blocks):,} blocks of {options.block} tokens"
 
     def epoch(self, seed, epoch, batch_size):
         """The epoch's batches, as numbers of blocks."""
-        runtime.seed_step(seed, 1, epoch)
+        optim.seed_step(seed, 1, epoch)
         return torch.randperm(len(self.blocks)).split(batch_size)
 
     def batch(self, chosen, model, c):
         """(mask of its tokens (B, T), what processes.gradients calls loss_for); masks words anew at every call."""
-        ids, positions, labels = tokens.mask_tokens(self.blocks.rows(chosen), self.tokenizer)
+        ids, positions, labels = mask_tokens(self.blocks.rows(chosen), self.tokenizer)
 
         def loss_for(rows):
             first, end = (torch.searchsorted(positions, row * ids.shape[1]).item() for row in (rows.start, rows.stop))
@@ -165,49 +166,51 @@ class Classification:
         task = data.find_task(options.source, tuple(options.text_columns), options.label_column)
         rows = task.load(options.data_revision)["train"]
         length = min(task.max_length, config.max_length)
-        self.rows = tokens.Rows(tokenizer, rows, length, device)
-        self.num_labels, self.sha256 = len(task.labels), tokens.rows_sha256(tokenizer, length, rows)
+        self.rows = TokenizedSplit(tokenizer, rows, length, device)
+        self.num_labels, self.sha256 = len(task.labels), rows_sha256(tokenizer, length, rows)
         self.steps = -(-len(rows) // options.batch_size)
         self.description = f"task {options.source}: {len(rows):,} training rows"
 
     def epoch(self, seed, epoch, batch_size):
         generator = np.random.Generator(np.random.PCG64([seed, epoch]))
-        return [torch.from_numpy(chosen) for chosen in tokens.batches(self.rows.lengths, batch_size, generator)]
+        return [torch.from_numpy(chosen) for chosen in length_sorted_batches(self.rows.lengths, batch_size, generator)]
 
     def batch(self, chosen, model, c):
         batch = self.rows.batch(chosen)
 
         def loss_for(rows):
-            part = tokens.part(batch, rows)
+            part = rows_of(batch, rows)
             share = len(part[-1]) / len(chosen)
             return (lambda delta: model.class_loss(*part, c.gates, delta) * share), None
 
-        return tokens.present(*batch), loss_for
+        return token_mask(*batch), loss_for
 
 
-def search(options, made_by, folder, tokenizer, source, path, state, device, dtype):
+def search(options, provenance, folder, tokenizer, source, path, state, device, dtype):
     """Algorithm 1. Writes the coefficients to `path`, and to `state` how far it is."""
-    tensors = processes.at_first(lambda: weights.resumed(state, made_by, options.overwrite))[0]
+    tensors = distributed.broadcast_from_main(lambda: load_checkpoint(state, provenance, options.overwrite))[0]
     torch.manual_seed(options.seed)
     model = Bert.load(folder, mlm=not source.num_labels, num_labels=source.num_labels)
     config = model.config
     if config.is_pruned:
         raise BadInput(f"{options.model} has narrower layers than its config.json: search the model before pruning")
     c = Coefficients(config.num_hidden_layers, config.num_attention_heads, config.intermediate_size)
-    for remark in published.remarks(model):
+    for remark in huggingface.load_report(model):
         print(remark)
-    if "mlm_head" in model.initialized and not tensors and processes.FIRST:  # the others get it with the rest of theta
+    if (
+        "mlm_head" in model.initialized and not tensors and distributed.FIRST
+    ):  # the others get it with the rest of theta
         head_path = path.parent / "mlm_head.safetensors"
-        with processes.alone(head_path):
-            fit_mlm_head(options, made_by, model.to(device), tokenizer, source.blocks, head_path, dtype)
+        with distributed.file_lock(head_path):
+            fit_mlm_head(options, provenance, model.to(device), tokenizer, source.blocks, head_path, dtype)
     model.checkpointing = options.checkpointing
     model.to(device).train()  # line 1: theta <- theta_0, c <- 1
     c.to(device)
     of_c = (options.learning_rate_c or options.learning_rate) / options.learning_rate
-    groups = runtime.decay_groups(model, options.weight_decay)
+    groups = optim.decay_groups(model, options.weight_decay)
     groups.append({"params": c.parameters(), "weight_decay": 0.0, "times": of_c})
     optimizer = torch.optim.AdamW(groups, lr=options.learning_rate, fused=True)
-    trained = processes.together(model=model, c=c)
+    trained = distributed.together(model=model, c=c)
     adversary = {"accumulate": options.accumulate, "steps": options.adv_steps, "lr": options.adv_lr}
     adversary |= {"init_mag": options.adv_init_mag, "max_norm": options.adv_max_norm}
 
@@ -221,7 +224,7 @@ def search(options, made_by, folder, tokenizer, source, path, state, device, dty
     trace = {"trace.head": [], "trace.ffn": [], "trace.distances": [], "trace.loss": []}  # an entry a mini-epoch
     step = 0
     if tensors:
-        weights.restore(tensors, optimizer, model=model, c=c)
+        restore_state(tensors, optimizer, model=model, c=c)
         trace = {name: list(tensors[name].clone()) for name in trace}
         for head, ffn in zip(trace["trace.head"], trace["trace.ffn"]):
             stopping.update(head, ffn)
@@ -229,18 +232,18 @@ def search(options, made_by, folder, tokenizer, source, path, state, device, dty
 
     total, counted = torch.zeros((), device=device), 0  # of the mini-epoch's losses; a list would fragment the memory
     status, order_of, order = "", None, None
-    bar = runtime.progress(steps, step, "search")
+    bar = cli.progress(steps, step, "search")
     while step < steps and not stopping.over:  # line 2
         epoch, batch = divmod(step, steps_per_epoch)
         if order_of != epoch:
             order_of, order = epoch, source.epoch(options.seed, epoch, options.batch_size)
-        runtime.seed_step(options.seed, 2, step)
+        optim.seed_step(options.seed, 2, step)
         present, loss_for = source.batch(order[batch], model, c)
-        with runtime.autocast(device, dtype):  # L_adv of eq. 6
-            loss = processes.gradients(trained, freelb, loss_for, present, config.hidden_size, **adversary)
+        with autocast(device, dtype):  # L_adv of eq. 6
+            loss = distributed.gradients(trained, freelb, loss_for, present, config.hidden_size, **adversary)
         c.penalty(options.lambda_head, options.lambda_ffn).backward()  # R(c) of eq. 5, once a step
         torch.nn.utils.clip_grad_norm_([*model.parameters(), *c.parameters()], options.clip_norm)
-        runtime.set_learning_rate(optimizer, options.learning_rate, step, steps, options.warmup)
+        optim.set_learning_rate(optimizer, options.learning_rate, step, steps, options.warmup)
         optimizer.step()  # lines 3 and 4
         optimizer.zero_grad()
         step, counted = step + 1, counted + 1
@@ -252,80 +255,80 @@ def search(options, made_by, folder, tokenizer, source, path, state, device, dty
             head, ffn = c.head.detach().cpu().clone(), c.ffn.detach().cpu().clone()
             mean_loss = (total / counted).cpu()
             if not all(torch.isfinite(number).all() for number in (head, ffn, mean_loss)):
-                rates = runtime.flags(options, "learning_rate_c") or f" --learning-rate {options.learning_rate:g}"
+                rates = cli.flags(options, "learning_rate_c") or f" --learning-rate {options.learning_rate:g}"
                 raise BadInput(f"the search diverged by step {step}: lower{rates}")
             distances = torch.tensor(stopping.update(head, ffn))
             for series, value in zip(trace.values(), (head, ffn, distances, mean_loss)):
                 series.append(value)
             total, counted = torch.zeros_like(total), 0
             stacked = {name: torch.stack(series) for name, series in trace.items()}
-            if processes.FIRST:
-                tensors = weights.training_state(optimizer, model=model, c=c) | stacked
-                weights.write_safetensors(state, tensors, made_by)
+            if distributed.FIRST:
+                tensors = training_state(optimizer, model=model, c=c) | stacked
+                safetensors.write_safetensors(state, tensors, provenance)
             status = f", distance heads {distances[0]:.3f}, neurons {distances[1]:.3f}, streak {stopping.streak}"
     bar.close()
-    if not processes.FIRST:
+    if not distributed.FIRST:
         return
     final = {"head": trace["trace.head"][-1], "ffn": trace["trace.ffn"][-1]}
     final |= {name: torch.stack(series) for name, series in trace.items()}
-    notes = made_by | {"stopped_early": stopping.over, "mini_epochs_at_most": len(ends)}
-    weights.write_safetensors(path, final, notes)
+    metadata = provenance | {"stopped_early": stopping.over, "mini_epochs_at_most": len(ends)}
+    safetensors.write_safetensors(path, final, metadata)
 
 
-def fit_mlm_head(options, made_by, model, tokenizer, blocks, path, dtype):
+def fit_mlm_head(options, provenance, model, tokenizer, blocks, path, dtype):
     """Fit an MLM head on the frozen encoder, for a model that is published without one, and keep it at `path`.
 
     Its bias starts at the log frequencies of the corpus's tokens, so that the head need not learn them.
     """
     head, device = model.mlm_head, model.mlm_head.bias.device
     matters = ("seed", "block", "batch_size", "warmup", "head_steps", "head_learning_rate", "precision")
-    made_by = made_by | {"settings": {name: made_by["settings"][name] for name in matters}}
-    if weights.made_before(path, made_by, overwrite=True):  # another takes a minute, and attack.py says which it used
-        head.load_state_dict(weights.read_safetensors(path)[0])
+    provenance = provenance | {"settings": {name: provenance["settings"][name] for name in matters}}
+    if is_up_to_date(path, provenance, overwrite=True):  # another takes a minute, and attack.py says which it used
+        head.load_state_dict(safetensors.read_safetensors(path)[0])
         return
     print(f"{options.model} comes without an MLM head: fitting one with the encoder frozen, {path} keeps it")
     counts = blocks.frequencies(model.config.vocab_size) + 0.5
     head.bias.data.copy_((counts / counts.sum()).log())
     optimizer = torch.optim.AdamW(head.parameters(), lr=options.head_learning_rate, weight_decay=0.0, fused=True)
-    bar = runtime.progress(options.head_steps, description="MLM head")
+    bar = cli.progress(options.head_steps, description="MLM head")
     for step in range(options.head_steps):
-        runtime.seed_step(options.seed, 3, step)
+        optim.seed_step(options.seed, 3, step)
         rows = torch.randint(len(blocks), (min(options.batch_size, len(blocks)),))
-        ids, positions, labels = (t.to(device) for t in tokens.mask_tokens(blocks.rows(rows), tokenizer))
-        with runtime.autocast(device, dtype):
+        ids, positions, labels = (t.to(device) for t in mask_tokens(blocks.rows(rows), tokenizer))
+        with autocast(device, dtype):
             with torch.no_grad():
                 states = model.eval()(ids, keep=positions)
             loss = model.mlm_loss(states, labels)
         loss.backward(inputs=list(head.parameters()))
-        runtime.set_learning_rate(optimizer, options.head_learning_rate, step, options.head_steps, options.warmup)
+        optim.set_learning_rate(optimizer, options.head_learning_rate, step, options.head_steps, options.warmup)
         optimizer.step()
         optimizer.zero_grad()
         bar.update()
         bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
     bar.close()
-    weights.write_safetensors(path, head.state_dict(), made_by)
+    safetensors.write_safetensors(path, head.state_dict(), provenance)
 
 
 def find_mlm_head(name, output, model, model_sha256, tokenizer, device):
     """Give `model`, loaded as `name`, the MLM head that a search left in OUTPUT/MODEL, or fit one as a search would.
     Returns the head's notes, how it was fitted."""
-    options, output = Options(model=name), runtime.output_folder(output, name)
+    options, output = Options(model=name), files.output_folder(output, name)
     path = output / "mlm_head.safetensors"
     with filelock.FileLock(f"{path}.lock"):  # of several processes that want it, one fits
         if path.is_file():
-            tensors, notes = weights.read_notes(path)
-            if notes.get("model_sha256") == model_sha256:
+            tensors, metadata = safetensors.read_with_metadata(path)
+            if metadata.get("model_sha256") == model_sha256:
                 model.mlm_head.load_state_dict(tensors)
-                return notes
-        blocks = tokens.Blocks(tokenizer, *data.find_corpus(options.corpus), options.block)
-        dtype = runtime.pick_precision(device, options.precision)
-        settings = asdict(options) | {"precision": runtime.precision_name(dtype)}
-        made_by = {"script": "search.py", "settings": settings, "model_sha256": model_sha256}
-        made_by |= {"config": asdict(tokenizer.config), "corpus_sha256": blocks.sha256, "versions": runtime.versions()}
+                return metadata
+        blocks = Blocks(tokenizer, *data.find_corpus(options.corpus), options.block)
+        dtype = pick_precision(device, options.precision)
+        settings = asdict(options) | {"precision": precision_name(dtype)}
+        provenance = {"script": "search.py", "settings": settings, "model_sha256": model_sha256}
+        provenance |= {"config": asdict(tokenizer.config), "corpus_sha256": blocks.sha256, "versions": versions()}
         torch.manual_seed(options.seed)
         model.mlm_head.apply(model.initialize)
-        fit_mlm_head(options, made_by, model.to(device), tokenizer, blocks, path, dtype)
-    return weights.read_notes(path)[1]
+        fit_mlm_head(options, provenance, model.to(device), tokenizer, blocks, path, dtype)
+    return safetensors.read_with_metadata(path)[1]
 
 
 def plot(path, picture):
@@ -335,8 +338,8 @@ def plot(path, picture):
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    tensors, notes = weights.read_notes(path)
-    settings, distances = notes["settings"], tensors["trace.distances"].numpy()  # (mini-epochs, 2)
+    tensors, metadata = safetensors.read_with_metadata(path)
+    settings, distances = metadata["settings"], tensors["trace.distances"].numpy()  # (mini-epochs, 2)
     x = range(1, len(distances) + 1)
     figure, (above, below) = pyplot.subplots(2, 1, figsize=(7, 5.2), sharex=True, height_ratios=(3, 1.3))
     above.plot(x, distances[:, 0], marker="o", label=f"heads, tau = {settings['tau_head']:.3g}")
@@ -350,24 +353,24 @@ def plot(path, picture):
     below.set(xlabel=f"mini-epoch ({settings['mini_epoch']:g} epoch each)", ylabel="loss")
     below.xaxis.get_major_locator().set_params(integer=True)
     figure.tight_layout()
-    with runtime.replacing(picture) as beside:
-        figure.savefig(beside, dpi=150, format="png")
+    with files.atomic_write(picture) as tmp_path:
+        figure.savefig(tmp_path, dpi=150, format="png")
     pyplot.close(figure)
 
 
 def report(path, picture, options):
     """Three lines: what happened, where the result is, what to type next."""
-    tensors, notes = weights.read_notes(path)
-    ran, most, settings = len(tensors["trace.loss"]), notes["mini_epochs_at_most"], notes["settings"]
+    tensors, metadata = safetensors.read_with_metadata(path)
+    ran, most, settings = len(tensors["trace.loss"]), metadata["mini_epochs_at_most"], metadata["settings"]
     why = f"both distances stayed below gamma = {settings['gamma']:g} {settings['patience']} times in a row"
-    if not notes["stopped_early"]:
+    if not metadata["stopped_early"]:
         why = "that was all of them; the masks had not settled"
     print(f"searched {ran} of {most} mini-epochs: {why}")
     print(f"coefficients: {path}, distances: {picture}")
     given = "" if path.stem == "coefficients" else f" --coefficients {shlex.quote(str(path))}"
     task = "sst2" if options.source == "mlm" else shlex.quote(options.source)
-    print(f"next: python draw.py --task {task}{runtime.flags(options, 'model', 'output')}{given}")
+    print(f"next: python draw.py --task {task}{cli.flags(options, 'model', 'output')}{given}")
 
 
 if __name__ == "__main__":
-    runtime.run(main)
+    cli.run(main)

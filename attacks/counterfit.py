@@ -30,8 +30,8 @@ import torch
 import torch.nn.functional as F
 
 import data
-import runtime
-from runtime import BadInput, option
+from runtime import cli, files
+from runtime.cli import BadInput, option
 
 
 @dataclass
@@ -50,7 +50,7 @@ class Options:
 
 
 def main():
-    options = runtime.parse(Options, __doc__)
+    options = cli.parse(Options, __doc__)
     torch.use_deterministic_algorithms(True)  # else two runs add the gradients up in another order
     words, vectors = glove(words[0] for words in read_list(options.lists, "vocabulary.txt"))
     number = {word: i for i, word in enumerate(words)}
@@ -63,7 +63,7 @@ def main():
     kept = (table["neighbours"] >= 0).any(1)
     new_number = np.append(np.cumsum(kept) - 1, -1).astype(np.int32)  # its last entry serves the -1
     table = {"neighbours": new_number[table["neighbours"][kept]], "similarity": table["similarity"][kept]}
-    with runtime.replacing(options.output) as beside, open(beside, "wb") as file:
+    with files.atomic_write(options.output) as tmp_path, open(tmp_path, "wb") as file:
         np.savez_compressed(file, words=np.array(words)[kept], **table)
     size, pairs_kept = Path(options.output).stat().st_size / 1e6, (table["neighbours"] >= 0).sum()
     print(f"{options.output}: {kept.sum():,} words with {pairs_kept / kept.sum():.1f} neighbours each, {size:.1f} MB")
@@ -158,4 +158,4 @@ def nearest(vectors, most, cosine, antonyms):
 
 
 if __name__ == "__main__":
-    runtime.run(main)
+    cli.run(main)

@@ -13,10 +13,10 @@ from unittest import mock
 import torch
 
 import data
-import resources
-import tokens
+from attacks import resources
 from bert import Bert
-from runtime import BadInput
+from inputs.tokenizer import Tokenizer
+from runtime.cli import BadInput
 
 RECIPES = {
     "textfooler": "TextFoolerJin2019",
@@ -90,14 +90,14 @@ def masked_swap(textattack, options, victim):
     """(BERT-Attack's transformation with a masked language model of ours, which one that is)."""
     name = options.masked_lm
     path, sha256 = data.find_model(name, options.revision if name == options.model else None)
-    model, tokenizer = Bert.load(path, mlm=True), tokens.Tokenizer(path)
+    model, tokenizer = Bert.load(path, mlm=True), Tokenizer(path)
     which = f"{Path(name).name}, sha256 {sha256[:8]}"
     if "mlm_head" in model.initialized:
         import search  # here, so that --help need not wait for it
 
-        notes = search.find_mlm_head(name, options.output, model, sha256, tokenizer, victim.device)
-        how = ", ".join(f"{setting.replace('_', ' ')} {value}" for setting, value in notes["settings"].items())
-        which += f", with a head fitted to it on a corpus of sha256 {notes['corpus_sha256'][:8]}, {how}"
+        metadata = search.find_mlm_head(name, options.output, model, sha256, tokenizer, victim.device)
+        how = ", ".join(f"{setting.replace('_', ' ')} {value}" for setting, value in metadata["settings"].items())
+        which += f", with a head fitted to it on a corpus of sha256 {metadata['corpus_sha256'][:8]}, {how}"
     k, ranking = options.bert_attack_k, options.bert_attack_ranking
     if k > tokenizer.size:
         raise BadInput(f"--bert-attack-k {k} is more than the {tokenizer.size:,} tokens of {name}")

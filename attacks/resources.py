@@ -17,11 +17,12 @@ import numpy as np
 import torch
 
 import data
-import runtime
-import tokens
-import weights
 from bert import Bert
-from runtime import BadInput
+from inputs.batches import TokenizedSplit, length_sorted_batches
+from inputs.tokenizer import Tokenizer
+from runtime import cli, files
+from runtime.cli import BadInput
+from runtime.device import autocast
 
 PAPERS = "the papers': counter-fitted Paragram-SL999, cosine"
 TABLE = Path(__file__).with_name("synonyms.npz")  # counterfit.py made it
@@ -46,16 +47,16 @@ class Texts:
         """compute(ids (B, T), mask (B, T) or None, segments) -> (B, ...), for texts or tuples of two: (n, ...) float32,
         in their order, on the CPU."""
         rows = [(text if isinstance(text, tuple) else (text,), 0) for text in texts]
-        rows = tokens.Rows(self.tokenizer, rows, self.max_length, self.device, cached=False)
+        rows = TokenizedSplit(self.tokenizer, rows, self.max_length, self.device, cached=False)
         ends, lengths, flat = rows.ends.tolist(), rows.lengths.tolist(), rows.ids.numpy()
         keys = [(flat[end - n : end].tobytes(), second) for end, n, second in zip(ends, lengths, rows.second.tolist())]
         if len(self.known) > 10_000:
             self.known.clear()
         first = {key: number for number, key in enumerate(keys) if key not in self.known}
         new = np.array(list(first.values()), dtype=np.int64)
-        for chosen in tokens.batches(rows.lengths.numpy()[new], self.batch_size, None) if len(new) else ():
+        for chosen in length_sorted_batches(rows.lengths.numpy()[new], self.batch_size, None) if len(new) else ():
             ids, mask, segments, _ = rows.batch(torch.from_numpy(new[chosen]))
-            with runtime.autocast(self.device, self.dtype):
+            with autocast(self.device, self.dtype):
                 found = compute(ids.to(self.device), *(t if t is None else t.to(self.device) for t in (mask, segments)))
             self.known |= zip((keys[number] for number in new[chosen]), found.float().cpu())
         return torch.stack([self.known[key] for key in keys])
@@ -75,7 +76,7 @@ class Encoder(Texts):
 
     def __init__(self, device, dtype):
         path, _ = data.find_model("minilm")
-        super().__init__(Bert.load(path, num_labels=0), tokens.Tokenizer(path), 256, device, dtype)
+        super().__init__(Bert.load(path, num_labels=0), Tokenizer(path), 256, device, dtype)
 
     def __call__(self, texts):
         return self.each(texts, self.mean_state)
@@ -128,7 +129,7 @@ def find_synonyms(name):
         if not isinstance(words[0], str) or neighbours.min() < -1 or not 0 <= neighbours.max() < len(words):
             raise ValueError("words must be texts, neighbours their numbers")
     except Exception as error:  # numpy, zipfile and zlib each raise their own
-        raise BadInput(f"--vectors {name} is no table of word vectors: {runtime.one_line(error)}") from None
+        raise BadInput(f"--vectors {name} is no table of word vectors: {cli.one_line(error)}") from None
     rows = [[number, *(n for n in row if n >= 0)] for number, row in enumerate(neighbours.tolist())]
     if vectors is None:
         at = np.argwhere(neighbours >= 0)
@@ -136,11 +137,11 @@ def find_synonyms(name):
         cosines = dict(zip(keys, similarity[neighbours >= 0].astype(np.float32).tolist()))
         cosines |= {(b, a): cosine for (a, b), cosine in cosines.items()}
         least = f"cosine >= {min(cosines.values()):.2f}"
-        whose = f"sha256 {weights.sha256(path)[:8]}" if path != TABLE else "GloVe 50d counter-fitted"
+        whose = f"sha256 {files.sha256(path)[:8]}" if path != TABLE else "GloVe 50d counter-fitted"
         description = f"{path.name}, {len(words):,} words, {whose}, {least} ({PAPERS} >= 0.5)"
         return Synonyms(description, words, rows, None, cosines)
     return Synonyms(
-        f"{path.name}, {len(words):,} words, sha256 {weights.sha256(path)[:8]} ({PAPERS} >= 0.5)", words, rows, vectors
+        f"{path.name}, {len(words):,} words, sha256 {files.sha256(path)[:8]} ({PAPERS} >= 0.5)", words, rows, vectors
     )
 
 
@@ -164,7 +165,7 @@ def textattacks_synonyms(folder):
             raise ValueError("its files do not belong together")
     except (OSError, ValueError, EOFError, AttributeError, TypeError, pickle.UnpicklingError) as error:
         how = "TextAttack fetches it: WordEmbedding.counterfitted_GLOVE_embedding(); or --vectors embedded"
-        raise BadInput(f"{folder} is not TextAttack's table: {runtime.one_line(error)}; {how}") from None
+        raise BadInput(f"{folder} is not TextAttack's table: {cli.one_line(error)}; {how}") from None
     return Synonyms("TextAttack's, counter-fitted Paragram-SL999", words, neighbours, vectors)
 
 
@@ -226,7 +227,7 @@ class MaskedWords:
             present = torch.arange(max(len(ids), length)) < len(ids)
             ids = torch.tensor([ids + [self.tokenizer.pad] * (len(present) - len(ids))], device=self.device)
             mask = None if present.all() else present[None].to(self.device)
-            with runtime.autocast(self.device, self.dtype):
+            with autocast(self.device, self.dtype):
                 logits = self.model.mlm_logits(self.model(ids, mask)[0]).float()  # (T, V)
             values, top = logits[:, : self.tokenizer.size].topk(self.k)  # a model may have room for more tokens
             self.last, self.top = text, (top.tolist(), values.tolist())

@@ -19,27 +19,27 @@ from statistics import mean
 
 import filelock
 
-import runtime
-import weights
-from runtime import BadInput
+from checkpoints.provenance import is_up_to_date
+from runtime import files
+from runtime.cli import BadInput
 
 
 class Results:
     """ATTACK.jsonl, a line an example in the order in which they end, and at last in that of the sample; and
     ATTACK.json, how they were made, what they come to, and the errors. Several processes may append."""
 
-    def __init__(self, path, made_by, name, used, sample, overwrite):
+    def __init__(self, path, provenance, name, used, sample, overwrite):
         self.path, self.sample, self.rows = path, sample, {}
         used_sha256 = hashlib.sha256(json.dumps(used, sort_keys=True).encode()).hexdigest()
-        self.made_by = made_by | {"resources": used, "resources_sha256": used_sha256}
-        self.made_by["settings"] = made_by["settings"] | {"attack": name}
+        self.provenance = provenance | {"resources": used, "resources_sha256": used_sha256}
+        self.provenance["settings"] = provenance["settings"] | {"attack": name}
         self.summary = path.with_suffix(".json")
         path.parent.mkdir(parents=True, exist_ok=True)
         self.lock = filelock.FileLock(path.with_suffix(".lock"))
         with self.lock:
-            if not weights.made_before(self.summary, self.made_by, overwrite):
+            if not is_up_to_date(self.summary, self.provenance, overwrite):
                 path.unlink(missing_ok=True)
-                runtime.write_json(self.summary, self.made_by)
+                files.write_json(self.summary, self.provenance)
             elif path.is_file():  # a killed run may have left half a line
                 content = path.read_bytes()
                 os.truncate(path, content.rfind(b"\n") + 1)
@@ -87,11 +87,11 @@ class Results:
         Returns the figures."""
         errors = {number: row["reason"] for number, row in self.rows.items() if row["outcome"] == "error"}
         if len(self.rows) == len(self.sample):
-            with runtime.replacing(self.path) as beside, open(beside, "wb") as file:
+            with files.atomic_write(self.path) as tmp_path, open(tmp_path, "wb") as file:
                 file.writelines(as_line(self.rows[number]) for number in self.sample if number not in errors)
             Path(self.lock.lock_file).unlink(missing_ok=True)
         figures = {"clean": clean, **self.figures(), "examples": len(self.rows), "errors": errors}
-        runtime.write_json(self.summary, self.made_by | figures)
+        files.write_json(self.summary, self.provenance | figures)
         for row in [row for row in self.rows.values() if row["outcome"] == "succeeded"][:count]:
             print_change(row)
         outcomes = ", ".join(f"{number} {outcome}" for outcome, number in sorted(figures["outcomes"].items()))

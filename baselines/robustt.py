@@ -21,16 +21,17 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-import cpu
 import data
 import finetune
-import processes
-import runtime
-import tokens
-import weights
+from checkpoints import safetensors
+from checkpoints.provenance import is_up_to_date, load_checkpoint, restore_state, training_state, versions
 from freelb import freelb
 from gates import draw_mask
-from runtime import BadInput, option
+from inputs.batches import TokenizedSplit, rows_sha256, token_mask
+from runtime import cli, distributed, files, optim
+from runtime.cli import BadInput, option
+from runtime.cpu import keep_memory
+from runtime.device import DEFAULT_MODEL, autocast, pick_device, pick_precision, precision_name, run_banner
 
 RETRAINED = (  # options of finetune.py with which the ticket is retrained as the full model was trained
     *("model", "revision", "output", "text_columns", "label_column", "data_revision", "seed", "epochs", "train_rows"),
@@ -46,7 +47,7 @@ class Options:
     text_columns: tuple = option(("text",), "of one's own file: the column with the text, or two for pairs")
     label_column: str = option("label", "of one's own file")
     data_revision: str = option(None, "branch or commit of the task on the hub, instead of the pinned one")
-    model: str = option(runtime.DEFAULT_MODEL, "the model that finetune.py --ticket none fine-tuned")
+    model: str = option(DEFAULT_MODEL, "the model that finetune.py --ticket none fine-tuned")
     output: str = option("runs", "folder that finetune.py wrote to; the ticket goes to OUTPUT/MODEL/TASK")
     seed: int = option(0, "of the fine-tuned model, and of all that is random", at_least=0, below=2**63)
     sparsity: float = option(0.3, "share of the weights that are pruned", at_least=0, below=1)
@@ -88,53 +89,53 @@ class Gates(nn.Module):
 
 
 def main():
-    options = runtime.parse(Options, __doc__)
-    if processes.WORLD > 1:
+    options = cli.parse(Options, __doc__)
+    if distributed.WORLD > 1:
         raise BadInput("robustt.py works in one process: start it without torchrun")
-    cpu.keep_memory()
-    device = runtime.pick_device()
-    dtype = runtime.pick_precision(device, options.precision)
-    print(runtime.first_line(options.model, device, dtype))
+    keep_memory()
+    device = pick_device()
+    dtype = pick_precision(device, options.precision)
+    print(run_banner(options.model, device, dtype))
     task = data.find_task(options.task, tuple(options.text_columns), options.label_column)
-    folder = runtime.output_folder(options.output, options.model) / runtime.task_folder(options.task)
+    folder = files.output_folder(options.output, options.model) / files.task_folder(options.task)
     source = folder / f"none-vanilla-seed{options.seed}"
     command = f"python finetune.py --task {shlex.quote(options.task)}"
     if not (source / "model.safetensors").is_file():
         same = ("model", "output", "seed", "text_columns", "label_column", "data_revision", "train_rows")
-        raise BadInput(f"{source} is not there: {command}{runtime.flags(options, *same)} --ticket none makes it")
+        raise BadInput(f"{source} is not there: {command}{cli.flags(options, *same)} --ticket none makes it")
     splits = task.load(options.data_revision)
-    model, tokenizer, length, notes = finetune.reload(source, task, splits, options, device)
+    model, tokenizer, length, metadata = finetune.reload(source, task, splits, options, device)
     train = data.first_rows(splits["train"], options.train_rows, options.task)
-    rows = tokens.Rows(tokenizer, train, length, device)
+    rows = TokenizedSplit(tokenizer, train, length, device)
     print(f"task {options.task}: {len(rows):,} training rows; the weights of {source} stay as they are")
     settings = {key: value for key, value in asdict(options).items() if key not in ("output", "overwrite")}
-    made_by = {
+    provenance = {
         "script": "robustt.py",
-        "settings": settings | {"precision": runtime.precision_name(dtype)},
-        "model_sha256": notes["model_sha256"],
-        "finetuned_sha256": weights.sha256(source / "model.safetensors"),
-        "task_sha256": tokens.rows_sha256(tokenizer, length, train),
-        "versions": runtime.versions(),
+        "settings": settings | {"precision": precision_name(dtype)},
+        "model_sha256": metadata["model_sha256"],
+        "finetuned_sha256": files.sha256(source / "model.safetensors"),
+        "task_sha256": rows_sha256(tokenizer, length, train),
+        "versions": versions(),
     }
     path = folder / f"robustt-seed{options.seed}.safetensors"
     state = path.with_suffix(".state.safetensors")
-    with processes.alone(state):
-        if not weights.made_before(path, made_by, options.overwrite):
-            search(options, made_by, model, rows, path, state, dtype)
+    with distributed.file_lock(state):
+        if not is_up_to_date(path, provenance, options.overwrite):
+            search(options, provenance, model, rows, path, state, dtype)
         state.unlink(missing_ok=True)
-    kept = weights.read_notes(path)[0]
+    kept = safetensors.read_with_metadata(path)[0]
     total = sum(mask.numel() for mask in kept.values())
     left = sum(mask.sum().item() for mask in kept.values())
     print(f"{left:,} of {total:,} weights are left; ticket: {path}")
-    given = notes["settings"] | {"model": options.model, "output": options.output}
+    given = metadata["settings"] | {"model": options.model, "output": options.output}
     given |= {"text_columns": tuple(given["text_columns"])}
-    if given["precision"] == runtime.precision_name(runtime.pick_precision(device, "auto")):
+    if given["precision"] == precision_name(pick_precision(device, "auto")):
         given["precision"] = "auto"
     before = finetune.Options(**given)
-    print(f"next: {command}{runtime.flags(before, *RETRAINED)} --ticket {shlex.quote(str(path))}")
+    print(f"next: {command}{cli.flags(before, *RETRAINED)} --ticket {shlex.quote(str(path))}")
 
 
-def search(options, made_by, model, rows, path, state, dtype):
+def search(options, provenance, model, rows, path, state, dtype):
     """Learn the gates, draw the ticket: {name of a weight: bool of its shape, false where pruned}, to `path`."""
     torch.manual_seed(options.seed)
     model.requires_grad_(False)
@@ -149,21 +150,21 @@ def search(options, made_by, model, rows, path, state, dtype):
     adversary |= {"init_mag": options.adv_init_mag, "max_norm": options.adv_max_norm}
     steps_per_epoch = -(-len(rows) // options.batch_size)
     steps, first = options.epochs * steps_per_epoch, 0
-    tensors, notes = weights.resumed(state, made_by, options.overwrite)
+    tensors, metadata = load_checkpoint(state, provenance, options.overwrite)
     if tensors:
-        weights.restore(tensors, optimizer, gates=gates)
-        first = notes["epochs_done"]
+        restore_state(tensors, optimizer, gates=gates)
+        first = metadata["epochs_done"]
     step = first * steps_per_epoch
-    bar = runtime.progress(steps, step, "masks")
+    bar = cli.progress(steps, step, "masks")
     model.train()
     for epoch in range(first, options.epochs):
         generator = np.random.Generator(np.random.PCG64([options.seed, epoch]))
         for batch in rows.batches(options.batch_size, generator):
-            runtime.seed_step(options.seed, step)
-            with runtime.autocast(batch[0].device, dtype):
+            optim.seed_step(options.seed, step)
+            with autocast(batch[0].device, dtype):
                 loss = freelb(
                     lambda delta: model.class_loss(*batch, delta=delta),
-                    tokens.present(*batch),
+                    token_mask(*batch),
                     model.config.hidden_size,
                     **adversary,
                 )
@@ -171,7 +172,7 @@ def search(options, made_by, model, rows, path, state, dtype):
             ramp = min(1.0, max(0.0, (step / steps - 0.1) / 0.3))
             share = torch.stack([gate.open_share() for gate in gates]).mean()
             (options.regularization * ramp * share).backward()
-            runtime.set_learning_rate(optimizer, options.learning_rate, step, steps, options.warmup)
+            optim.set_learning_rate(optimizer, options.learning_rate, step, steps, options.warmup)
             optimizer.step()
             optimizer.zero_grad()
             step += 1
@@ -180,11 +181,11 @@ def search(options, made_by, model, rows, path, state, dtype):
                 bar.set_postfix_str(f"loss {loss:.3f}, open {share:.1%}", refresh=False)
         if not math.isfinite(loss):
             raise BadInput(f"training diverged in epoch {epoch + 1}: lower --learning-rate {options.learning_rate:g}")
-        notes = made_by | {"epochs_done": epoch + 1}
-        weights.write_safetensors(state, weights.training_state(optimizer, gates=gates), notes)
+        metadata = provenance | {"epochs_done": epoch + 1}
+        safetensors.write_safetensors(state, training_state(optimizer, gates=gates), metadata)
     bar.close()
     scores = {f"{name}.weight": gate.scores.detach().cpu() for name, gate in zip(gated, gates)}
-    weights.write_safetensors(path, draw(scores, options.sparsity), made_by)
+    safetensors.write_safetensors(path, draw(scores, options.sparsity), provenance)
 
 
 def matrices(model):
@@ -202,4 +203,4 @@ def draw(scores, sparsity):
 
 
 if __name__ == "__main__":
-    runtime.run(main)
+    cli.run(main)

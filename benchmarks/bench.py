@@ -28,20 +28,21 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import attack
-import cpu
 import data
 import finetune
-import peers
-import recipes
-import runtime
-import scale
-import tokens
-import vocabulary
+from attacks import recipes
+from benchmarks import peers, scale
 from bert import Bert, Config
+from checkpoints.huggingface import read_weights
 from freelb import freelb
 from gates import Coefficients, draw_masks
-from published import read_weights
-from runtime import BadInput, option
+from inputs.batches import TokenizedSplit, token_mask
+from inputs.tokenizer import Tokenizer
+from runtime import cli, files
+from runtime.cli import BadInput, option
+from runtime.cpu import keep_memory
+from runtime.device import autocast, describe, peak_memory, pick_device, pick_precision
+from runtime.embeddings import restrict_vocabulary
 
 SUBCOMMANDS = ("search", "finetune", "load", "attack", "scale")
 PEERS = {"transformers, SDPA": "sdpa", "transformers, eager": "eager"}  # and their attention
@@ -69,7 +70,7 @@ class Options:
 
 
 def main():
-    options = runtime.parse(Options, __doc__)
+    options = cli.parse(Options, __doc__)
     if options.worker:
         works = {"search": time_training, "finetune": time_training, "load": time_load, "attack": time_attack}
         return works[options.what](options, *options.worker.split(";"))
@@ -79,19 +80,19 @@ def main():
         works = {"search": bench_training, "finetune": bench_training, "load": bench_load, "attack": bench_attack}
         figures = works[options.what](options, Path(folder))
     if options.json:
-        runtime.write_json(options.json, {" ".join(case): row for case, row in figures.items()})
+        files.write_json(options.json, {" ".join(case): row for case, row in figures.items()})
 
 
 def in_turn(options, cases, folder):
     """{case: [what each of its processes found]}: every round starts one process a case."""
     runs = {case: [] for case in cases}
-    bar = runtime.progress(options.rounds * len(cases), description="processes")
+    bar = cli.progress(options.rounds * len(cases), description="processes")
     for _ in range(options.rounds):
         for case in cases:
             command = [sys.executable, __file__, *sys.argv[1:], "--worker", ";".join((*case, str(folder)))]
             ended = subprocess.run(command, capture_output=True, text=True)
             if ended.returncode:
-                raise BadInput(f"{' '.join(case)} failed: {runtime.last_words(ended.stderr, ended.returncode)}")
+                raise BadInput(f"{' '.join(case)} failed: {cli.last_words(ended.stderr, ended.returncode)}")
             runs[case].append(json.loads(ended.stdout.splitlines()[-1]))
             bar.update()
     bar.close()
@@ -108,14 +109,14 @@ def agree(values, tolerance):
 
 
 def bench_training(options, folder):
-    device, is_search = runtime.pick_device(), options.what == "search"
-    precisions = ["fp32"] if runtime.pick_precision(device, "auto") == torch.float32 else ["bf16", "fp32"]
+    device, is_search = pick_device(), options.what == "search"
+    precisions = ["fp32"] if pick_precision(device, "auto") == torch.float32 else ["bf16", "fp32"]
     cases = [(side, precision) for precision in precisions for side in ("orticket", *PEERS)]
     labels = () if is_search else data.find_task(options.task).labels
     torch.manual_seed(0)
     source = data.find_model("minilm")[0]
     Bert.load(source, mlm=is_search, num_labels=len(labels) or None).save(folder, labels, {})
-    tokens.Tokenizer(source).save(folder)
+    Tokenizer(source).save(folder)
     if is_search:
         work = f"FreeLB step, K = {options.adv_steps}, {options.batch_size} x {options.block} tokens"
     else:
@@ -125,7 +126,7 @@ def bench_training(options, folder):
     for case, results in in_turn(options, cases, folder).items():
         figures[case] = {key: statistics.median(result[key] for result in results) for key in results[0]}
         figures[case]["range"] = [of(result["seconds"] for result in results) for of in (min, max)]
-    print(f"{work}, MiniLM, {runtime.describe(device)}; medians of {options.rounds} processes' medians")
+    print(f"{work}, MiniLM, {describe(device)}; medians of {options.rounds} processes' medians")
     print("seconds are of a step" if is_search else "seconds are of all rows; classifying: of the test rows")
     print(f"{'':27s}  seconds     (range)   times  tokens/s  of peak  peak GB    loss", end="")
     print("" if is_search else "  classifying  times")
@@ -149,10 +150,10 @@ def bench_training(options, folder):
 
 def time_training(options, side, precision, folder):
     """One process of one side: prints its "seconds", "flops", "loss" and so on as JSON."""
-    device, is_search = runtime.pick_device(), options.what == "search"
-    dtype = runtime.pick_precision(device, precision)
+    device, is_search = pick_device(), options.what == "search"
+    dtype = pick_precision(device, precision)
     if side not in PEERS or options.same_allocator:
-        cpu.keep_memory()
+        keep_memory()
     torch.manual_seed(0)
     if is_search:
         ids = torch.randint(1000, 30000, (options.batch_size, options.block), device=device)
@@ -184,7 +185,7 @@ def time_training(options, side, precision, folder):
             optimizer.step()
             optimizer.zero_grad()
 
-    with runtime.autocast(device, dtype):
+    with autocast(device, dtype):
         modules.eval()
         torch.manual_seed(1)  # the same delta on both sides
         found = {"loss": float(work.loss()), "tokens": work.tokens}
@@ -199,7 +200,7 @@ def time_training(options, side, precision, folder):
             epoch()
         found["flops"] = counter.get_total_flops()
         found["seconds"] = statistics.median(seconds_of(epoch)[0] for _ in range(options.steps if is_search else 1))
-        found["memory"] = runtime.peak_memory(device)
+        found["memory"] = peak_memory(device)
         size = 8192 if device.type == "cuda" else 2048
         a = torch.randn(size, size, device=device)
         fastest = min(seconds_of(lambda: torch.mm(a, a))[0] for _ in range(8))
@@ -228,18 +229,18 @@ def finetune_work(folder, side, dtype, train, rows, test, batch_size, max_length
     """What finetune.py does with these `rows` when it trains on all of `train`, whose words are more; the ticket is
     one of ratios 1/6 and 0.3."""
     adversary = ADVERSARY | {"steps": 3} if side == "with FreeLB" else dict.fromkeys(ADVERSARY, 0.0) | {"steps": 1}
-    model, tokenizer = Bert.load(folder), tokens.Tokenizer(Path(folder))
+    model, tokenizer = Bert.load(folder), Tokenizer(Path(folder))
     if side == "its ticket":
         model = model.pruned(*draw_masks(torch.rand(6, 12), torch.rand(6, 1536), 1 / 6, 0.3))
     model.to(device)
-    sets = [tokens.Rows(tokenizer, part, max_length, device) for part in (rows, test, train)]
-    model, _ = vocabulary.narrow(model, *sets)
+    sets = [TokenizedSplit(tokenizer, part, max_length, device) for part in (rows, test, train)]
+    model, _ = restrict_vocabulary(model, *sets)
     rows, test, _ = sets
 
     def steps():
         for batch in rows.batches(batch_size, np.random.default_rng(0)):
             loss_of = lambda delta: model.class_loss(*batch, delta=delta)  # noqa: E731
-            yield freelb(loss_of, tokens.present(*batch), 384, **adversary)
+            yield freelb(loss_of, token_mask(*batch), 384, **adversary)
 
     def loss():
         with torch.no_grad():
@@ -274,7 +275,7 @@ def bench_load(options, folder):
     for case, results in in_turn(options, cases, folder).items():
         figures[case] = {key: statistics.median(result[key] for result in results) for key in results[0]}
     print(
-        f"loading BERT-base with MLM head, {size / 1e6:.0f} MB, {runtime.describe(torch.device('cpu'))}; "
+        f"loading BERT-base with MLM head, {size / 1e6:.0f} MB, {describe(torch.device('cpu'))}; "
         f"medians of {options.rounds} processes"
     )
     print("                             seconds  and each number used  peak memory / file  times transformers")
@@ -292,13 +293,13 @@ def time_load(options, side, kind, folder):
         from transformers import BertForMaskedLM
     torch.ones(2**20).sum()
     cpu = torch.device("cpu")
-    before, start = runtime.peak_memory(cpu), time.perf_counter()
+    before, start = peak_memory(cpu), time.perf_counter()
     path = f"{folder}/{kind}"
     model = BertForMaskedLM.from_pretrained(path) if side == "transformers" else Bert.load(path, mlm=True)
     seconds = time.perf_counter() - start
     total = sum(p.sum(dtype=torch.float64).item() for p in model.parameters())
     used = time.perf_counter() - start
-    memory = runtime.peak_memory(cpu) - before
+    memory = peak_memory(cpu) - before
     print(json.dumps({"seconds": seconds, "used": used, "memory": memory, "sum": total}))
 
 
@@ -310,7 +311,7 @@ PARTS = ("the model", "sentence encoder", "part of speech", "substitutes", "the 
 def bench_attack(options, folder):
     """Seconds from the first to the last example; the import of TextAttack, the same for both, is shown apart."""
     cases = [("orticket", "fp32"), ("textattack", "fp32"), ("orticket", "bf16")]
-    if runtime.pick_precision(runtime.pick_device(), "auto") == torch.float32:
+    if pick_precision(pick_device(), "auto") == torch.float32:
         cases.pop()
     figures, found = {}, {}
     for case, results in in_turn(options, cases, folder).items():
@@ -320,7 +321,7 @@ def bench_attack(options, folder):
         figures[case]["queries"] = sum(queries for _, _, queries in found[case])
     wanted = found["textattack", "fp32"]
     print(
-        f"{options.attack} on {options.n} rows of {options.task}, {runtime.describe(runtime.pick_device())}; "
+        f"{options.attack} on {options.n} rows of {options.task}, {describe(pick_device())}; "
         f"seconds, medians of {options.rounds} processes"
     )
     print("                      in all  times orticket's  queries  same outcome  " + "  ".join(PARTS))
@@ -377,10 +378,10 @@ def spend(clock, part, owner, name):
 
 def attack_of(textattack, nltk_data, options):
     """(the recipe as attack.py has it, {number: (columns, label)} of the rows it attacks)."""
-    cpu.keep_memory()
-    device = runtime.pick_device()
+    keep_memory()
+    device = pick_device()
     task = data.find_task(options.task)
-    splits, dtype = task.load(None), runtime.pick_precision(device, options.precision)
+    splits, dtype = task.load(None), pick_precision(device, options.precision)
     victim, _, _ = attack.find_victim(options, task, splits, device, dtype)
     recipe, _ = recipes.build(textattack, nltk_data, options.attack, options, task, victim)
     test = splits["test"]
@@ -396,4 +397,4 @@ def unwrapped(textattack, nltk_data, options):
 
 
 if __name__ == "__main__":
-    runtime.run(main)
+    cli.run(main)

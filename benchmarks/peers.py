@@ -8,9 +8,10 @@ from types import SimpleNamespace
 import torch
 
 import data
-import runtime
+from checkpoints.tensorflow1 import MAGIC, crc32c
 from freelb import freelb
-from tensorflow1 import MAGIC, crc32c
+from runtime import files
+from runtime.device import pick_device
 
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 
@@ -81,8 +82,8 @@ def unwrap(recipe, textattack, options):
     masked-LM transformation. What stays is common to the two: word vectors, tagger, and the encoder's weights."""
     import transformers
 
-    folder = runtime.model_folder(options.output, options.model) / runtime.task_folder(options.task)
-    folder, device = folder / "none-vanilla-seed0", runtime.pick_device()
+    folder = files.model_folder(options.output, options.model) / files.task_folder(options.task)
+    folder, device = folder / "none-vanilla-seed0", pick_device()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     model = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval().to(device)
     recipe.goal_function.model = textattack.models.wrappers.HuggingFaceModelWrapper(model, tokenizer)

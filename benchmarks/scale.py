@@ -16,15 +16,17 @@ from unittest import mock
 import numpy as np
 import torch
 
-import cpu
 import data
-import runtime
 import search
-import tokens
 from bert import Bert
+from checkpoints.provenance import versions
 from freelb import freelb
 from gates import Coefficients
-from runtime import BadInput
+from inputs.tokenizer import Tokenizer
+from runtime import cli, files
+from runtime.cli import BadInput
+from runtime.cpu import keep_memory
+from runtime.device import autocast, describe, peak_memory, pick_device, pick_precision
 
 STEPS = 12  # of a search that are timed, after as many that are not
 ROWS = (375, 750, 1500, 3000, 6000)  # of rt that are fine-tuned on
@@ -33,8 +35,8 @@ EXAMPLES = (5, 10, 20, 40)  # of rt that are attacked
 
 def bench(options):
     sizes = [megabytes for megabytes in (1, 10, 100, 1000) if megabytes < options.megabytes] + [options.megabytes]
-    figures = {"machine": runtime.describe(runtime.pick_device()), "versions": runtime.versions()}
-    bar = runtime.progress(len(sizes) + len(ROWS) + len(EXAMPLES), description="scale", unit="size")
+    figures = {"machine": describe(pick_device()), "versions": versions()}
+    bar = cli.progress(len(sizes) + len(ROWS) + len(EXAMPLES), description="scale", unit="size")
     with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, XDG_CACHE_HOME=folder):
         # the cache is there, too: a gigabyte of tokens that nobody needs again
         figures["search"] = [step_of(bar, of_search, size, options, Path(folder)) for size in sizes]
@@ -42,7 +44,7 @@ def bench(options):
         figures["attack"] = [step_of(bar, of_attack, n, folder) for n in EXAMPLES]
     bar.close()
     report(figures)
-    runtime.write_json(Path(options.output) / "scale.json", figures)
+    files.write_json(Path(options.output) / "scale.json", figures)
     plot(figures, Path(options.output) / "scale.png")
     print(f"figures: {Path(options.output) / 'scale.json'}, plot: {Path(options.output) / 'scale.png'}")
 
@@ -66,11 +68,11 @@ def of_search(megabytes, options, folder):
             for text in documents:
                 if written < megabytes * 10**6:
                     written += file.write(f"{text}\n")
-    device, source = runtime.pick_device(), data.find_model("minilm")[0]
-    dtype = runtime.pick_precision(device, "auto")
-    cpu.keep_memory()
+    device, source = pick_device(), data.find_model("minilm")[0]
+    dtype = pick_precision(device, "auto")
+    keep_memory()
     torch.manual_seed(0)
-    model, tokenizer = Bert.load(source, mlm=True).to(device).train(), tokens.Tokenizer(source)
+    model, tokenizer = Bert.load(source, mlm=True).to(device).train(), Tokenizer(source)
     given = search.Options(corpus=str(path), batch_size=options.batch_size, block=options.block)
     start = time.perf_counter()
     mlm = search.MLM(given, tokenizer, model.config, device)
@@ -86,7 +88,7 @@ def of_search(megabytes, options, folder):
             start = time.perf_counter()
         chosen = order[step % len(order)]
         present, loss_for = mlm.batch(chosen, model, c)
-        with runtime.autocast(device, dtype):
+        with autocast(device, dtype):
             freelb(loss_for(slice(0, len(chosen)))[0], present, model.config.hidden_size, **adversary).item()
         optimizer.step()
         optimizer.zero_grad()
@@ -96,14 +98,14 @@ def of_search(megabytes, options, folder):
         "tokens": mlm.blocks.tokens,
         "preparing": 1e6 * prepared / mlm.blocks.tokens,
         "searching": 1e6 * seconds / (STEPS * given.batch_size * given.block),
-        "memory": runtime.peak_memory(device) / 1e9,
+        "memory": peak_memory(device) / 1e9,
     }
 
 
 def of_finetuning(rows, folder):
     """The seconds that finetune.py counts for one epoch of `rows` rows of rt, and their tokens."""
     run("finetune.py", "--ticket", "none", "--epochs", 1, "--train-rows", rows, "--output", folder, "--overwrite")
-    metrics = runtime.read_json(next(Path(folder).rglob("metrics.json")))
+    metrics = files.read_json(next(Path(folder).rglob("metrics.json")))
     return {"tokens": round(metrics["tokens_per_second"] * metrics["seconds"]), "seconds": metrics["seconds"]}
 
 
@@ -121,7 +123,7 @@ def run(script, *flags):
     command = [sys.executable, str(Path(__file__).with_name(script)), "--model", "minilm", *map(str, flags)]
     ended = subprocess.run(command, capture_output=True, text=True)
     if ended.returncode:
-        raise BadInput(f"{script} failed: {runtime.last_words(ended.stderr, ended.returncode)}")
+        raise BadInput(f"{script} failed: {cli.last_words(ended.stderr, ended.returncode)}")
     return time.perf_counter() - start
 
 
@@ -175,5 +177,5 @@ def plot(figures, path):
         axis.legend()
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
-    with runtime.replacing(path) as beside:
-        figure.savefig(beside, dpi=150, format="png")
+    with files.atomic_write(path) as tmp_path:
+        figure.savefig(tmp_path, dpi=150, format="png")

@@ -16,9 +16,10 @@ from pathlib import Path
 import filelock
 import torch
 
-from runtime import BadInput, cache_folder, one_line, read_json, replacing, write_json
-from tensorflow1 import read_tensorflow
-from weights import Mapped, read_safetensors, sha256
+from checkpoints.safetensors import MappedTensors, read_safetensors
+from checkpoints.tensorflow1 import read_tensorflow
+from runtime.cli import BadInput, one_line
+from runtime.files import atomic_write, cache_folder, read_json, sha256, write_json
 
 # ------------------------------------------------------------------------------------------------- configuration
 
@@ -150,7 +151,7 @@ def read_weights(path):
     read = read_bin if is_bin else lambda file: read_safetensors(file)[0]
     if first.suffix != ".json":
         return read(first)
-    tensors, entries = Mapped(), shards(first)
+    tensors, entries = MappedTensors(), shards(first)
     for file in sorted(set(entries.values())):
         shard = read(first.parent / file)
         tensors.files += shard.files
@@ -161,7 +162,7 @@ def read_weights(path):
     return tensors
 
 
-def identity(path):
+def weights_sha256(path):
     """sha256 of a model's weights; of several files, that of their sha256 one after another."""
     digests = [sha256(file) for file in weight_files(path)]
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
@@ -178,24 +179,24 @@ def unpack(archive):
         if not folder.is_dir():
             try:
                 archived = zipfile.ZipFile(archive)
-                outside = [name for name in archived.namelist() if leads_out(name)]
+                outside = [name for name in archived.namelist() if is_path_traversal(name)]
                 too_large = sum(member.file_size for member in archived.infolist()) > LARGEST_ARCHIVE
                 damaged = None if outside or too_large else archived.testzip()
             except Exception as error:  # zipfile raises whatever a damaged archive makes it stumble upon
                 raise BadInput(f"{archive} is not a whole zip archive: {one_line(error)}") from None
-            with archived, replacing(folder) as beside:
+            with archived, atomic_write(folder) as tmp_path:
                 if outside:
                     raise BadInput(f"{archive} has a file {outside[0]!r}, which leads out of it: refused")
                 if too_large:
                     raise BadInput(f"{archive} claims to hold more than {LARGEST_ARCHIVE:,} bytes: refused")
                 if damaged:
                     raise BadInput(f"{archive} is not a whole zip archive: {damaged} is damaged")
-                archived.extractall(beside)
+                archived.extractall(tmp_path)
     configs = [path for path in folder.rglob("*") if path.name in ("config.json", "bert_config.json")]
     return min(configs, key=lambda path: (len(path.parts), path)).parent if configs else folder
 
 
-def leads_out(name):
+def is_path_traversal(name):
     """Whether a file of this name in an archive would be unpacked elsewhere than below its folder."""
     parts = re.split(r"[/\\]", name)
     return ".." in parts or parts[0] == "" or ":" in parts[0]
@@ -225,7 +226,7 @@ def read_bin(path):
         whole = isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided and tensor.device.type == "cpu"
         if not whole or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
             raise BadInput(f"{path}: {name} is not a whole tensor")
-    return Mapped(tensors)
+    return MappedTensors(tensors)
 
 
 # ------------------------------------------------------------------------------------------------ names of tensors
@@ -265,7 +266,7 @@ BUFFERS = ("embeddings.position_ids", "embeddings.token_type_ids")  # of old ver
 LAYER = re.compile(r"(?<=\.layer\.)\d+")
 
 
-def from_published(tensors, model_type, layers, path):
+def from_huggingface(tensors, model_type, layers, path):
     """Published tensors -> ({bert.py's name: float32 tensor}, [names of those that bert.py has no use for]).
 
     With or without the prefix `bert.` or `roberta.`; query, key and value become one. Raises BadInput that names a
@@ -303,7 +304,7 @@ def from_published(tensors, model_type, layers, path):
     return found, others
 
 
-def widths(tensors, config, path):
+def layer_widths(tensors, config, path):
     """(heads, neurons) of each layer by the shapes of `from_published`'s tensors; BadInput where the configuration has
     fewer."""
     layers = range(config.num_hidden_layers)
@@ -314,7 +315,7 @@ def widths(tensors, config, path):
     return heads, neurons
 
 
-def missing(tensors, expected, path):
+def missing_modules(tensors, expected, path):
     """The heads of which `from_published`'s tensors lack a part, given the shapes {name: shape} of the model.
 
     Raises BadInput that names a tensor of the encoder which is missing, or any that has another shape.
@@ -328,7 +329,7 @@ def missing(tensors, expected, path):
     return sorted({name.split(".")[0] for name in expected if name not in tensors})
 
 
-def to_published(state, model_type):
+def to_huggingface(state, model_type):
     """{bert.py's name: tensor} -> {published name: tensor}, as transformers' ...For... classes name them."""
     back = {ours: published for published, ours in (ENCODER | HEADS[model_type]).items()}
     tensors = {}
@@ -346,7 +347,7 @@ def to_published(state, model_type):
     return tensors
 
 
-def remarks(model):
+def load_report(model):
     """What was missing and what was left out when the Bert was loaded, a line each; not the MLM head, which search.py
     fits and speaks of."""
     initialized = ", ".join(name for name in model.initialized if name != "mlm_head")

@@ -5,7 +5,6 @@ safetensors is 8 bytes that give the header's length (little endian), a JSON hea
 tensors' bytes one after another. Nothing in it can run code, and a tensor is a view of the file.
 """
 
-import hashlib
 import json
 import math
 import mmap
@@ -13,7 +12,8 @@ import os
 
 import torch
 
-from runtime import BadInput, read_json, replacing
+from runtime.cli import BadInput
+from runtime.files import atomic_write
 
 DTYPES = {
     "F64": torch.float64,
@@ -28,7 +28,7 @@ DTYPES = {
 LONGEST_HEADER = 100_000_000  # bytes; the reference implementation's own limit
 
 
-class Mapped(dict):
+class MappedTensors(dict):
     """{name: tensor}: views of memory-mapped files, from which nothing is read before it is touched. Writing to one
     leaves the file as it is (a private mapping)."""
 
@@ -73,7 +73,7 @@ def read_safetensors(path):
             entries.sort()
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise bad(f"header: {type(error).__name__} {error}") from None
-    tensors, mapped, start = Mapped(), map_file(path), 8 + length
+    tensors, mapped, start = MappedTensors(), map_file(path), 8 + length
     tensors.files.append(mapped)
     for offsets, name, dtype, shape in entries:
         if not isinstance(dtype, str) or dtype not in DTYPES:
@@ -92,9 +92,9 @@ def read_safetensors(path):
     return tensors, metadata
 
 
-def write_safetensors(path, tensors, notes):
+def write_safetensors(path, tensors, metadata):
     """Write {name: tensor} and the `notes`, JSON values that say how the file was made, by way of a temporary file."""
-    metadata = {"format": "pt"} | {key: json.dumps(value, sort_keys=True) for key, value in notes.items()}
+    metadata = {"format": "pt"} | {key: json.dumps(value, sort_keys=True) for key, value in metadata.items()}
     header, offset = {"__metadata__": metadata}, 0  # transformers reads no file without a format
     names = {dtype: name for name, dtype in DTYPES.items()}
     for name, tensor in tensors.items():
@@ -103,85 +103,16 @@ def write_safetensors(path, tensors, notes):
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the format asks for tensors aligned to 8 bytes
-    with replacing(path) as beside, open(beside, "wb") as file:
+    with atomic_write(path) as tmp_path, open(tmp_path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors.values():
             file.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
 
 
-def read_notes(path):
+def read_with_metadata(path):
     """(tensors, notes) of a file that `write_safetensors` wrote; raises BadInput where another program wrote it."""
     tensors, metadata = read_safetensors(path)
     try:
         return tensors, {key: json.loads(value) for key, value in metadata.items() if key != "format"}
     except (ValueError, TypeError, AttributeError, RecursionError):
         raise BadInput(f"{path} was not written by this project: its notes cannot be read") from None
-
-
-def made_before(path, made_by, overwrite, elsewhere="another --output"):
-    """Whether the file at `path` was made with exactly the settings `made_by`, so that it need not be made again.
-
-    Where it was made with others, or cannot be read, it is removed if it may be overwritten; else raises BadInput with
-    `elsewhere` as the other remedy. Models, corpus and task count by their sha256, not by how their paths are spelled.
-    """
-    if not os.path.exists(path):
-        return False
-    try:
-        notes = read_json(path) if str(path).endswith(".json") else read_notes(path)[1]
-        if not isinstance(notes, dict) or not isinstance(notes.get("settings"), dict):
-            raise BadInput(f"{path} does not say how it was made")
-    except BadInput as error:
-        if not overwrite:
-            raise BadInput(f"{error}: --overwrite, or {elsewhere}") from None
-        notes = {"settings": {}}
-    made_by = json.loads(json.dumps(made_by))
-    counts = [key for key in made_by if key.endswith("sha256") or key == "config"]
-    differs = [f"another {key}" for key in counts if notes.get(key) != made_by[key]]
-    old, new = notes["settings"], made_by["settings"]
-    named = ("model", "corpus", "source", "task", "revision", "data_revision")
-    compared = [key for key in new if key not in named]
-    differs += [f"{key} {old.get(key)!r}, not {new[key]!r}" for key in compared if old.get(key) != new[key]]
-    if not differs:
-        return True
-    if not overwrite:
-        raise BadInput(f"{path} was made with other settings ({', '.join(differs)}): --overwrite, or {elsewhere}")
-    os.remove(path)
-    return False
-
-
-def resumed(path, made_by, overwrite):
-    """(tensors, notes) of a killed run's state, where `made_before` finds one of these settings; else ({}, {})."""
-    if not made_before(path, made_by, overwrite):
-        return {}, {}
-    tensors, notes = read_notes(path)
-    return dict(tensors), notes
-
-
-def training_state(optimizer, **modules):
-    """What a killed run needs to go on: {name: tensor} of the modules' and of the optimizer's state."""
-    tensors = {
-        f"{name}.{key}": tensor for name, module in modules.items() for key, tensor in module.state_dict().items()
-    }
-    for number, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{number}.{key}": tensor for key, tensor in state.items()}
-    return tensors
-
-
-def restore(tensors, optimizer, **modules):
-    """Put what `training_state` took back in place."""
-    for name, module in modules.items():
-        module.load_state_dict({key: tensors[f"{name}.{key}"] for key in module.state_dict()})
-    states = {}
-    for name, tensor in tensors.items():
-        if name.startswith("optimizer."):
-            _, number, key = name.split(".")
-            states.setdefault(int(number), {})[key] = tensor.clone()
-    optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
-def sha256(path):
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(2**20):
-            digest.update(chunk)
-    return digest.hexdigest()

@@ -21,8 +21,8 @@ import re
 
 import torch
 
-from runtime import BadInput, one_line
-from weights import Mapped, map_file
+from checkpoints.safetensors import MappedTensors, map_file
+from runtime.cli import BadInput, one_line
 
 MAGIC = 0xDB4775248B80FB57
 DTYPES = {1: torch.float32, 2: torch.float64, 3: torch.int32, 9: torch.int64, 14: torch.bfloat16, 19: torch.float16}
@@ -40,7 +40,7 @@ def read_tensorflow(index):
     Variables of an optimizer are left out. The index's checksums are verified, those of the numbers are not: it would
     take Python minutes. Raises BadInput for anything but a whole checkpoint.
     """
-    tensors, stem = Mapped(), str(index).removesuffix(".index")
+    tensors, stem = MappedTensors(), str(index).removesuffix(".index")
     try:
         with open(index, "rb") as file:
             variables = {key.decode(): protobuf(value) for key, value in table(file.read()).items()}

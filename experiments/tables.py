@@ -26,10 +26,12 @@ from types import SimpleNamespace
 import filelock
 
 import data
-import runtime
 from attack import sample
-from recipes import RECIPES
-from runtime import BadInput, option
+from attacks.recipes import RECIPES
+from checkpoints.provenance import versions
+from runtime import cli, files
+from runtime.cli import BadInput, option
+from runtime.device import DEFAULT_MODEL, MODEL_HELP, describe, pick_device
 
 # name in the table -> (--ticket, --method, --ablation) of finetune.py and attack.py
 METHODS = {
@@ -73,7 +75,7 @@ OWN = {  # flags that --search, --draw and --finetune may not set
 class Options:
     table: str = option("table1", "which", choices=tuple(ROWS), positional=True)
     tasks: tuple = option(("sst2",), "a table for each")
-    model: str = option(runtime.DEFAULT_MODEL, runtime.MODEL_HELP)
+    model: str = option(DEFAULT_MODEL, MODEL_HELP)
     methods: tuple = option((), f"rows, instead of the paper's for the table: {', '.join(METHODS)}")
     attacks: tuple = option(("textfooler",), "of attack.py; Table 2 has none")
     seeds: int = option(1, "runs of each method, from seed 0 on", at_least=1)
@@ -91,7 +93,7 @@ class Options:
 
 
 def main():
-    options = runtime.parse(Options, __doc__)
+    options = cli.parse(Options, __doc__)
     options.methods = options.methods or ROWS[options.table]
     options.attacks = () if options.table == "table2" else options.attacks
     for name, known in (("methods", METHODS), ("tasks", data.TASKS), ("attacks", RECIPES)):
@@ -113,26 +115,26 @@ def main():
     for task in {task: None for task, _, _ in missing} if options.attacks else ():
         sample(SimpleNamespace(n=options.n, task=task, seed=0), len(data.find_task(task).load(None)["test"]))
     path.parent.mkdir(parents=True, exist_ok=True)
-    bar = runtime.progress(len(cells), len(cells) - len(missing), options.table, "run")
+    bar = cli.progress(len(cells), len(cells) - len(missing), options.table, "run")
     for task, name, seed in missing:
         bar.set_postfix_str(f"{name} on {task}, seed {seed}")
         cell = {"task": task, "method": name, "seed": seed, "settings": settings} | run(options, task, name, seed)
-        cell |= {"machine": runtime.describe(runtime.pick_device()), "versions": runtime.versions()}
+        cell |= {"machine": describe(pick_device()), "versions": versions()}
         with filelock.FileLock(path.with_suffix(".lock")):  # another command may have added runs, this one as well
             what = ("task", "method", "seed", "settings")
             others = [of for of in recorded(path) if any(of[key] != cell[key] for key in what)]
-            runtime.write_json(path, {"runs": [*others, cell]})
+            files.write_json(path, {"runs": [*others, cell]})
         bar.update()
     bar.close()
     text = written(recorded(path))
-    with runtime.replacing(path.with_suffix(".md")) as beside:
-        Path(beside).write_text(text, "utf8")
+    with files.atomic_write(path.with_suffix(".md")) as tmp_path:
+        Path(tmp_path).write_text(text, "utf8")
     print(text, end="")
 
 
 def recorded(path):
     """The runs that a table's .json keeps."""
-    return runtime.read_json(path)["runs"] if path.is_file() else []
+    return files.read_json(path)["runs"] if path.is_file() else []
 
 
 def given(options, name):
@@ -190,26 +192,26 @@ def run(options, task, name, seed):
         script("search.py", **where, **searched | {"adv-steps": 1, "adv-init-mag": 0})
     elif ticket in ("drawn", "random"):
         script("search.py", **where, **searched)
-    folder = runtime.model_folder(where["output"], options.model)
+    folder = files.model_folder(where["output"], options.model)
     if ticket in ("drawn", "random"):
         source = searched.get("source", "mlm")
-        of_source = "" if source == "mlm" else f"-{runtime.task_folder(source)}"
+        of_source = "" if source == "mlm" else f"-{files.task_folder(source)}"
         coefficients = folder / f"coefficients{of_source}.safetensors"
         script("draw.py", **where, task=task, coefficients=coefficients, **given(options, "draw"))
-    folder /= runtime.task_folder(task)
+    folder /= files.task_folder(task)
     if ticket == "robustt":
         script("finetune.py", **where, **trained, ticket="none")
         script("robustt.py", **where, **rows, epochs=options.mask_epochs)
         ticket = str(folder / f"robustt-seed{seed}.safetensors")
     made = {"ticket": ticket, "method": method, "ablation": ablation, "seed": seed}
     script("finetune.py", **where, **trained | made)
-    folder /= runtime.run_name(SimpleNamespace(**made))
-    metrics, resources = runtime.read_json(folder / "metrics.json"), {}
+    folder /= files.run_name(SimpleNamespace(**made))
+    metrics, resources = files.read_json(folder / "metrics.json"), {}
     figures = {"Clean%": 100 * metrics["test_accuracy"]}
     for attack in options.attacks:
         for _ in range(2):  # what ended in an error once, as for want of memory, need not a second time
             script("attack.py", **where, task=task, n=options.n, **made, attack=attack)
-            attacked = runtime.read_json(folder / f"{attack}.json")
+            attacked = files.read_json(folder / f"{attack}.json")
             if not attacked["errors"]:
                 break
         if attacked["errors"]:
@@ -277,4 +279,4 @@ def mean_and_deviation(numbers):
 
 
 if __name__ == "__main__":
-    runtime.run(main)
+    cli.run(main)

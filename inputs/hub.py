@@ -19,9 +19,9 @@ from pathlib import Path
 import filelock
 import requests
 
-from published import shards, weight_files
-from runtime import BadInput, progress, replacing
-from weights import sha256
+from checkpoints.huggingface import shards, weight_files
+from runtime.cli import BadInput, progress
+from runtime.files import atomic_write, sha256
 
 TIMEOUT = (5, 8)  # seconds to connect, and between two pieces of an answer
 ATTEMPTS = 5  # then the hub counts as gone: at most a minute, were every one of them to time out
@@ -29,7 +29,7 @@ LONGEST_WAIT = 10  # seconds that a busy hub's Retry-After may ask for
 CHUNK = 2**14  # bytes; what is begun of one is lost when the connection breaks
 
 
-class Trouble(Exception):
+class RetryableError(Exception):
     """What may be better at the next attempt. `wait`: the seconds that the hub asks for before it."""
 
     def __init__(self, reason, wait=None):
@@ -37,7 +37,7 @@ class Trouble(Exception):
         self.wait = wait
 
 
-class Missing(BadInput):
+class NotOnHub(BadInput):
     """The hub answers, and has no such file."""
 
 
@@ -87,10 +87,10 @@ def fetch_model(repository, revision="main", alias=None):
     folder = fetch(repository, "config.json", revision).parent
     revision = folder.name  # the commit, though the branch may move meanwhile
     for name in (*VOCABULARY, *VOCABULARY_MORE):
-        with contextlib.suppress(Missing):
+        with contextlib.suppress(NotOnHub):
             fetch(repository, name, revision)
     for name in WEIGHTS:  # last: where they are, the model is whole
-        with contextlib.suppress(Missing):
+        with contextlib.suppress(NotOnHub):
             path = fetch(repository, name, revision)
             for shard in sorted(set(shards(path).values())) if path.suffix == ".json" else ():
                 fetch(repository, shard, revision)
@@ -127,30 +127,30 @@ def download(url, what, folder, name, revision):
         if trouble is not None:
             time.sleep(min(2.0**attempt / 4, 4) if trouble.wait is None else trouble.wait)
         try:
-            place, checksum, size, commit = locate(url, what)
+            place, checksum, size, commit = head(url, what)
             blob = folder / "blobs" / checksum
             if not blob.is_file():
-                receive(place, url, blob, checksum, size, name)
+                download_to(place, url, blob, checksum, size, name)
             break
         except requests.RequestException as error:
-            trouble = Trouble(what_broke(error))
-        except Trouble as error:
+            trouble = RetryableError(what_broke(error))
+        except RetryableError as error:
             trouble = error
     else:
         host = urllib.parse.urlsplit(url).netloc
         raise BadInput(f"{what} cannot be had from {host}: {trouble}, {ATTEMPTS} times; try again, or set HF_ENDPOINT")
     path = folder / "snapshots" / commit / name
     if not path.is_file():
-        with replacing(path) as beside:
-            Path(beside).unlink(missing_ok=True)  # of a run that was killed here
-            os.symlink(os.path.relpath(blob, path.parent), beside)
+        with atomic_write(path) as tmp_path:
+            Path(tmp_path).unlink(missing_ok=True)  # of a run that was killed here
+            os.symlink(os.path.relpath(blob, path.parent), tmp_path)
     if commit != revision:
-        with replacing(folder / "refs" / revision) as beside:
-            Path(beside).write_text(commit, "utf8")
+        with atomic_write(folder / "refs" / revision) as tmp_path:
+            Path(tmp_path).write_text(commit, "utf8")
     return path
 
 
-def locate(url, what):
+def head(url, what):
     """(address, checksum, size, commit): the hub answers for a large file with where it is and its sha256."""
     where, found = url, {}
     for _ in range(5):
@@ -164,25 +164,25 @@ def locate(url, what):
     if answer.status_code in (401, 403):
         raise BadInput(f"{what}: the hub refuses it ({answer.status_code}); does the name exist, is HF_TOKEN set?")
     if answer.status_code == 404:
-        raise Missing(f"the hub has no {what} ({url})")
-    complain(answer)
+        raise NotOnHub(f"the hub has no {what} ({url})")
+    raise_for_status(answer)
     checksum = (found.get("x-linked-etag") or found.get("etag", "")).removeprefix("W/").strip('"')
     size = found.get("x-linked-size") or found.get("content-length", "")
     commit = found.get("x-repo-commit", "")
     whole = re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", checksum) and re.fullmatch("[0-9a-f]{40}", commit)
     if not whole or not size.isdecimal():
-        raise Trouble("an answer without checksum, size and commit, as of a sign-in page")
+        raise RetryableError("an answer without checksum, size and commit, as of a sign-in page")
     return where, checksum, int(size), commit
 
 
-def complain(answer):
+def raise_for_status(answer):
     """Raise Trouble for a status that says that something is wrong."""
     if answer.status_code < 400:
         return
     wait = seconds_of(answer.headers.get("Retry-After", ""))
     if wait is not None and wait > LONGEST_WAIT:
         raise BadInput(f"{urllib.parse.urlsplit(answer.url).netloc} is busy: try again in {wait:.0f} seconds")
-    raise Trouble(f"status {answer.status_code}", wait)
+    raise RetryableError(f"status {answer.status_code}", wait)
 
 
 def what_broke(error):
@@ -202,39 +202,39 @@ def seconds_of(retry_after):
     return max(0, email.utils.mktime_tz(date) - time.time()) if date else None
 
 
-def receive(place, url, blob, checksum, size, name):
+def download_to(place, url, blob, checksum, size, name):
     """Fetch `place` to `blob`, going on from what an earlier attempt has left beside it."""
     blob.parent.mkdir(parents=True, exist_ok=True)
-    beside = blob.with_name(f"{blob.name}.incomplete")
-    have = beside.stat().st_size if beside.is_file() else 0
+    tmp_path = blob.with_name(f"{blob.name}.incomplete")
+    have = tmp_path.stat().st_size if tmp_path.is_file() else 0
     if have >= size:
-        beside.unlink()
+        tmp_path.unlink()
         have = 0
     same_host = urllib.parse.urlsplit(place).netloc == urllib.parse.urlsplit(url).netloc
     headers = {"Accept-Encoding": "identity", **(authorization() if same_host else {})}
     headers |= {"Range": f"bytes={have}-"} if have else {}
     with requests.get(place, headers=headers, timeout=TIMEOUT, stream=True) as answer:
-        complain(answer)
+        raise_for_status(answer)
         if answer.status_code != 206:
             have = 0  # the whole file again
         if answer.headers.get("Content-Length") not in (None, str(size - have)):
-            raise Trouble(
+            raise RetryableError(
                 f"{answer.headers['Content-Length']} bytes of {answer.headers.get('Content-Type')}, not the file"
             )
         bar = progress(size, have, name, "B")
-        with open(beside, "ab" if have else "wb") as file, bar:
+        with open(tmp_path, "ab" if have else "wb") as file, bar:
             for chunk in answer.iter_content(CHUNK):
                 try:
                     file.write(chunk)
                 except OSError as error:
-                    raise BadInput(f"cannot write {beside}: {error.strerror or error}") from None
+                    raise BadInput(f"cannot write {tmp_path}: {error.strerror or error}") from None
                 bar.update(len(chunk))
-    found = beside.stat().st_size
-    if found != size or digest(beside, checksum) != checksum:
+    found = tmp_path.stat().st_size
+    if found != size or digest(tmp_path, checksum) != checksum:
         if found >= size:
-            beside.unlink()
-        raise Trouble(f"{found:,} of {size:,} bytes" if found != size else "a wrong checksum")
-    os.replace(beside, blob)
+            tmp_path.unlink()
+        raise RetryableError(f"{found:,} of {size:,} bytes" if found != size else "a wrong checksum")
+    os.replace(tmp_path, blob)
 
 
 def digest(path, like):

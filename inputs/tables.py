@@ -6,7 +6,7 @@ import json
 import re
 from pathlib import Path
 
-from runtime import BadInput
+from runtime.cli import BadInput
 
 FILES = (".csv", ".tsv", ".jsonl", ".json")
 

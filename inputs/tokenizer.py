@@ -1,36 +1,23 @@
-"""Texts into token ids and batches: the tokenizers of BERT and RoBERTa, what is kept of their work, padding, masking.
+"""The tokenizers of BERT and RoBERTa from a model's own files."""
 
-Token ids are kept as one flat int32 array with the rows' ends, in memory and in the cache, so that memory grows with
-the tokens alone; those of a corpus stay on disk.
-"""
-
-import contextlib
 import hashlib
 import json
-import os
 from pathlib import Path
 
-import filelock
-import numpy as np
 import tokenizers
-import torch
 from tokenizers import AddedToken
 from tokenizers.models import WordPiece
 from tokenizers.processors import RobertaProcessing
 
-import weights
 from bert import Config
-from runtime import BadInput, cache_folder, one_line, progress, replacing, write_json
-
-CHUNK = 1000  # texts that are tokenized at a time: an encoding takes a hundred times its ids' memory
+from runtime.cli import BadInput, one_line
+from runtime.files import atomic_write, write_json
 
 # the special tokens of each family: padding, unknown, before a text, after it, masked
 SPECIAL = {
     "bert": ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"),
     "roberta": ("<pad>", "<unk>", "<s>", "</s>", "<mask>"),
 }
-
-
 # transformers' classes that make of these files what is made of them here
 CLASSES = tuple(
     f"{name}Tokenizer"
@@ -75,8 +62,12 @@ class Tokenizer:
         try:
             if (folder / "tokenizer.json").is_file():
                 return tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-            settings, added = (told(folder / name) for name in ("tokenizer_config.json", "added_tokens.json"))
-            kind = settings.get("tokenizer_class") or told(folder / "config.json").get("tokenizer_class") or CLASSES[0]
+            settings, added = (read_json(folder / name) for name in ("tokenizer_config.json", "added_tokens.json"))
+            kind = (
+                settings.get("tokenizer_class")
+                or read_json(folder / "config.json").get("tokenizer_class")
+                or CLASSES[0]
+            )
             kind = str(kind).removesuffix("Fast")
             if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
                 library = byte_level_bpe(folder, settings)
@@ -107,11 +98,11 @@ class Tokenizer:
             settings |= {"tokenizer_class": "RobertaTokenizer"}
             settings |= {"add_prefix_space": splitter.get("add_prefix_space", False)}
         write_json(Path(folder) / "tokenizer_config.json", settings)
-        with replacing(Path(folder) / "tokenizer.json") as beside:
-            Path(beside).write_text(self.library.to_str(pretty=True), "utf8")
+        with atomic_write(Path(folder) / "tokenizer.json") as tmp_path:
+            Path(tmp_path).write_text(self.library.to_str(pretty=True), "utf8")
 
 
-def told(path):
+def read_json(path):
     """What a JSON file says, {} where it is not there."""
     return dict(json.loads(path.read_text("utf8"))) if path.is_file() else {}
 
@@ -139,230 +130,3 @@ def byte_level_bpe(folder, settings):
     cls, sep = ((token, tokenizer.token_to_id(token)) for token in ("<s>", "</s>"))
     tokenizer.post_processor = RobertaProcessing(sep, cls, trim_offsets=True, add_prefix_space=spaced)
     return tokenizer
-
-
-# ------------------------------------------------------------------------------------------------ rows of a task
-
-
-class Rows:
-    """The rows of a split, tokenized once: [CLS] text [SEP], or [CLS] text [SEP] second text [SEP].
-
-    rows: [(tuple of one or two texts, label number)]. A text longer than max_length tokens is cut; `cut` is how many
-    were. `batches` yields (ids (B, T), mask (B, T) or None, segments (B, T) or None, labels (B,)). cached: whether
-    the tokens are kept on disk for the next time.
-    """
-
-    def __init__(self, tokenizer, rows, max_length, device, cached=True):
-        self.pad, self.device = tokenizer.pad, device
-        self.labels = torch.tensor([label for _, label in rows], dtype=torch.int64)
-        if cached:
-            tensors = self.kept(tokenizer, rows, max_length)
-        else:
-            tensors = encode(tokenizer, [texts for texts, _ in rows], max_length)
-        self.ids, self.ends, self.second, self.cut = (tensors[name] for name in ("ids", "ends", "second", "cut"))
-        self.lengths = torch.diff(self.ends, prepend=torch.zeros(1, dtype=torch.int64))
-        self.has_segments = tokenizer.config.type_vocab_size > 1 and bool((self.second < self.lengths).any())
-
-    def kept(self, tokenizer, rows, max_length):
-        """What `encode` makes of the rows, from the cache or into it."""
-        path = cache_folder() / "tokens" / f"{texts_digest(tokenizer, rows, max_length).hexdigest()}.safetensors"
-        with made_once(path) as missing:
-            if missing:
-                weights.write_safetensors(path, encode(tokenizer, [texts for texts, _ in rows], max_length), {})
-        return weights.read_safetensors(path)[0]
-
-    def __len__(self):
-        return len(self.labels)
-
-    def renumber(self, words):
-        """Let each token's id be its place in `words` (n,), ids in order; the padding's is among them."""
-        self.ids = torch.searchsorted(words, self.ids.long()).int()
-        self.pad = int(torch.searchsorted(words, self.pad))
-
-    def batches(self, batch_size, generator=None):
-        for chosen in batches(self.lengths.numpy(), batch_size, generator):
-            yield self.batch(torch.from_numpy(chosen))
-
-    def batch(self, chosen):
-        """The rows numbered `chosen` (B,), padded to the longest of them."""
-        lengths = self.lengths[chosen, None]  # (B, 1)
-        columns = torch.arange(int(lengths.max()))
-        mask = columns < lengths  # (B, T)
-        places = (self.ends[chosen, None] - lengths + columns).clamp(max=len(self.ids) - 1)
-        ids = self.ids[places].long().masked_fill(~mask, self.pad)
-        segments = (mask & (columns >= self.second[chosen, None])).long() if self.has_segments else None
-        parts = ids, None if mask.all() else mask, segments, self.labels[chosen]
-        return tuple(part if part is None else part.to(self.device) for part in parts)
-
-
-def texts_digest(tokenizer, rows, max_length):
-    """hashlib's object, fed with the rows' texts and what decides which tokens they become."""
-    digest = hashlib.sha256(tokenizer.digest.encode() + str(max_length).encode())
-    for texts, _ in rows:
-        digest.update(len(texts).to_bytes(8, "little"))
-        for text in texts:
-            encoded = text.encode("utf8")
-            digest.update(len(encoded).to_bytes(8, "little") + encoded)
-    return digest
-
-
-def rows_sha256(tokenizer, max_length, *splits):
-    """The sha256 that tells the rows of these splits, with their labels, from others."""
-    whole = hashlib.sha256()
-    for rows in splits:
-        digest = texts_digest(tokenizer, rows, max_length)
-        digest.update(np.array([label for _, label in rows], np.int64).tobytes())
-        whole.update(digest.digest())
-    return whole.hexdigest()
-
-
-@contextlib.contextmanager
-def made_once(path):
-    """True where the block is to make `path`; of several processes that want it, one makes it."""
-    if path.is_file():  # without the lock, for the cache may be one that cannot be written to
-        yield False
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(f"{path}.lock"):
-        yield not path.is_file()
-
-
-def present(ids, mask, segments, labels):
-    """(B, T), 1 at tokens and 0 at padding."""
-    return torch.ones_like(ids) if mask is None else mask
-
-
-def part(batch, rows):
-    """The rows in the slice `rows` of a batch of `Rows`."""
-    return [of if of is None else of[rows] for of in batch]
-
-
-def encode(tokenizer, texts, max_length):
-    """Tuples of one or two texts -> {"ids": (tokens,) int32, one row after another, "ends": (rows,) int64, "second":
-    (rows,) int32, where in its row the second text begins, at the row's end where there is none, "cut": (), how many
-    texts were longer than max_length}."""
-    ids, lengths, second, cut = [np.zeros(0, np.int32)], [], [], 0
-    special = tokenizer.library.num_special_tokens_to_add(any(len(text) > 1 for text in texts))
-    if max_length <= special:
-        raise BadInput(f"--max-length {max_length} has room for no more than the {special} special tokens")
-    tokenizer.library.enable_truncation(max_length)
-    try:
-        for start in range(0, len(texts), CHUNK):
-            chunk = [text[0] if len(text) == 1 else text for text in texts[start : start + CHUNK]]
-            for encoding in tokenizer.library.encode_batch_fast(chunk):
-                ids.append(np.array(encoding.ids, dtype=np.int32))
-                lengths.append(len(ids[-1]))
-                second.append(lengths[-1] - sum(encoding.type_ids))
-                cut += bool(encoding.overflowing)
-            ids = [np.concatenate(ids)]
-    finally:
-        tokenizer.library.no_truncation()
-    return {
-        "ids": torch.from_numpy(ids[0]),
-        "ends": torch.tensor(lengths, dtype=torch.int64).cumsum(0),
-        "second": torch.tensor(second, dtype=torch.int32),
-        "cut": torch.tensor(cut),
-    }
-
-
-def batches(lengths, batch_size, generator):
-    """Index arrays of batch_size rows of like length, in an order that depends on the generator alone.
-
-    Rows are shuffled, then sorted by length within pools of 50 batches; then the batches are shuffled. So there is
-    little padding and the batches differ from epoch to epoch. Without a generator: sorted by length, as for a test.
-    """
-    lengths = np.asarray(lengths)
-    if generator is None:
-        order = np.argsort(lengths, kind="stable")
-        return np.split(order, range(batch_size, len(order), batch_size))
-    order, cut = generator.permutation(len(lengths)), []
-    for pool in np.split(order, range(50 * batch_size, len(order), 50 * batch_size)):
-        pool = pool[np.argsort(lengths[pool], kind="stable")]
-        cut += np.split(pool, range(batch_size, len(pool), batch_size))
-    return [cut[i] for i in generator.permutation(len(cut))]
-
-
-# ---------------------------------------------------------------------------------------------- blocks of a corpus
-
-
-class Blocks:
-    """A corpus as blocks of tokens: one stream, [SEP] after each document, cut into [CLS] ... [SEP].
-
-    documents: an iterable of texts, read once; size: of them all, in bytes, for the progress bar; key: what tells
-    this corpus from others. The stream lies in the cache, as int32, and only the blocks asked for are read: a corpus
-    may be larger than the memory. The tokens at the end, fewer than a block, are left out.
-    Raises BadInput where there is not one block.
-    """
-
-    def __init__(self, tokenizer, documents, size, key, block):
-        self.tokenizer, self.block = tokenizer, block
-        key = hashlib.sha256(f"{tokenizer.digest} {key}".encode()).hexdigest()
-        self.path = cache_folder() / "tokens" / f"{key}.int32"
-        with made_once(self.path) as missing:
-            if missing:
-                with replacing(self.path) as beside, open(beside, "wb") as file:
-                    for ids in stream(tokenizer, documents, size):
-                        file.write(ids)
-        self.file = open(self.path, "rb")  # once: whoever clears the cache now does not end a search
-        self.tokens = os.path.getsize(self.path) // 4
-        self.count = self.tokens // (block - 2)
-        if self.count == 0:
-            raise BadInput(f"the corpus has {self.tokens} tokens, not enough for one block of {block}")
-        self.sha256 = weights.sha256(self.path)
-
-    def __len__(self):
-        return self.count
-
-    def rows(self, chosen):
-        """The blocks numbered `chosen`, (B, block) int64."""
-        ids = np.full((len(chosen), self.block), self.tokenizer.cls, dtype=np.int64)
-        for row, number in zip(ids, chosen.tolist()):
-            self.file.seek(4 * number * (self.block - 2))
-            row[1:-1] = np.fromfile(self.file, np.int32, self.block - 2)
-        ids[:, -1] = self.tokenizer.sep
-        return torch.from_numpy(ids)
-
-    def frequencies(self, size):
-        """How often each of `size` tokens occurs, (size,)."""
-        counts = torch.zeros(size, dtype=torch.int64)
-        self.file.seek(0)
-        while len(ids := np.fromfile(self.file, np.int32, 2**20)):
-            counts += torch.bincount(torch.from_numpy(ids).long(), minlength=size)
-        return counts
-
-
-def stream(tokenizer, documents, size):
-    """Documents -> arrays of their token ids, int32, [SEP] after each document."""
-    bar = progress(size, description="tokens", unit="B")
-    chunk, length = [], 0
-
-    def encoded():
-        bar.update(sum(len(text.encode("utf8")) for text in chunk))
-        for encoding in tokenizer.library.encode_batch_fast(chunk, add_special_tokens=False):
-            yield np.array([*encoding.ids, tokenizer.sep], dtype=np.int32)
-
-    for text in documents:
-        chunk.append(text)
-        length += len(text)
-        if length > 2**20:
-            yield from encoded()
-            chunk, length = [], 0
-    yield from encoded()
-    bar.close()
-
-
-def mask_tokens(ids, tokenizer, share=0.15):
-    """BERT's masking of ids (B, T): of the tokens that are not special, `share` are to be predicted; 80 % of those
-    become [MASK], 10 % a random token, 10 % stay. Returns (masked ids (B, T), positions (n,) into the B T tokens,
-    labels (n,)). Draws from torch's random numbers."""
-    special = torch.tensor([tokenizer.cls, tokenizer.sep, tokenizer.pad, tokenizer.mask])
-    draws = torch.rand(ids.shape).masked_fill_(torch.isin(ids, special), 2).flatten()
-    candidates = int((draws < 2).sum())
-    count = min(candidates, max(1, round(share * candidates)))
-    positions = draws.argsort()[:count].sort().values  # (n,), in order: search.MLM cuts them by rows
-    labels = ids.flatten()[positions]
-    fate = torch.rand(labels.shape)
-    other = torch.randint(tokenizer.size, labels.shape)
-    masked = ids.flatten().clone()
-    masked[positions] = torch.where(fate < 0.8, tokenizer.mask, torch.where(fate < 0.9, other, labels))
-    return masked.view(ids.shape), positions, labels

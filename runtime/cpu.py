@@ -47,7 +47,7 @@ class Dropout(nn.Module):
 
 
 @contextlib.contextmanager
-def masks_kept(masks):
+def keep_dropout_masks(masks):
     """In the block every Dropout on a CPU keeps what it draws in the dict `masks`, and takes from there what is there,
     for forward passes that draw the same again; None: nothing is kept."""
     before, Dropout.kept = Dropout.kept, masks

@@ -18,13 +18,13 @@ import filelock
 import torch
 from torch import distributed, nn
 
-import runtime
+from runtime import optim
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 FIRST = RANK == 0
 
 
-def join(device):
+def init_distributed(device):
     """Meet the other processes; `device` is this one's. torchrun ends all where one ends in an error, so that no
     timeout is needed: process 0 may download for hours while the others wait."""
     if WORLD > 1:
@@ -35,13 +35,13 @@ def join(device):
         distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=7))
 
 
-def leave():
+def shutdown():
     if WORLD > 1:
         distributed.destroy_process_group()
 
 
 @contextlib.contextmanager
-def first_alone():
+def main_process_first():
     """The block at each machine's first process and then at its others, so that what it caches is made once."""
     first = os.environ.get("LOCAL_RANK", "0") == "0"
     if WORLD > 1 and not first:
@@ -51,7 +51,7 @@ def first_alone():
         distributed.barrier()
 
 
-def at_first(work):
+def broadcast_from_main(work):
     """What work() returns at process 0, at every process: for whatever depends on the files that process 0 writes."""
     if WORLD == 1:
         return work()
@@ -61,7 +61,7 @@ def at_first(work):
 
 
 @contextlib.contextmanager
-def alone(path):
+def file_lock(path):
     """The block, where `path` is written, once no other command is in one for the same path. Of several processes that
     work together the first stands for all: they meet in `at_first`."""
     lock = filelock.FileLock(f"{path}.lock")
@@ -79,7 +79,7 @@ def alone(path):
         lock.release()
 
 
-def total(number):
+def all_reduce_sum(number):
     """The sum of all processes' tensors."""
     if WORLD > 1:
         distributed.all_reduce(number)
@@ -126,7 +126,7 @@ def gradients(trained, climb, loss_for, mask, dim, steps, accumulate=1, **advers
         passes = iter(range(1, steps + 1))
 
         def of_part(delta):
-            runtime.seed_step(seed, part)  # its dropout, the same in every pass
+            optim.seed_step(seed, part)  # its dropout, the same in every pass
             averaged = WORLD == 1 or (next(passes) == steps and last)  # once a step, in the last pass of all
             with contextlib.nullcontext() if averaged else trained.no_sync():
                 return scale * trained(loss_of, delta[rows])
@@ -137,4 +137,4 @@ def gradients(trained, climb, loss_for, mask, dim, steps, accumulate=1, **advers
 
     for i in range(accumulate):
         loss += add(RANK * accumulate + i, last=i == accumulate - 1)
-    return total(loss) / WORLD
+    return all_reduce_sum(loss) / WORLD

@@ -11,10 +11,10 @@ from dataclasses import replace
 import torch
 
 
-def narrow(model, *sets):
+def restrict_vocabulary(model, *sets):
     """(the model with the word embeddings of tokens that occur in `sets` alone, their ids (n,), in order).
 
-    sets: tokens.Rows; their ids are renumbered, so that they are this model's and no other's from here on.
+    sets: TokenizedSplit; their ids are renumbered, so that they are this model's and no other's from here on.
     """
     words = torch.cat([torch.tensor([rows.pad]) for rows in sets] + [rows.ids for rows in sets]).unique()
     for rows in sets:
@@ -22,7 +22,7 @@ def narrow(model, *sets):
     return with_embeddings(model, model.word_embeddings.weight.detach()[words]), words
 
 
-def widen(model, words, before, decay):
+def restore_vocabulary(model, words, before, decay):
     """The model with all word embeddings again: its own (n, d) at the ids `words` (n,), and those of `before` (V, d),
     the weights that `narrow` began with, `decay` times at all others."""
     weight = before * decay

@@ -6,21 +6,21 @@ transformers cannot load layers of uneven width; what is exported computes the s
 
 from pathlib import Path
 
-import runtime
-import weights
 from bert import Bert
-from runtime import BadInput
+from checkpoints.provenance import is_up_to_date
+from runtime import files
+from runtime.cli import BadInput
 
 MADE_BY = "Made by orticket's `finetune.py`"  # how an export is known, also one that was interrupted
 
 
-def find(options, source, folder, made_by):
+def find(options, source, folder, provenance):
     """Whether --export-hf has what these settings make. Raises BadInput where it cannot be written, is the folder of
     the model before or after fine-tuning, or has files that no export wrote and that --overwrite does not give up."""
-    target, made_by = runtime.writable(Path(options.export_hf)), as_dense(made_by)
+    target, provenance = files.writable(Path(options.export_hf)), as_dense(provenance)
     if target.resolve() in (folder.resolve(), (source if source.is_dir() else source.parent).resolve()):
         raise BadInput(f"--export-hf {target} is the folder of the model itself: give another")
-    whole = weights.made_before(target / "model.safetensors", made_by, options.overwrite, "another --export-hf")
+    whole = is_up_to_date(target / "model.safetensors", provenance, options.overwrite, "another --export-hf")
     written = ("README.md", "config.json", "tokenizer.json", "tokenizer_config.json")
     there = [name for name in written if (target / name).is_file()]
     card = target / "README.md"
@@ -30,20 +30,20 @@ def find(options, source, folder, made_by):
     return whole
 
 
-def write(target, folder, masks, tokenizer, task, made_by):
+def write(target, folder, masks, tokenizer, task, provenance):
     """Write the model in `folder` to `target`, dense where it was pruned by `masks`, and what belongs beside it."""
     model = Bert.load(folder)
     if masks is not None:
         model = model.dense(*masks)
-    with runtime.replacing(target / "README.md") as beside:
-        Path(beside).write_text(model_card(runtime.read_json(folder / "metrics.json"), task), "utf8")
+    with files.atomic_write(target / "README.md") as tmp_path:
+        Path(tmp_path).write_text(model_card(files.read_json(folder / "metrics.json"), task), "utf8")
     tokenizer.save(target)
-    model.save(target, task.labels, as_dense(made_by))
+    model.save(target, task.labels, as_dense(provenance))
 
 
-def as_dense(made_by):
+def as_dense(provenance):
     """How an export was made; what finetune.py leaves in the folder of a run is none, and may be narrow."""
-    return made_by | {"settings": made_by["settings"] | {"export": "dense"}}
+    return provenance | {"settings": provenance["settings"] | {"export": "dense"}}
 
 
 def model_card(metrics, task):

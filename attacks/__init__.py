@@ -1,0 +1,1 @@
+"""TextAttack's recipes, with resources that can be had."""

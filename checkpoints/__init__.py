@@ -1,0 +1,1 @@
+"""Models and tensors as files: safetensors, Hugging Face's names, Google's TensorFlow checkpoints, provenance."""

@@ -1,0 +1,1 @@
+"""Texts into batches: tokenizers, tables, the Hugging Face hub."""

@@ -1,0 +1,1 @@
+"""Tests of the rooms; test_all.py at the top is the specification."""

@@ -1,0 +1,559 @@
+"""test_attacks."""
+
+import itertools
+import json
+import os
+import pickle
+import re
+import shutil
+import types
+import unittest.mock
+from collections import OrderedDict
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+
+import attack
+import data
+from attacks import counterfit, recipes, resources
+from benchmarks import bench
+from bert import Bert
+from checkpoints import safetensors as our_safetensors
+from inputs import batches, hub
+from inputs.batches import TokenizedSplit, rows_sha256
+from inputs.tokenizer import Tokenizer
+from runtime import files
+from runtime.cli import BadInput
+from tests.conftest import HERE, MINILM, call, change, count_words, spawn
+
+ANTONYMS = ("good bad", "happy sad", "love hate", "best worst", "beautiful ugly", "strong weak", "boring interesting")
+
+
+def test_antonyms_are_no_neighbours_in_the_embedded_table_and_synonyms_are():
+    table = resources.find_synonyms("embedded")
+    number = {word: i for i, word in enumerate(table.words)}
+    lists = HERE.parent / "shared" / "resources" / "counterfit"
+    pairs = [line.split() for line in ANTONYMS]
+    for path in lists.glob("*antonyms.txt"):
+        pairs += [line.split() for line in path.read_text().splitlines()]
+    for a, b in pairs:
+        if a in number and b in number and a != b:
+            assert number[b] not in table.neighbours[number[a]], (a, b)
+    for a, b in (("movie", "film"), ("terrible", "horrible"), ("brilliant", "superb"), ("funny", "amusing")):
+        assert number[b] in table.neighbours[number[a]], (a, b)
+    assert resources.TABLE.stat().st_size <= 3e6 and len(table.words) > 20_000
+    for word, row in enumerate(table.neighbours):
+        cosines = [table.cosine(word, other) for other in row]
+        assert row[0] == word and word not in row[1:] and cosines == sorted(cosines, reverse=True)
+        assert cosines[0] == 1 and cosines[-1] >= 0.85 and 2 <= len(row) <= 51
+
+
+def fitting(**changed):
+    return types.SimpleNamespace(
+        **({"steps": 1, "delta": 1.0, "gamma": 0.0, "rho": 0.2, "k1": 0.1, "k2": 0.1, "k3": 0.1} | changed)
+    )
+
+
+BAD_LISTS = {
+    "three words": (b"en_a en_b\nen_a en_b en_c\n", "has a line that is no pair of words"),
+    "not UTF-8": (b"\xff\xfe\n", "is not UTF-8 text"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_LISTS)
+def test_a_list_for_counterfitting_that_is_none_is_refused(tmp_path, case):
+    content, message = BAD_LISTS[case]
+    (tmp_path / "list.txt").write_bytes(content)
+    with pytest.raises(BadInput, match=message):
+        counterfit.pairs(tmp_path, ["list.txt"], {})
+    (tmp_path / "list.txt").write_text("a b\n\nb a\nc d\n")
+    assert counterfit.pairs(tmp_path, ["list.txt"], {"a": 4, "b": 2}).tolist() == [[2, 4]]
+    assert counterfit.pairs(tmp_path, ["list.txt"], {}).shape == (0, 2)
+
+
+def test_a_step_of_counterfitting_is_the_papers_gradient():
+    vectors = F.normalize(torch.randn(5, 8))
+    nothing = torch.zeros(0, 2, dtype=torch.int64)
+    u, v = vectors[0], vectors[1]
+
+    def gradient(a, b):  # of 1 - cos(a, b) by a, for unit vectors
+        return (a @ b) * a - b
+
+    pulled = counterfit.counterfit(vectors, torch.tensor([[0, 1]]), nothing, fitting(rho=0.0))
+    torch.testing.assert_close(pulled[0], F.normalize(u - 0.1 * gradient(u, v), dim=0))
+    torch.testing.assert_close(pulled[2:], vectors[2:])
+    near = F.normalize(torch.stack([u, u + 0.1 * v, v]))  # 0 and 1 are antonyms, and first neighbours
+    pushed = counterfit.counterfit(near, nothing, torch.tensor([[0, 1]]), fitting(k3=0.0))
+    torch.testing.assert_close(pushed[0], F.normalize(near[0] + 0.1 * gradient(near[0], near[1]), dim=0))
+    assert (pushed[0] @ pushed[1]) < (near[0] @ near[1])
+    held = counterfit.counterfit(near, nothing, torch.tensor([[0, 1]]), fitting(steps=2, k3=0.05))
+    free = counterfit.counterfit(near, nothing, torch.tensor([[0, 1]]), fitting(steps=2, k3=0.0))
+    assert free[0] @ free[1] < held[0] @ held[1]  # first neighbours hold what antonyms push
+
+
+def test_the_table_of_neighbours_is_brute_forces_without_antonyms():
+    vectors = F.normalize(torch.randn(30, 4))
+    antonyms = torch.tensor([[0, 1], [2, 7]])
+    table = counterfit.nearest(vectors, 5, 0.3, antonyms)
+    cosines = vectors @ vectors.T
+    for word in range(30):
+        banned = {
+            word,
+            *(b for a, b in antonyms.tolist() if a == word),
+            *(a for a, b in antonyms.tolist() if b == word),
+        }
+        order = [i for i in cosines[word].argsort(descending=True).tolist() if i not in banned]
+        expected = [i for i in order if cosines[word, i] >= 0.3][:5]
+        assert table["neighbours"][word].tolist() == expected + [-1] * (5 - len(expected))
+
+
+PIECES = ["a", "##b", "c", ".", ",", "-", "'", "##s", "the", "##-", "!", "#"]
+
+
+@pytest.mark.parametrize("columns", [1, 2, 3, 4])
+def test_combinations_come_as_nested_loops_meet_them_or_by_their_scores(columns):
+    for seed in range(20):
+        generator = np.random.Generator(np.random.PCG64(seed))
+        pieces = [generator.permutation(PIECES)[:6].tolist() for _ in range(columns)]
+        names = ["".join(names).replace("##", "") for names in itertools.product(*pieces)]
+        assert list(resources.in_loop_order(pieces, count_words)) == [n for n in names if count_words(n) == 1]
+        scores = -np.sort(-generator.random((columns, 6)), 1)
+        totals = [-sum(row) for row in itertools.product(*scores.tolist())]
+        expected = [names[i] for i in np.argsort(totals, kind="stable")]
+        found = ["".join(names).replace("##", "") for names in resources.best_first(pieces, scores.tolist())]
+        assert found == expected
+
+
+def test_of_astronomically_many_combinations_the_first_come_at_once():
+    columns = [["a"], [".", "##b"]] + [["##c"] * 48] * 12
+    found = itertools.islice(resources.in_loop_order(columns, count_words), 3)
+    assert list(found) == ["ab" + 12 * "c"] * 3
+
+
+def test_sentence_vectors_equal_transformers_mean_pooling_whatever_the_batch():
+    encoder = resources.Encoder(torch.device("cpu"), torch.float32)
+    peer = transformers.AutoModel.from_pretrained(MINILM).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(MINILM)
+    texts = ["a fine film", "", "dull", "it is a long and winding road " * 60, "a fine film"]
+    expected = []
+    for text in texts:
+        batch = tokenizer(text, truncation=True, max_length=256, return_tensors="pt")
+        with torch.no_grad():
+            expected.append(F.normalize(peer(**batch).last_hidden_state[0].mean(0), dim=0))
+    torch.testing.assert_close(encoder(texts), torch.stack(expected), atol=1e-5, rtol=1e-5)
+
+
+@pytest.fixture(scope="session")
+def victim(tmp_path_factory):
+    """OUTPUT with MiniLM's first two layers as if fine-tuned on rt: a least-squares classifier on its pooled states."""
+    output = tmp_path_factory.mktemp("victim")
+    folder = output / "minilm" / "rt" / "none-vanilla-seed0"
+    folder.mkdir(parents=True)
+    model = Bert.load(MINILM, num_labels=2)
+    model.layers = model.layers[:2]
+    model.config = replace(model.config, num_hidden_layers=2, heads=None, neurons=None)
+    model.eval()
+    tokenizer = Tokenizer(MINILM)
+    rows = TokenizedSplit(tokenizer, data.TASKS["rt"].load(None)["train"][::10], 64, torch.device("cpu"))
+    with torch.no_grad():
+        pooled = torch.cat([torch.tanh(model.pooler(model(*row[:3])[:, 0])) for row in rows.batches(32)])
+        labels = torch.cat([row[3] for row in rows.batches(32)])
+        signs = 20.0 * F.one_hot(labels, 2) - 10
+        model.classifier.weight.copy_(torch.linalg.lstsq(pooled, signs, driver="gelsd").solution.T)
+    model.save(folder, data.TASKS["rt"].labels, {})
+    tokenizer.save(folder)
+    noted(folder, data.TASKS["rt"])
+    head = Bert.load(MINILM, mlm=True).mlm_head.state_dict()  # untrained, so that no test waits for one to be fitted
+    metadata = {"model_sha256": data.EMBEDDED["minilm"][2], "settings": {"seed": 0}, "corpus_sha256": "0" * 64}
+    our_safetensors.write_safetensors(output / "minilm" / "mlm_head.safetensors", head, metadata)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())  # so that TextAttack pads to 64, not to 512
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"model_max_length": 64}))
+    return output
+
+
+def noted(folder, task, max_length=None):
+    """Write into the model in `folder` that finetune.py made it of this task."""
+    tensors, _ = our_safetensors.read_safetensors(folder / "model.safetensors")
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    length = max_length or task.max_length
+    sha256 = rows_sha256(Tokenizer(folder), length, *task.load(None).values())
+    metadata = {
+        "settings": {"max_length": max_length, "train_rows": None},
+        "task_sha256": sha256,
+        "script": "finetune.py",
+    }
+    our_safetensors.write_safetensors(folder / "model.safetensors", tensors, metadata)
+
+
+@pytest.fixture(scope="session")
+def textattack(tmp_path_factory):
+    """TextAttack as attack.py imports it, with NLTK's data where a copy is at hand."""
+    local = HERE.parent / "shared" / "resources" / "nltk_data"
+    before = {"TA_CACHE_DIR": str(tmp_path_factory.mktemp("textattack")), "NLTK_DATA": str(local)}
+    with unittest.mock.patch.dict(os.environ, before):
+        environment = dict(os.environ)
+        imported = attack.import_textattack()
+        assert dict(os.environ) == environment, "importing it moved somebody's caches"
+    assert not list(Path(before["TA_CACHE_DIR"]).glob("post_install_check_?"))
+    return imported
+
+
+STRANGE = (
+    "in the end , the film is a charming and funny story about İstanbul , a İbo İ a b c d e f g h i j and the dull "
+    "boring dialogue of it",
+    "a dull and boring film 电影很好 with weak dialogue and slow plot that nobody will ever want to see again",
+)
+
+
+@pytest.mark.parametrize("name", recipes.RECIPES)
+def test_every_outcome_text_and_query_count_is_textattacks_own(textattack, victim, name):
+    settings = {"task": "rt", "output": str(victim), "ticket": "none", "max_length": 64}
+    if name == "bertattack":  # TextAttack takes k^n evaluations of a word of n pieces
+        settings |= {"masked_lm": "minilm", "bert_attack_k": 6}
+    options = attack.Options(attack=name, n=6, **settings)
+    outcomes, label_of = [], {}
+    for build in (bench.attack_of, bench.unwrapped):
+        recipe, examples = build(*textattack, options)
+        if name == "textfooler":  # whose windows of 15 words are cut otherwise among other letters than English ones
+            for number, text in enumerate(STRANGE, 10_000):
+                label = label_of.setdefault(text, int(recipe.goal_function.model([text]).argmax()))
+                examples[number] = OrderedDict(text=text), label
+        outcomes.append([])
+        for number, (columns, label) in examples.items():
+            textattack[0].shared.utils.set_seed(number)
+            result = recipe.attack(columns, label)
+            outcomes[-1].append((type(result), result.perturbed_result.attacked_text.text, result.num_queries))
+    assert outcomes[0] == outcomes[1]
+    assert len({kind for kind, _, _ in outcomes[0]}) > 1 and max(queries for _, _, queries in outcomes[0]) > 20
+
+
+def run_attack(victim, tmp_path, *flags):
+    """attack.py on a copy of the victim; (exit code, the lines it wrote, its summary)."""
+    if not (tmp_path / "minilm").exists():
+        shutil.copytree(victim, tmp_path, dirs_exist_ok=True)
+    code = call(attack, "--output", tmp_path, "--ticket", "none", *flags)
+    name = flags[flags.index("--attack") + 1] if "--attack" in flags else "textfooler"
+    path = tmp_path / "minilm" / "rt" / "none-vanilla-seed0" / f"{name}.jsonl"
+    return code, path, json.loads(path.with_suffix(".json").read_text()) if path.exists() else None
+
+
+def test_an_attack_killed_and_started_again_ends_with_the_same_bytes(textattack, victim, tmp_path, capsys):
+    code, path, summary = run_attack(victim, tmp_path, "--n", "5", "--attack", "textbugger", "--show", "1")
+    whole = path.read_bytes()
+    rows = [json.loads(line) for line in whole.splitlines()]
+    assert code == 0 and len(rows) == 5
+    lines = whole.splitlines(keepends=True)
+    path.write_bytes(lines[2] + lines[0] + lines[4][:30])  # as several processes killed leave it
+    assert run_attack(victim, tmp_path, "--n", "5", "--attack", "textbugger")[0] == 0
+    assert path.read_bytes() == whole and json.loads(path.with_suffix(".json").read_text()) == summary
+    capsys.readouterr()
+    assert run_attack(victim, tmp_path, "--n", "6", "--attack", "textbugger")[0] == 2
+    assert "n 5, not 6" in capsys.readouterr().err and path.read_bytes() == whole
+
+
+def test_the_figures_are_those_of_textattacks_own_metrics(textattack, victim, tmp_path, capsys):
+    kinds, attacks, original = [], textattack[0].attack_results, textattack[0].Attack.attack
+
+    def remember(self, example, label):
+        if len(kinds) == 4:
+            kinds.append(None)
+            raise ValueError("this text makes TextAttack stumble\nand more")
+        kinds.append(original(self, example, label))
+        return kinds[-1]
+
+    with unittest.mock.patch.object(textattack[0].Attack, "attack", remember):
+        code, path, summary = run_attack(victim, tmp_path, "--n", "15", "--attack", "deepwordbug", "--show", "2")
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert code == 0 and len(rows) == 14 and summary["examples"] == 15
+    assert list(summary["errors"].values()) == ["ValueError this text makes TextAttack stumble"]
+    results = [result for result in kinds if result is not None]
+    metrics = textattack[0].metrics
+    rates = metrics.AttackSuccessRate().calculate(results)
+    assert abs(100 * summary["aua"] - rates["attack_accuracy_perc"]) < 0.01
+    assert abs(100 * summary["suc"] - rates["attack_success_rate"]) < 0.01
+    assert abs(summary["queries"] - metrics.AttackQueries().calculate(results)["avg_num_queries"]) < 0.01
+    assert summary["outcomes"]["error"] == 1 and summary["outcomes"]["succeeded"] > 0
+    assert isinstance(
+        results[0], (attacks.SuccessfulAttackResult, attacks.FailedAttackResult, attacks.SkippedAttackResult)
+    )
+    printed = capsys.readouterr().out
+    succeeded = [row for row in rows if row["outcome"] == "succeeded"]
+    assert f"example {succeeded[0]['example']}, {succeeded[0]['queries']} queries" in printed and "[" in printed
+    share = sum(row["words_changed"] / row["words"] for row in succeeded) / len(succeeded)
+    assert abs(summary["words_changed"] - share) < 1e-9 and 0 < share < 1
+
+
+def copied(victim, output, path, *columns):
+    """The victim as a model fine-tuned on a file of one's own; its folder."""
+    folder = shutil.copytree(victim / "minilm" / "rt", output / "minilm" / path.stem) / "none-vanilla-seed0"
+    noted(folder, data.find_task(str(path), *columns))
+    return folder
+
+
+PAIRS = {
+    "both": ("deepwordbug", ("question", "sentence"), None, {0, 1}),
+    "the first": ("deepwordbug", ("question", "sentence"), "question", {0}),
+    "the second": ("deepwordbug", ("question", "sentence"), "sentence", {1}),
+    "TextFooler's own": ("textfooler", ("premise", "hypothesis"), None, {1}),
+    "not TextFooler's own": ("textfooler", ("premise", "hypothesis"), "premise", {0}),
+}
+
+
+@pytest.mark.parametrize("case", PAIRS)
+def test_of_pairs_only_the_columns_asked_for_change(textattack, victim, tmp_path, case):
+    name, columns, asked, allowed = PAIRS[case]
+    lines = "".join(
+        f"{texts[0][:60]}\t{texts[0][60:] or 'so'}\t{label}\n"
+        for texts, label in data.TASKS["rt"].load(None)["test"][::4]
+    )
+    (tmp_path / "mine.tsv").write_text("\t".join((*columns, "y")) + "\n" + lines)
+    path = copied(victim, tmp_path, tmp_path / "mine.tsv", columns, "y") / f"{name}.jsonl"
+    flags = ["--task", tmp_path / "mine.tsv", "--text-columns", *columns, "--label-column", "y", "--n", "8"]
+    flags += ["--attack", name, "--ticket", "none", "--output", tmp_path]
+    assert call(attack, *flags, *(["--attack-columns", asked] if asked else [])) == 0
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    changed = {i for row in rows for i in (0, 1) if row["original"][i] != row["perturbed"][i]}
+    assert changed == allowed
+
+
+def test_nasty_texts_are_attacked_or_left_and_never_end_the_run(textattack, victim, tmp_path):
+    texts = [
+        "",
+        "   ",
+        "the of and to",
+        "这部电影 很好看, I think",
+        "Ünïcödé ✨✨",
+        "<SPLIT> a b",
+        "x" * 3000,
+        "a.b.c -- 'd'",
+    ]
+    texts += ["a fine and moving film"] * 4
+    rows = [{"text": text, "label": i % 2} for i, text in enumerate(texts * 10)]
+    (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    folder = copied(victim, tmp_path, tmp_path / "mine.jsonl")
+    flags = ["--task", tmp_path / "mine.jsonl", "--n", "12", "--ticket", "none", "--output", tmp_path]
+    for name in ("textfooler", "textbugger"):
+        assert call(attack, *flags, "--attack", name) == 0
+        assert len((folder / f"{name}.jsonl").read_text().splitlines()) == 12
+
+
+def test_without_nltks_data_or_a_network_all_four_attacks_run_and_say_what_they_miss(victim, tmp_path):
+    shutil.copytree(victim, tmp_path / "runs")
+    environment = os.environ | {"HOME": str(tmp_path), "NLTK_DATA": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    flags = ["--attack", "all", "--n", "2", "--ticket", "none", "--output", tmp_path / "runs", "--workers", "2"]
+    process = spawn(["attack.py", *flags], env=environment)
+    out, err = process.communicate()
+    assert process.returncode == 0 and err == "", err
+    assert "NLTK's tagger is not there" in out and "TextFooler's list" in out and "synonyms.npz" in out
+    assert out.count("2 of 2 examples attacked") == 4 and out.count("Clean%") == 1
+
+
+def test_a_model_is_attacked_at_the_length_that_it_was_trained_and_measured_at(victim, tmp_path, capsys):
+    """The published accuracy is taken over only for that length."""
+    shutil.copytree(victim, tmp_path, dirs_exist_ok=True)
+    run = tmp_path / "minilm" / "rt" / "none-vanilla-seed0"
+    noted(run, data.TASKS["rt"], max_length=16)
+    files.write_json(run / "metrics.json", {"test_accuracy": 0.125, "settings": {"precision": "bf16"}})
+    flags = ["--attack", "deepwordbug", "--n", "1"]
+    assert run_attack(victim, tmp_path, *flags)[2]["settings"]["max_length"] == 16
+    assert "12.50% right" in capsys.readouterr().out
+    assert run_attack(victim, tmp_path, *flags, "--max-length", "8", "--overwrite")[2]["clean"] > 0.5
+
+
+def test_where_every_attack_ends_in_an_error_so_does_the_command(textattack, victim, tmp_path, capsys):
+    with unittest.mock.patch.object(textattack[0].Attack, "attack", side_effect=MemoryError("none left")):
+        code, path, _ = run_attack(victim, tmp_path, "--n", "2", "--attack", "deepwordbug")
+    captured = capsys.readouterr()
+    assert code == 2 and "every attack ended in an error, such as MemoryError none left" in captured.err
+    assert "an error is in no figure; the first, of example" in captured.out
+    assert list(json.loads(path.with_suffix(".json").read_text())["errors"].values()) == ["MemoryError none left"] * 2
+    code, path, summary = run_attack(victim, tmp_path, "--n", "2", "--attack", "deepwordbug")  # memory is there again
+    assert code == 0 and not summary["errors"] and len(path.read_text().splitlines()) == 2
+
+
+def test_one_of_several_processes_waits_for_no_others_that_are_gone(textattack, victim, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    parents = itertools.chain([7], itertools.repeat(1))  # torchrun's number, then that of init
+    monkeypatch.setattr(os, "getppid", lambda: next(parents))
+    code, path, summary = run_attack(victim, tmp_path, "--n", "2", "--attack", "deepwordbug")
+    assert code == 2 and "torchrun, and the other processes with it, are gone" in capsys.readouterr().err
+    assert summary["examples"] == 1
+
+
+def test_a_task_of_the_same_name_with_other_rows_is_not_attacked(victim, tmp_path, capsys, monkeypatch):
+    rows = data.TASKS["rt"].load(None)["test"][::4]
+    lines = [json.dumps({"text": texts[0], "label": label}) for texts, label in rows]
+    (tmp_path / "mine.jsonl").write_text("\n".join(lines))
+    folder = copied(victim, tmp_path, tmp_path / "mine.jsonl")
+    files.write_json(folder / "metrics.json", {"test_accuracy": 0.125, "settings": {"precision": "bf16"}})
+    flags = ["--n", "2", "--ticket", "none", "--output", tmp_path, "--attack", "deepwordbug", "--task"]
+    assert call(attack, *flags, tmp_path / "mine.jsonl") == 0
+    assert f"of which {folder} gets 12.50% right, as finetune.py found in bf16" in capsys.readouterr().out
+    (tmp_path / "mine.jsonl").write_text("\n".join(lines[:-1]))
+    monkeypatch.setattr(batches, "encode", None)  # nothing is tokenized to tell the rows apart
+    (tmp_path / "other").mkdir()
+    other = [json.dumps({"text": texts[0], "label": 1 - label}) for texts, label in rows]
+    (tmp_path / "other" / "mine.jsonl").write_text("\n".join(other))
+    for path in (tmp_path / "mine.jsonl", tmp_path / "other" / "mine.jsonl"):
+        assert call(attack, *flags, path) == 2
+        assert f"{folder} was fine-tuned on other rows than those of {path}" in capsys.readouterr().err
+
+
+def test_a_classifiers_classes_count_by_their_names(victim, tmp_path, capsys):
+    folder = shutil.copytree(victim / "minilm" / "rt" / "none-vanilla-seed0", tmp_path / "published")
+    ids = torch.randint(1000, 9000, (3, 8))
+    logits = Bert.load(folder).eval().class_logits(ids)
+    for names in ("BA", "ab", ("LABEL_0", "LABEL_1"), "xy", ()):
+        model = Bert.load(folder).eval()
+        attack.in_order(model, names, ("a", "b"))
+        assert torch.equal(model.class_logits(ids), logits.flip(1) if names == "BA" else logits)
+        assert ("classes x, y are taken for a, b, in this order" in capsys.readouterr().out) == (names == "xy")
+    attack.in_order(model, ("Yes", "yes"), ("yes", "Yes"))
+    assert torch.equal(model.class_logits(ids), logits.flip(1))
+    model = Bert.load(folder)
+    for parameter in model.classifier.parameters():  # the same model, with its classes the other way round
+        parameter.data = parameter.data.flip(0)
+    model.save(folder, ("POSITIVE", "NEGATIVE"), {})
+    flags = ["--task", "rt", "--output", tmp_path, "--model", folder]
+    assert call(attack, "--attack", "deepwordbug", "--n", "4", *flags) == 0
+    right = float(re.search(r"gets ([\d.]+)% right", capsys.readouterr().out)[1])
+    assert right > 60  # and not below 40
+    change(folder, id2label=dict(enumerate(data.SENTIMENT)))
+    assert call(attack, "--attack", "deepwordbug", "--n", "4", *flags) == 2
+    assert "(classes ['POSITIVE', 'NEGATIVE'], not ['negative', 'positive'])" in capsys.readouterr().err
+
+
+def test_no_other_model_is_attacked_than_that_of_the_ticket_asked_for(victim, tmp_path, capsys):
+    folder = shutil.copytree(victim / "minilm" / "rt" / "none-vanilla-seed0", tmp_path / "published")
+    for given in (["--ticket", "random"], ["--method", "freelb"], ["--ablation", "no-structure"]):
+        assert call(attack, "--task", "rt", "--output", tmp_path, "--model", folder, *given) == 2
+        assert f"makes one; or leave out {' '.join(given)}" in capsys.readouterr().err
+
+
+def test_results_are_told_by_the_resources_that_they_used(textattack, victim, tmp_path, capsys):
+    flags = ["--n", "2", "--attack", "textfooler"]
+    assert run_attack(victim, tmp_path, *flags)[0] == 0
+    assert run_attack(victim, tmp_path, *flags, "--vectors", "embedded", "--bert-attack-k", "20")[0] == 0
+    assert "2 of 2 examples" in capsys.readouterr().out
+    np.savez(tmp_path / "other.npz", **np.load(resources.TABLE))  # as large, and another file
+    assert run_attack(victim, tmp_path, *flags, "--vectors", tmp_path / "other.npz")[0] == 2
+    assert "(another resources_sha256)" in capsys.readouterr().err
+
+
+def test_a_classifier_that_misses_a_part_is_not_attacked(victim, tmp_path, capsys):
+    folder = shutil.copytree(victim / "minilm" / "rt" / "none-vanilla-seed0", tmp_path / "published")
+    tensors, metadata = our_safetensors.read_with_metadata(folder / "model.safetensors")
+    kept = {name: tensor.clone() for name, tensor in tensors.items() if "pooler" not in name}
+    our_safetensors.write_safetensors(folder / "model.safetensors", kept, metadata)
+    assert call(attack, "--model", folder, "--output", tmp_path) == 2
+    assert "has no classifier for the 2 classes of rt" in capsys.readouterr().err
+
+
+def test_the_masked_language_model_is_of_the_revision_asked_for(monkeypatch):
+    asked = unittest.mock.Mock(side_effect=BadInput)
+    monkeypatch.setattr(data, "find_model", asked)
+    for masked_lm in ("a/b", "c/d"):
+        with pytest.raises(BadInput):
+            recipes.masked_swap(None, attack.Options(model="a/b", revision="x", masked_lm=masked_lm), None)
+    assert asked.mock_calls == [unittest.mock.call("a/b", "x"), unittest.mock.call("c/d", None)]
+
+
+@pytest.mark.parametrize("reachable", [True, False, "by a sign-in page"])
+def test_nltk_is_waited_for_as_the_hub_is_and_after_one_failure_not_again(tmp_path, monkeypatch, reachable):
+    import nltk
+
+    asked = []
+
+    def download(package, **_):
+        asked.append((package, nltk.downloader.NETWORK_TIMEOUT))
+        if reachable == "by a sign-in page":
+            raise SyntaxError("not well-formed")
+        if reachable:
+            (tmp_path / attack.NLTK[package]).mkdir(parents=True)
+        return reachable
+
+    monkeypatch.setattr(nltk, "download", download)
+    monkeypatch.setattr(nltk.data, "path", [str(tmp_path)])
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    assert attack.find_nltk_data(nltk) == dict.fromkeys(attack.NLTK, reachable is True)
+    assert asked == [(package, hub.TIMEOUT[1]) for package in list(attack.NLTK)[: 3 if reachable is True else 1]]
+
+
+BAD_ATTACKS = {
+    "no model": (
+        ["--method", "freelb"],
+        "python finetune.py --task rt --output {out} --ticket none --method freelb makes",
+    ),
+    "unknown attack": (["--attack", "hotflip"], "invalid choice: 'hotflip'"),
+    "too many rows": (["--n", "854"], "--n 854 is more than the 853 test rows of rt"),
+    "another number of classes": (["--task", "bbc", "--model", "{run}"], "no classifier for the 5 classes of bbc"),
+    "too many substitutes": (["--attack", "bertattack", "--bert-attack-k", "40000"], "40000 is more than the 30,522"),
+    "an unknown column": (["--attack-columns", "title"], "--attack-columns title: rt has text"),
+    "no vectors": (["--vectors", "nowhere.npz"], "--vectors nowhere.npz is no table of word vectors"),
+    "no encoder": (["--encoder", "use"], "--encoder use needs the package tensorflow_hub"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ATTACKS)
+def test_a_bad_attack_gets_one_line_and_exit_code_2(textattack, victim, capsys, case):
+    flags, message = BAD_ATTACKS[case]
+    places = {"out": victim, "run": victim / "minilm" / "rt" / "none-vanilla-seed0"}
+    assert call(attack, "--output", victim, "--ticket", "none", *(flag.format(**places) for flag in flags)) == 2
+    error = capsys.readouterr().err
+    assert message.format(**places) in error and error.count("\n") == 1 and error.startswith("attack.py: error: ")
+
+
+TABLES = {
+    "neighbours": {"neighbours": np.zeros((3, 2), np.int32)},
+    "numbers": {"neighbours": np.full((2, 2), 5, np.int32)},
+    "vectors": {"vectors": np.zeros((3, 4), np.float16)},
+    "pickled": {"words": np.array(["a", "b"], dtype=object)},
+    "nobody": {"neighbours": np.full((2, 2), -1, np.int32)},
+}
+
+
+@pytest.mark.parametrize("case", TABLES)
+def test_vectors_of_another_shape_are_refused(case, tmp_path):
+    table = {"words": np.array(["a", "b"]), "neighbours": np.zeros((2, 2), np.int32), "similarity": np.ones((2, 2))}
+    np.savez(tmp_path / "good.npz", **table)
+    assert resources.find_synonyms(str(tmp_path / "good.npz")).words == ["a", "b"]
+    np.savez(tmp_path / "bad.npz", **(table | TABLES[case]))
+    with pytest.raises(BadInput, match="is no table of word vectors"):
+        resources.find_synonyms(str(tmp_path / "bad.npz"))
+
+
+def test_textattacks_own_vectors_are_read_from_its_cache_without_running_code(tmp_path, monkeypatch):
+    folder = tmp_path / "word_embeddings" / "paragramcf"
+    folder.mkdir(parents=True)
+    monkeypatch.setenv("TA_CACHE_DIR", str(tmp_path))
+    vectors = np.random.default_rng(0).random((3, 4), np.float32)
+    np.save(folder / "paragram.npy", vectors)
+    np.save(folder / "nn.npy", np.array([[0, 1, 2], [1, 0, 2], [2, 1, 0]]))
+    (folder / "wordlist.pickle").write_bytes(pickle.dumps({"b": 1, "a": 0, "c": 2}))
+    found = resources.find_synonyms(None)
+    assert found.words == ["a", "b", "c"] and (found.vectors == vectors).all() and "TextAttack's" in found.description
+    (folder / "wordlist.pickle").write_bytes(pickle.dumps(Path))
+    with pytest.raises(BadInput, match="it asks for"):
+        resources.find_synonyms("textattack")
+
+
+def test_only_attack_may_import_textattack_and_help_needs_no_model():
+    running = []
+    for path in sorted(HERE.glob("*.py")):
+        if not path.read_text("utf8").endswith("runtime.run(main)\n"):
+            continue
+        check = f"import sys, runpy; sys.argv = [{path.name!r}, '--help']\n"
+        check += f"try: runpy.run_path({path.name!r}, run_name='__main__')\n"
+        check += "except SystemExit as stop: assert stop.code == 0\n"
+        check += "assert not {'textattack', 'nltk', 'transformers', 'matplotlib.pyplot'} & set(sys.modules)"
+        running.append(spawn(["-c", check]))
+    assert len(running) == 8
+    for process in running:
+        out, err = process.communicate()
+        assert process.returncode == 0 and "--help" in out, err

@@ -1,0 +1,186 @@
+"""test_baselines."""
+
+import json
+import math
+import shlex
+import unittest.mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import draw
+import finetune
+import freelb
+import search
+from baselines import infobert, robustt
+from bert import Bert
+from checkpoints import safetensors as our_safetensors
+from runtime import distributed
+from tests.conftest import FAMILIES, call, inputs, saved
+
+
+def test_the_bottleneck_is_half_the_mean_squared_distance_of_drawn_pairs_of_real_tokens(monkeypatch):
+    embeddings = torch.randn(2, 3, 4, requires_grad=True)
+    present = torch.tensor([[1, 1, 0], [1, 1, 1]])
+    drawn = torch.tensor([3, 0, 0, 4, 2])
+    monkeypatch.setattr(torch, "randint", lambda *size, device=None: drawn)
+    t = [embeddings[0, 0], embeddings[0, 1], embeddings[1, 0], embeddings[1, 1], embeddings[1, 2]]
+    expected = sum(((t[i] - t[j]) ** 2).sum() for i, j in enumerate(drawn.tolist())) / 2 / 5
+    torch.testing.assert_close(infobert.bottleneck(embeddings, present), expected)
+
+
+@pytest.mark.parametrize("low, high", [(0.5, 0.9), (0.0, 1.0), (0.3, 0.3)])
+def test_robust_tokens_are_the_middle_ranks_of_the_gradients_norm(low, high):
+    lengths = [1, 2, 7, 10]
+    gradient = torch.randn(4, 10, 3)
+    present = torch.arange(10) < torch.tensor(lengths)[:, None]
+    found = set(zip(*(part.tolist() for part in infobert.robust_tokens(gradient, present, low, high))))
+    expected = set()
+    for row, n in enumerate(lengths):  # as the authors' code goes about it
+        order = sorted(range(n), key=lambda i: gradient[row, i].norm().item())
+        expected |= {(row, order[i]) for i in range(math.ceil(n * low), math.ceil(n * high))}
+    assert found == expected
+
+
+def test_the_anchor_is_infonce_over_all_pairs():
+    anchor, n = infobert.Anchor(4, width=5), 6
+    tokens_, sentences = torch.randn(n, 4), torch.randn(n, 4)
+
+    def f(token, sentence):
+        hidden = anchor.of_token(token) + anchor.of_sentence.weight @ sentence
+        return F.softplus(anchor.score(hidden.relu()))
+
+    together = sum(f(tokens_[i], sentences[i]) for i in range(n)) / n
+    others = sum(torch.log(sum(f(tokens_[j], sentences[i]).exp() for j in range(n)) / n) for i in range(n)) / n
+    torch.testing.assert_close(anchor(tokens_, sentences), (together - others).squeeze())
+
+
+def test_infobert_without_its_weights_is_freelb_and_its_anchor_never_moves_delta(tmp_path):
+    saved(tmp_path, FAMILIES["bert"]["classes"], num_labels=2)
+    model = Bert.load(tmp_path).train()
+    anchor = infobert.Anchor(24)
+    ids, mask, _ = inputs(model.config, 4, 9)
+    labels, adversary = torch.tensor([0, 1, 1, 0]), {"steps": 3, "lr": 0.5, "init_mag": 0.1, "max_norm": 0.0}
+    found = {}
+    for alpha, beta in ((None, None), (0.0, 0.0), (1.0, 0.0), (0.0, 1.0)):
+        model.zero_grad()
+        anchored, deltas = None, []
+
+        def loss_of(delta):
+            deltas.append(delta.detach().clone())
+            return F.cross_entropy(model.class_logits(ids, mask, None, delta=delta), labels)
+
+        if alpha is not None:
+            loss, anchored = infobert.InfoBERT(model, anchor, alpha, beta, 4).losses(ids, mask, None, labels)
+
+            def loss_of(delta, loss=loss):
+                deltas.append(delta.detach().clone())
+                return loss(delta)
+
+        model.eval()  # no dropout, and the same delta
+        torch.manual_seed(3)
+        freelb.freelb(loss_of, mask, 24, **adversary, anchored=anchored)
+        found[alpha, beta] = (
+            torch.stack(deltas),
+            torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]),
+        )
+    for part in (0, 1):
+        torch.testing.assert_close(found[0.0, 0.0][part], found[None, None][part])
+    torch.testing.assert_close(found[1.0, 0.0][0], found[None, None][0])
+    assert (found[1.0, 0.0][1] - found[None, None][1]).abs().max() > 1e-4
+    assert (found[0.0, 1.0][0] - found[None, None][0])[2].abs().max() > 1e-4  # the bottleneck does move it
+
+
+def test_a_gate_is_a_hard_concrete_variable():
+    gate = robustt.Gates((200_000,), 0.9)
+    weight = torch.full((200_000,), 2.0)
+    torch.testing.assert_close(gate.eval()(weight).detach(), weight * 0.9)
+    with torch.no_grad():
+        gate.scores.fill_(-1.0)
+    drawn = gate.train()(weight) / 2
+    assert 0 <= drawn.min() and drawn.max() <= 1
+    assert abs((drawn > 0).float().mean() - gate.open_share()) < 0.01  # Louizos et al., eq. 12
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.5])
+def test_exactly_the_smallest_scores_of_all_matrices_are_pruned(sparsity):
+    scores = {"a": torch.randn(7, 3), "b": torch.randn(4, 5).round()}
+    masks = robustt.draw(scores, sparsity)
+    flat = torch.cat([scores[name].flatten() for name in scores])
+    kept = torch.cat([masks[name].flatten() for name in scores])
+    assert (~kept).sum() == math.ceil(sparsity * 41)
+    if sparsity:
+        assert flat[~kept].max() <= flat[kept].min() and masks["b"].shape == (4, 5)
+
+
+def test_robust_tickets_are_searched_drawn_and_retrained_with_the_pruned_weights_at_zero(tiny, tmp_path, capsys):
+    flags = ["--task", "bbc", "--model", tiny, "--output", tmp_path, "--precision", "fp32", "--train-rows", "64"]
+    assert call(robustt, *flags) == 2 and "--ticket none" in capsys.readouterr().err
+    assert call(finetune, *flags, "--ticket", "none", "--epochs", "1", "--max-length", "16") == 0
+    assert call(robustt, *flags, "--epochs", "2", "--adv-steps", "2") == 0
+    path = tmp_path / "tiny" / "bbc" / "robustt-seed0.safetensors"
+    masks, whole = our_safetensors.read_with_metadata(path)[0], path.read_bytes()
+    assert len(masks) == 9 and sum((~mask).sum() for mask in masks.values()) == math.ceil(
+        0.3 * sum(mask.numel() for mask in masks.values())
+    )
+    path.unlink()
+    original = our_safetensors.write_safetensors
+    interrupt = lambda *a: original(*a) or (_ for _ in ()).throw(KeyboardInterrupt)  # noqa: E731
+    with unittest.mock.patch.object(our_safetensors, "write_safetensors", interrupt):
+        assert call(robustt, *flags, "--epochs", "2", "--adv-steps", "2") == 130
+    assert call(robustt, *flags, "--epochs", "2", "--adv-steps", "2") == 0 and path.read_bytes() == whole
+    assert call(finetune, *flags, "--ticket", path, "--epochs", "2", "--max-length", "16") == 0
+    folder = tmp_path / "tiny" / "bbc" / "robustt-seed0-vanilla-seed0"
+    model, metrics = Bert.load(folder), json.loads((folder / "metrics.json").read_text())
+    for name, mask in masks.items():
+        weight = model.get_parameter(name)
+        assert (weight[~mask] == 0).all() and (weight[mask] != 0).all()
+    zeros = sum((~mask).sum().item() for mask in masks.values())
+    assert metrics["parameters"] == sum(p.numel() for p in model.parameters()) - zeros
+
+
+def test_masks_are_learned_only_for_the_task_that_the_model_was_fine_tuned_on(tiny, tmp_path, capsys, monkeypatch):
+    for folder, labels in (("a", "xy"), ("b", "yx")):
+        (tmp_path / folder).mkdir()
+        lines = "".join(f"word {i},{labels[i % 2]}\n" for i in range(40))
+        (tmp_path / folder / "mine.csv").write_text("title,kind\n" + lines)
+    flags = ["--model", tiny, "--output", tmp_path, "--precision", "fp32", "--seed", "1", "--train-rows", "16"]
+    flags += ["--text-columns", "title", "--label-column", "kind", "--epochs", "1", "--task"]
+    assert call(finetune, *flags, tmp_path / "a" / "mine.csv", "--ticket", "none", "--max-length", 8) == 0
+    assert call(robustt, *flags, tmp_path / "b" / "mine.csv") == 2
+    assert "was fine-tuned on other rows than those of" in capsys.readouterr().err
+    assert call(robustt, *flags, tmp_path / "a" / "mine.csv") == 0
+    line = capsys.readouterr().out.splitlines()[-1].removeprefix("next: python finetune.py ")
+    assert call(finetune, *shlex.split(line)) == 0  # as it is printed
+    metadata = [
+        our_safetensors.read_with_metadata(tmp_path / "tiny" / "mine" / f"{run}-vanilla-seed1" / "model.safetensors")[
+            1
+        ]["settings"]
+        for run in ("none", "robustt-seed1")
+    ]
+    differs = {name for name in metadata[0] if metadata[0][name] != metadata[1][name]}
+    assert differs == {"ticket"}
+    monkeypatch.setattr(distributed, "WORLD", 2)
+    assert call(robustt, *flags, tmp_path / "a" / "mine.csv") == 2 and "without torchrun" in capsys.readouterr().err
+
+
+def test_a_search_on_a_tasks_own_loss_gives_coefficients_of_its_own(tiny, tmp_path, capsys):
+    lines = "".join(f"a b,{'cd'[i % 2]} e,{i % 2}\n" for i in range(90))
+    (tmp_path / "m$_$.csv").write_text("a,b,y\n" + lines)  # a name that TeX would stumble upon, in the pictures' titles
+    flags = ["--model", tiny, "--source", tmp_path / "m$_$.csv", "--output", tmp_path, "--batch-size", "8"]
+    flags += ["--text-columns", "a", "b", "--label-column", "y", "--mini-epoch", "0.25", "--precision", "fp32"]
+    flags += ["--seeds", "2", "--learning-rate", "1e-3"]
+    assert call(search, *flags) == 0
+    out = capsys.readouterr().out
+    assert "m$_$.csv: 72 training rows" in out and "--coefficients" in out
+    found = [
+        our_safetensors.read_with_metadata(tmp_path / "tiny" / f"coefficients-m$_$-seed{i}.safetensors") for i in (0, 1)
+    ]
+    assert [metadata["settings"]["seed"] for _, metadata in found] == [0, 1]
+    assert not torch.equal(found[0][0]["head"], found[1][0]["head"]) and (found[0][0]["ffn"] != 1).any()
+    assert call(search, *flags[:-4], "--seed", "1", "--learning-rate", "1e-3") == 0
+    path = tmp_path / "tiny" / "coefficients-m$_$.safetensors"
+    assert torch.equal(our_safetensors.read_with_metadata(path)[0]["head"], found[1][0]["head"])
+    flags = ["--model", tiny, "--output", tmp_path, "--coefficients", path]
+    assert call(draw, "--task", tmp_path / "m$_$.csv", *flags) == 0

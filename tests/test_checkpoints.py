@@ -1,0 +1,431 @@
+"""test_checkpoints."""
+
+import json
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+import unittest.mock
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+import transformers
+
+import data
+import search
+from benchmarks import peers
+from bert import Bert
+from checkpoints import huggingface, tensorflow1
+from checkpoints import safetensors as our_safetensors
+from inputs.tokenizer import Tokenizer
+from runtime import files
+from runtime.cli import BadInput
+from tests.conftest import FAMILIES, HERE, call, change, published_as, quick_search, saved
+
+
+def test_our_safetensorsare_read_as_their_own_library_reads_them(tmp_path):
+    path = tmp_path / "odd.safetensors"
+    tensors = {"half": torch.randn(3, 5).half(), "b": torch.randn(7).bfloat16(), "f": torch.randn(2, 1, 4)}
+    tensors |= {
+        "empty": torch.zeros(0, 4),
+        "number": torch.tensor(3.5),
+        "ids": torch.arange(6),
+        "yes": torch.ones(3) > 0,
+    }
+    safetensors.torch.save_file(tensors, path, {"key": "value"})
+    found, metadata = our_safetensors.read_safetensors(path)
+    assert metadata == {"key": "value"} and found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor)
+
+
+def test_what_is_written_is_read_by_the_our_safetensorslibrary(tmp_path):
+    path = tmp_path / "ours.safetensors"
+    tensors = {"a": torch.randn(4, 3).t(), "mask": torch.tensor([True, False]), "none": torch.zeros(0, 2)}
+    our_safetensors.write_safetensors(path, tensors, {"seed": 3, "ratios": [0.1, None]})
+    found = safetensors.torch.load_file(path)
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+    with our_safetensors.safe_open(path, "pt") as file:
+        assert json.loads(file.metadata()["ratios"]) == [0.1, None]
+    assert our_safetensors.read_with_metadata(path)[1] == {"seed": 3, "ratios": [0.1, None]}
+
+
+def test_writing_to_a_mapped_tensor_leaves_the_file_as_it_is(tmp_path):
+    path = tmp_path / "model.safetensors"
+    safetensors.torch.save_file({"a": torch.ones(5)}, path)
+    before = path.read_bytes()
+    our_safetensors.read_safetensors(path)[0]["a"].zero_()
+    assert path.read_bytes() == before
+
+
+def test_loading_maps_the_file_and_copies_nothing_before_it_is_touched(tmp_path):
+    path = tmp_path / "large.safetensors"
+    safetensors.torch.save_file({"a": torch.ones(2**26)}, path)
+    script = (
+        "import resource, weights; size = lambda: int(open('/proc/self/statm').read().split()[1]);"
+        f"before = size(); tensors, _ = weights.read_safetensors({str(path)!r});"
+        "print((size() - before) * 4096, tensors['a'][5].item())"
+    )
+    grown, value = subprocess.run(
+        [sys.executable, "-c", script], cwd=HERE, capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert value == "1.0" and int(grown) < 2**26  # the tensor itself has 2^28 bytes
+
+
+def malformed():
+    """Byte strings that are not a safetensors file, each with what is wrong."""
+
+    def file(header, body=b"\0" * 8):
+        text = header if isinstance(header, bytes) else json.dumps(header).encode()
+        return len(text).to_bytes(8, "little") + text + body
+
+    entry = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+    return {
+        "empty": b"",
+        "short": b"\0\0\0",
+        "header beyond the end": (2**40).to_bytes(8, "little") + b"{}",
+        "gigantic header": (2**64 - 1).to_bytes(8, "little") + b"{}",
+        "not JSON": file(b"PK\3\4 this is a zip"),
+        "not UTF-8": file(b'{"\xff\xfe": 1}'),
+        "a list": file([1, 2]),
+        "deep": file(b"[" * 100_000),
+        "no shape": file({"a": {"dtype": "F32", "data_offsets": [0, 8]}}),
+        "truncated": file({"a": entry})[:-1],
+        "too long": file({"a": entry}) + b"\0",
+        "unknown dtype": file({"a": entry | {"dtype": "F7"}}),
+        "dtype a list": file({"a": entry | {"dtype": ["F32"]}}),
+        "negative shape": file({"a": entry | {"shape": [-2]}}),
+        "boolean shape": file({"a": entry | {"shape": [True]}}),
+        "gigantic shape": file({"a": entry | {"shape": [2**62, 2**62]}}),
+        "overflowing shape": file({"a": entry | {"shape": [0, 2**70], "data_offsets": [0, 0]}}, b""),
+        "negative offsets": file({"a": entry | {"data_offsets": [-8, 0]}}),
+        "offsets not a pair": file({"a": entry | {"data_offsets": 8}}),
+        "overlap": file({"a": entry, "b": entry}),
+        "hole": file({"a": entry | {"data_offsets": [4, 12]}}, b"\0" * 12),
+        "bad metadata": file({"a": entry, "__metadata__": [1]}),
+        "a pickle": b"\x80\x02c__builtin__\nprint\n(S'run'\ntR.",
+    }
+
+
+@pytest.mark.parametrize("kind", malformed())
+def test_a_malformed_our_safetensorsfile_is_refused_in_one_line(tmp_path, kind):
+    path = tmp_path / "bad.safetensors"
+    path.write_bytes(malformed()[kind])
+    with pytest.raises(BadInput) as refused:
+        our_safetensors.read_with_metadata(path)
+    assert str(path) in str(refused.value) and "\n" not in str(refused.value)
+
+
+FIXTURE = HERE / "fixture"
+
+
+FORMATS = ("safetensors", "shards", "bin", "legacy bin", "bin shards")
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_each_format_loads_as_the_same_tensors_to_the_bit(tmp_path, kind):
+    model = saved(tmp_path / "model")
+    published_as(kind, model, tmp_path / "other")
+    expected, found = (Bert.load(tmp_path / name, mlm=True).state_dict() for name in ("model", "other"))
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_half_precision_weights_become_the_float32_of_the_same_value(tmp_path, kind, dtype):
+    model = saved(tmp_path / "model").to(dtype)
+    published_as(kind, model, tmp_path / "half")
+    found = Bert.load(tmp_path / "half", mlm=True).word_embeddings.weight
+    assert found.dtype == torch.float32 and torch.equal(found, model.get_input_embeddings().weight.float())
+
+
+def test_what_tensorflow_wrote_is_read_as_transformers_reads_it_to_the_bit():
+    found = huggingface.read_weights(FIXTURE / "bert_model.ckpt")
+    found = {re.sub("gamma$", "weight", re.sub("beta$", "bias", name)): tensor for name, tensor in found.items()}
+    expected = safetensors.torch.load_file(FIXTURE / "expected.safetensors")
+    assert expected.keys() == found.keys() and len(expected) == 46
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_an_optimizers_variables_in_a_tensorflow_checkpoint_are_left_out(tiny, tmp_path):
+    tensors = huggingface.read_weights(tiny)
+    name = "bert.encoder.layer.0.output.dense.kernel"
+    optimizers = {f"{name}.{of}": torch.ones(40, 24) for of in ("adam_m", "Adam", "AdamWeightDecayOptimizer", "lamb_v")}
+    peers.write_tensorflow(tmp_path / "model.ckpt", tensors | optimizers | {"global_step": torch.ones(1)})
+    shutil.copy(tiny / "config.json", tmp_path)
+    expected, found = (Bert.load(path, mlm=True).state_dict() for path in (tiny, tmp_path))
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_a_tensorflow_model_is_found_in_its_folder_its_archive_and_by_its_files(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = google_folder(tmp_path / "cased_L-2_H-4_A-2")
+    archive = shutil.make_archive(folder, "zip", tmp_path, folder.name)
+    expected = Bert.load(folder, mlm=True)
+    assert (expected.initialized, sorted(expected.unused)) == (
+        [],
+        [f"cls.seq_relationship.{n}" for n in ("bias", "weight")],
+    )
+    for name in (archive, archive, folder / "bert_model.ckpt", folder / "bert_model.ckpt.index"):
+        path, sha256 = data.find_model(str(name))
+        assert sha256 == data.find_model(str(folder))[1]
+        assert files.model_folder("runs", str(name)) == Path("runs/cased_L-2_H-4_A-2")
+        found = Bert.load(path, mlm=True).state_dict()
+        assert all(torch.equal(tensor, found[key]) for key, tensor in expected.state_dict().items())
+        cased = Tokenizer(path)  # its vocabulary has a capital letter, and nothing else says so
+        assert cased.library.encode("T a t").tokens == ["[CLS]", "T", "a", "[UNK]", "[SEP]"]
+
+
+def test_of_an_archive_the_outermost_configuration_counts_and_none_of_a_macs_shadows(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = google_folder(tmp_path / "model" / "uncased")
+    for inner, name in (("__MACOSX/uncased", "._bert_config.json"), ("uncased/1_Pooling", "config.json")):
+        (tmp_path / "model" / inner).mkdir(parents=True)
+        (tmp_path / "model" / inner / name).write_text("{}")
+    archive = shutil.make_archive(tmp_path / "model", "zip", tmp_path / "model")
+    path, sha256 = data.find_model(archive)
+    assert path.name == "uncased" and sha256 == data.find_model(str(folder))[1]
+
+
+def google_folder(folder):
+    """The TensorFlow fixture as Google publishes a model."""
+    folder.mkdir(parents=True)
+    for path in FIXTURE.iterdir():
+        if path.name.startswith(("bert_", "vocab")):
+            shutil.copy(path, folder)
+    return folder
+
+
+def test_of_several_tensorflow_checkpoints_the_one_that_is_noted_counts(tmp_path):
+    folder = google_folder(tmp_path / "model")
+    for path in list(folder.glob("bert_model.ckpt*")):
+        shutil.copy(path, folder / path.name.replace("bert_model.ckpt", "model.ckpt-100"))
+    with pytest.raises(BadInput, match="has several weights, bert_model.ckpt.index, model.ckpt-100.index"):
+        huggingface.weight_files(folder)
+    (folder / "checkpoint").write_text('model_checkpoint_path: "model.ckpt-100"\n')
+    names = [path.name for path in huggingface.weight_files(folder)]
+    assert names == ["model.ckpt-100.index", *(f"model.ckpt-100.data-0000{i}-of-00002" for i in range(2))]
+
+
+def renamed(tensors, change):
+    return {change(name): tensor for name, tensor in tensors.items()}
+
+
+def old_names(name):
+    return name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+@pytest.mark.parametrize(
+    "change",
+    [old_names, lambda name: name.removeprefix("roberta.").removeprefix("bert.")],
+    ids=["gamma and beta", "no prefix"],
+)
+def test_name_variants_of_a_published_model_load_as_one(tmp_path, family, change):
+    model = saved(tmp_path / "model", FAMILIES[family]["mlm"], family=family)
+    shutil.copytree(tmp_path / "model", tmp_path / "other")
+    tensors = renamed(model.state_dict(), change) | {
+        "cls.seq_relationship.weight": torch.ones(2, 24),
+        f"{family}.embeddings.position_ids": torch.arange(64)[None],
+    }
+    assert tensors.keys() != model.state_dict().keys()
+    torch.save(tensors, tmp_path / "other" / "pytorch_model.bin")
+    (tmp_path / "other" / "model.safetensors").unlink()
+    expected, found = (Bert.load(tmp_path / name, mlm=True) for name in ("model", "other"))
+    assert found.initialized == [] and found.unused == ["cls.seq_relationship.weight"]
+    assert huggingface.load_report(found) == ["left out: cls.seq_relationship"]
+    for key, tensor in expected.state_dict().items():
+        assert torch.equal(tensor, found.state_dict()[key])
+
+
+def test_what_is_missing_is_initialized_only_where_it_is_wanted(tmp_path):
+    saved(tmp_path, transformers.BertModel)
+    tensors = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    headless = {name: tensor for name, tensor in tensors.items() if not name.startswith("pooler")}
+    safetensors.torch.save_file(headless, tmp_path / "model.safetensors")
+    assert Bert.load(tmp_path).initialized == [] and huggingface.load_report(Bert.load(tmp_path)) == []
+    assert Bert.load(tmp_path, mlm=True).initialized == ["mlm_head"]
+    model = Bert.load(tmp_path, num_labels=3)
+    assert huggingface.load_report(model) == ["newly initialized: classifier, pooler"]
+    assert model.pooler.weight.std().item() == pytest.approx(0.3, rel=0.1)  # the configuration's initializer_range
+    assert not model.pooler.bias.any() and model.classifier.weight.shape == (3, 24)
+
+
+@pytest.mark.parametrize(
+    "name, shape, message",
+    [
+        ("bert.encoder.layer.0.attention.self.distance_embedding.weight", (9, 8), "no place"),
+        ("bert.encoder.layer.2.output.dense.weight", (24, 40), "no place"),
+        ("bert.embeddings.projection.weight", (24, 24), "no place"),
+        ("bert.encoder.layer.1.output.dense.bias", None, "no tensor for layers.1.output.bias"),
+        ("bert.encoder.layer.1.attention.self.key.bias", None, "no tensor encoder.layer.1.attention.self.key.bias"),
+        ("bert.embeddings.LayerNorm.weight", None, "no tensor for embedding_norm.weight"),
+        ("cls.predictions.transform.dense.weight", (24, 25), "shape (24, 25), its configuration says (24, 24)"),
+    ],
+)
+def test_every_missing_or_left_over_tensor_that_matters_is_named(tmp_path, name, shape, message):
+    model = saved(tmp_path)
+    tensors = {key: tensor.clone() for key, tensor in model.state_dict().items() if key != name}
+    safetensors.torch.save_file(tensors | ({name: torch.zeros(shape)} if shape else {}), tmp_path / "model.safetensors")
+    with pytest.raises(BadInput, match=re.escape(message)):
+        Bert.load(tmp_path, mlm=True)
+
+
+def test_integers_in_place_of_weights_are_refused(tmp_path):
+    tensors = saved(tmp_path).state_dict()
+    name = "bert.embeddings.LayerNorm.weight"
+    safetensors.torch.save_file(
+        {k: t.clone() for k, t in tensors.items()} | {name: torch.ones(24).long()}, tmp_path / "model.safetensors"
+    )
+    with pytest.raises(BadInput, match="embeddings.LayerNorm.weight has dtype torch.int64"):
+        Bert.load(tmp_path)
+
+
+def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(tmp_path):
+    saved(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    witness = tmp_path / "it ran"
+
+    class Malice:
+        def __reduce__(self):
+            return Path.touch, (witness,)
+
+    for modern in (True, False):
+        torch.save({"a": Malice()}, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=modern)
+        with pytest.raises(BadInput, match="damaged, or a pickle that would run code"):
+            Bert.load(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps(Malice()))
+    with pytest.raises(BadInput):
+        Bert.load(tmp_path)
+    assert not witness.exists()
+
+
+@pytest.mark.parametrize("name", ["../evil", "a/../../evil", "/evil", "..\\evil", "C:\\evil"])
+def test_an_archive_that_reaches_out_of_its_folder_is_refused(tmp_path, monkeypatch, name):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    path = tmp_path / "model.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(name, "evil")
+    with pytest.raises(BadInput, match="leads out of it: refused"):
+        data.find_model(str(path))
+    assert not [file for file in tmp_path.rglob("*") if file.is_file() and file.suffix not in (".zip", ".lock")]
+
+
+LYING_SHARDS = {
+    "no map": ({"metadata": {}}, "no weight_map"),
+    "a list": ([1], "no weight_map"),
+    "a path out of the folder": ({"weight_map": {"a": "../model.safetensors"}}, "which is no file beside it"),
+    "a number": ({"weight_map": {"a": 1}}, "which is no file beside it"),
+    "a missing file": ({"weight_map": {"a": "gone.safetensors"}}, "which is no file beside it"),
+    "a missing tensor": ({"weight_map": {"a": "part.safetensors"}}, "part.safetensors has a; it has not"),
+}
+
+
+@pytest.mark.parametrize("case", LYING_SHARDS)
+def test_an_index_of_shards_that_lies_is_named(tmp_path, case):
+    saved(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "part.safetensors")
+    index, message = LYING_SHARDS[case]
+    (tmp_path / "model.our_safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(BadInput, match=message):
+        Bert.load(tmp_path)
+
+
+def mutants(original, generator, count):
+    """Files with up to five places changed: bytes overwritten, inserted, dropped, or the end cut off."""
+    for _ in range(count):
+        mutant = bytearray(original)
+        for _ in range(generator.integers(1, 6)):
+            reach = len(mutant) if generator.random() < 0.3 else min(len(mutant), 3000)  # headers stand at an end
+            start = int(generator.integers(0, reach))
+            start = start if generator.random() < 0.5 else len(mutant) - 1 - start
+            new = generator.bytes(int(generator.integers(0, 4)))
+            mutant[start : start + (len(new) if generator.random() < 0.7 else 1)] = new
+        yield bytes(mutant[: int(generator.integers(1, len(mutant)))] if generator.random() < 0.1 else mutant)
+
+
+@pytest.mark.parametrize("kind", [*FORMATS, "tensorflow", "tensorflow, checksums put right", "archive"])
+def test_five_hundred_mutated_files_of_each_format_give_models_or_clean_errors(tmp_path, monkeypatch, kind):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = tmp_path / "model"
+    if kind in FORMATS:
+        path = published_as(kind, saved(tmp_path / "original"), folder)
+    else:
+        path = google_folder(folder) / "bert_model.ckpt.index"
+    if kind == "archive":
+        path = Path(shutil.make_archive(folder, "zip", tmp_path, folder.name))
+    if "checksums" in kind:
+        monkeypatch.setattr(tensorflow1, "crc32c", lambda data: unittest.mock.ANY)  # equal to everything
+    original, refused = path.read_bytes(), 0
+    for mutant in mutants(original, np.random.Generator(np.random.PCG64(0)), 500):
+        path.unlink()  # what is mapped must not change
+        path.write_bytes(mutant)
+        try:
+            Bert.load(huggingface.unpack(path) if kind == "archive" else folder, mlm=True)
+        except BadInput as error:
+            assert "\n" not in str(error) and str(tmp_path) in str(error)
+            refused += 1
+    assert 100 < refused
+
+
+def test_gamma_and_beta_are_layernorm_weight_and_bias(tiny, tmp_path):
+    """As the hub's bert-base-uncased names them."""
+    tensors = safetensors.torch.load_file(tiny / "model.safetensors")
+    renamed = {
+        name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): tensor
+        for name, tensor in tensors.items()
+    }
+    assert renamed.keys() != tensors.keys()
+    safetensors.torch.save_file(renamed, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_bytes((tiny / "config.json").read_bytes())
+    found, expected = Bert.load(tmp_path, mlm=True).state_dict(), Bert.load(tiny, mlm=True).state_dict()
+    assert all(torch.equal(found[name], expected[name]) for name in expected if not name.startswith("pooler"))
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda folder: (folder / "model.safetensors").write_bytes(b""), "not a whole safetensors file: 0 bytes"),
+        (lambda folder: (folder / "config.json").write_text("{"), "is not a model configuration"),
+        (lambda folder: (folder / "config.json").unlink(), "config.json is not there"),
+        (lambda folder: change(folder, hidden_act="relu"), "hidden_act 'relu'; bert.py runs 'gelu'"),
+        (lambda folder: change(folder, hidden_size=0), "hidden_size 0 is nothing that a model can have"),
+        (lambda folder: change(folder, vocab_size=10**25), "000 is nothing that a model can have"),
+        (lambda folder: change(folder, is_decoder=True), "is_decoder True; bert.py runs False"),
+        (
+            lambda f: (f / "tokenizer_config.json").write_text('{"tokenizer_class": "BertJapaneseTokenizer"}'),
+            "is for a BertJapaneseTokenizer: without its tokenizer.json it cannot be read",
+        ),
+        (lambda folder: change(folder, tokenizer_class="BertweetTokenizer"), "is for a BertweetTokenizer"),
+        (lambda folder: change(folder, hidden_size=48), "has shape"),
+        (lambda folder: change(folder, hidden_size=25), "hidden_size 25 is no multiple of num_attention_heads"),
+        (
+            lambda folder: change(folder, model_type="roberta", pad_token_id=1, max_position_embeddings=2),
+            "max_position_embeddings 2 leaves no position",
+        ),
+        (
+            lambda folder: change(folder, num_hidden_layers=3),
+            "has no tensor encoder.layer.2.attention.self.query.weight",
+        ),
+        (lambda folder: change(folder, num_hidden_layers=1), "for which its configuration has no place"),
+        (lambda folder: change(folder, hidden_dropout_prob=1.0), "hidden_dropout_prob 1.0 is nothing"),
+        (lambda folder: change(folder, intermediate_size=39), "layers wider than its configuration"),
+        (lambda folder: change(folder, intermediate_size=41), "narrower layers than its config.json"),
+        (lambda folder: change(folder, vocab_size=56), "has 57 tokens, the model 56"),
+        (lambda folder: (folder / "config.json").write_text("[" * 100_000), "is not a model configuration"),
+        (lambda folder: (folder / "vocab.txt").unlink(), "has no vocabulary"),
+        (lambda folder: (folder / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\na"), "has no [MASK]"),
+    ],
+)
+def test_a_damaged_model_folder_is_named_in_one_line(tmp_path, corpus, capsys, damage, message):
+    saved(tmp_path / "model")
+    damage(tmp_path / "model")
+    assert call(search, *quick_search(tmp_path / "model", corpus, tmp_path)[1:]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1

@@ -1,0 +1,152 @@
+"""test_distributed."""
+
+import json
+
+import pytest
+import torch
+
+import finetune
+import gates
+import search
+from bert import Bert
+from checkpoints import safetensors as our_safetensors
+from runtime.cli import BadInput
+from runtime.device import pick_device
+from tests.conftest import HERE, call, gradients, inputs, interrupted_at, quick_search, saved, spawn
+
+
+def torchrun(processes, *arguments):
+    """(exit code, standard output, standard error) of `torchrun --nproc-per-node PROCESSES ARGUMENTS`."""
+    process = spawn(["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes, *arguments])
+    out, err = process.communicate()
+    return process.returncode, out, err
+
+
+@pytest.fixture(scope="module")
+def without_dropout(tmp_path_factory):
+    """A random model; each process draws dropout for itself, and without any the processes must agree with one."""
+    folder = tmp_path_factory.mktemp("models") / "model"
+    saved(folder, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    Bert.load(folder, mlm=True, num_labels=2).save(folder, ("early", "late"), {})  # a search leaves the classifier out
+    return folder
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert pick_device() == torch.device("cuda:1")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(BadInput, match="more processes than the 2 GPUs of this machine"):
+        pick_device()
+
+
+def test_two_processes_go_on_where_one_was_interrupted_and_find_what_one_finds(without_dropout, corpus, tmp_path):
+    """Of a batch of 43 blocks the processes have 21 and 22; of the last, of 1 block, one of them has none."""
+    command = {
+        name: quick_search(without_dropout, corpus, tmp_path / name, "--batch-size", 43, "--gamma", 1e-9)
+        for name in ("one", "two")
+    }
+    assert call(search, *command["one"][1:]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gates.EarlyStopping, "update", interrupted_at(3))
+        assert call(search, *command["two"][1:]) == 130
+    code, out, err = torchrun(2, *command["two"])
+    assert code == 0 and out.count("searched 9 of 9 mini-epochs") == 1 and "2 processes" in out, err
+    found, expected = (
+        our_safetensors.read_with_metadata(tmp_path / name / "model" / "coefficients.safetensors")[0]
+        for name in ("two", "one")
+    )
+    assert found.keys() == expected.keys()
+    for name in found:
+        torch.testing.assert_close(found[name], expected[name], atol=1e-5, rtol=1e-5, equal_nan=True)
+    assert (found["head"] - 1).abs().max() > 4e-3  # it did search
+    assert {path.name for path in (tmp_path / "two" / "model").iterdir()} == {"coefficients.safetensors", "search.png"}
+
+
+@pytest.mark.parametrize("more", [["--checkpointing"], ["--accumulate", 2], ["--accumulate", 5]])
+def test_saving_memory_does_not_change_what_a_search_finds(without_dropout, corpus, tmp_path, more):
+    command = quick_search(without_dropout, corpus, tmp_path / "plain", "--batch-size", 43, "--mini-epoch", 1)[1:]
+    assert call(search, *command) == 0
+    command[command.index("--output") + 1] = tmp_path / "saving"
+    assert call(search, *command, *more) == 0
+    found, expected = (
+        our_safetensors.read_with_metadata(tmp_path / name / "model" / "coefficients.safetensors")[0]
+        for name in ("saving", "plain")
+    )
+    for name in found:
+        torch.testing.assert_close(found[name], expected[name], atol=1e-5, rtol=1e-5, equal_nan=True)
+
+
+def test_checkpointing_repeats_the_dropout_of_the_first_time(tiny):
+    """With dropout, the gradients are the same to the last bit."""
+    model, found = Bert.load(tiny, num_labels=2).train(), []
+    ids, mask, segments = inputs(model.config, 3, 10)
+    for model.checkpointing in (False, True):
+        torch.manual_seed(5)
+        model.class_loss(ids, mask, segments, torch.tensor([0, 1, 1])).backward()
+        found.append(gradients(model))
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0]) and len(found[0]) > 30
+
+
+def few_epochs(model, task, output, *more):
+    flags = f"--task {task} --model {model} --output {output} --ticket none --epochs 2 --batch-size 6 --precision fp32"
+    return ["finetune.py", *flags.split(), *map(str, more)]
+
+
+def test_two_processes_fine_tune_as_one(without_dropout, sentences, tmp_path):
+    command = {
+        name: few_epochs(without_dropout, sentences, tmp_path / name, "--method", "freelb") for name in ("one", "two")
+    }
+    assert call(finetune, *command["one"][1:]) == 0
+    code, out, err = torchrun(2, *command["two"])
+    assert code == 0 and out.count("best of 2 epochs") == 1, err
+    same_models(*(next((tmp_path / name).rglob("model.safetensors")).parent for name in ("one", "two")))
+
+
+def same_models(*folders):
+    one, other = (json.loads((folder / "metrics.json").read_text()) for folder in folders)
+    assert one["validation_accuracy_by_epoch"] == other["validation_accuracy_by_epoch"]
+    assert one["test_accuracy"] == other["test_accuracy"]
+    one, other = (our_safetensors.read_with_metadata(folder / "model.safetensors")[0] for folder in folders)
+    for name in one:
+        if not name.endswith("key.bias"):  # softmax takes no notice of it: its gradient is rounding, scaled by Adam
+            torch.testing.assert_close(one[name], other[name], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["pgd", "freelb"])
+def test_accumulating_does_not_change_what_is_fine_tuned(without_dropout, sentences, tmp_path, method):
+    folders = []
+    for accumulate in (1, 4):
+        command = few_epochs(without_dropout, sentences, tmp_path / str(accumulate), "--method", method)
+        assert call(finetune, *command[1:], "--accumulate", accumulate) == 0
+        folders.append(next((tmp_path / str(accumulate)).rglob("model.safetensors")).parent)
+    same_models(*folders)
+
+
+def test_infobert_runs_in_parts(without_dropout, sentences, tmp_path):
+    """Its regularizers are of the rows of a part, not of the joint batch: the model is another one, but a model."""
+    command = few_epochs(without_dropout, sentences, tmp_path, "--method", "infobert", "--accumulate", 2)
+    assert call(finetune, *command[1:]) == 0
+    metrics = json.loads(next(tmp_path.rglob("metrics.json")).read_text())
+    assert 0 < metrics["test_accuracy"] <= 1
+
+
+def test_processes_that_all_fail_show_one_line(without_dropout, corpus, tmp_path):
+    code, _, err = torchrun(2, *quick_search(without_dropout, corpus, tmp_path, "--tau-head", 0.99))
+    assert code != 0 and err.count("search.py: error:") == 1
+
+
+def test_where_one_process_fails_it_says_why_and_the_others_that_they_end(tmp_path):
+    (tmp_path / "some.py").write_text(
+        f"""import sys, torch; sys.path.insert(0, {str(HERE)!r}); import processes, runtime
+def main():
+    processes.join(torch.device("cpu"))
+    if processes.RANK:
+        raise runtime.BadInput("of the second process")
+    processes.total(torch.ones(1))
+runtime.run(main)"""
+    )
+    code, _, err = torchrun(2, tmp_path / "some.py")
+    assert code != 0 and err.count("some.py: error: of the second process") == 1, err
+    assert "[rank0]" not in err, err  # which torch puts before each line of a traceback

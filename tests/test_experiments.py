@@ -1,0 +1,183 @@
+"""test_experiments."""
+
+import json
+import sys
+import unittest.mock
+
+import numpy as np
+import pytest
+
+import attack
+import draw
+import finetune
+import search
+from baselines import robustt
+from experiments import tables
+from runtime import cli, files
+from tests.conftest import call
+
+
+@pytest.fixture
+def scripts(monkeypatch):
+    """paper.py's scripts, replaced: each checks its flags as it really would and finetune.py and attack.py leave
+    figures where they do, which depend on the seed. Returns the commands that ran."""
+    ran, modules = [], {f"{of.__name__}.py": of for of in (search, draw, finetune, robustt, attack)}
+
+    def script(name, **flags):
+        ran.append((name, flags))
+        given = [
+            part
+            for flag, value in flags.items()
+            if value is not None
+            for part in ("--" + flag.replace("_", "-"), value)
+        ]
+        monkeypatch.setattr(sys, "argv", [name, *map(str, given)])
+        options = cli.parse(modules[name].Options, "")
+        if name in ("finetune.py", "attack.py"):
+            folder = files.model_folder(options.output, options.model) / options.task / files.run_name(options)
+            accuracy = 0.8 + 0.01 * options.seed**2
+        if name == "finetune.py":
+            metrics = {"test_accuracy": accuracy, "peak_memory": 2e9, "parameters": 3e6}
+            files.write_json(folder / "metrics.json", metrics | {"seconds": 7, "tokens_per_second": 11})
+        if name == "attack.py":
+            attacked = {"aua": accuracy / 2, "suc": None, "queries": 50, "resources": {"word vectors": "of a test"}}
+            attacked["errors"] = dict.fromkeys("789" * (options.method == "pgd" and options.seed == 4), "none left")
+            files.write_json(folder / f"{options.attack}.json", attacked)
+
+    monkeypatch.setattr(tables, "script", script)
+    return ran
+
+
+def make_table(folder, *more, table="table1"):
+    flags = ["--model", "minilm", "--tasks", "bbc", "--n", "100"]
+    flags += ["--output", folder / "runs", "--results", folder / "results"]
+    return call(tables, table, *flags, *more)
+
+
+def test_a_table_is_made_of_every_methods_runs_and_none_is_repeated(scripts, tmp_path, capsys):
+    for table, rows in tables.ROWS.items():
+        seen = len(scripts)
+        assert make_table(tmp_path, table=table) == 0
+        made = [flags for name, flags in scripts[seen:] if name == "finetune.py" and "method" in flags]
+        different = {(of["ticket"], of["method"], of["ablation"], of["output"]) for of in made}
+        runs = json.loads((tmp_path / "results" / f"{table}.json").read_text())["runs"]
+        assert len(rows) == len(made) == len(different) == len(runs)
+        attacked = sum(name == "attack.py" for name, _ in scripts[seen:])
+        assert attacked == (0 if table == "table2" else len(rows))
+    assert "| FreeLB | 1 | 80.0 | 7.0 | 2.0 | 3.0 |" in (tmp_path / "results" / "table2.md").read_text("utf8")
+    assert "learning rate 0.0001.\n" in (tmp_path / "results" / "table2.md").read_text("utf8")
+    assert make_table(tmp_path, "--tasks", "bbc", "--n", 224) == 2
+    assert "--n 224 is more than the 223 test rows of bbc" in capsys.readouterr().err
+    assert {name for rows in tables.ROWS.values() for name in rows} == set(tables.METHODS)
+    seen = len(scripts)
+    assert make_table(tmp_path, "--seeds", 3, "--methods", "PGD", "ORTicket") == 0
+    again = [(flags["seed"], flags["method"]) for name, flags in scripts[seen:] if name == "finetune.py"]
+    assert again == [(1, "pgd"), (1, "vanilla"), (2, "pgd"), (2, "vanilla")]
+    seen = len(scripts)
+    capsys.readouterr()
+    assert make_table(tmp_path, "--methods", "PGD") == 0 and len(scripts) == seen
+    printed = capsys.readouterr().out
+    assert printed == (tmp_path / "results" / "table1.md").read_text("utf8")
+    assert make_table(tmp_path, "--methods", "PGD", "--epochs", 3) == 0 and len(scripts) == seen + 2
+
+
+def test_a_table_shows_means_and_standard_deviations_over_seeds(scripts, tmp_path, capsys):
+    assert make_table(tmp_path, "--methods", "Vanilla") == 0
+    assert make_table(tmp_path, "--seeds", 3, "--methods", "Vanilla") == 0
+    assert make_table(tmp_path, "--methods", "PGD") == 0
+    clean = 100 * np.array([0.8, 0.81, 0.84])
+    cells = [f"{of.mean():.1f} ± {of.std(ddof=1):.1f}" for of in (clean, clean / 2)]
+    out = capsys.readouterr().out
+    assert f"| Vanilla | 3 | {cells[0]} | {cells[1]} | - | 50.0 ± 0.0 | 2.0 ± 0.0 | 3.0 ± 0.0 |" in out
+    assert "| PGD | 1 | 80.0 | 40.0 | - | 50.0 | 2.0 | 3.0 |" in out
+    assert "- word vectors: of a test" in out and "± 9.8 points" in out  # 1.96 sqrt(0.5 x 0.5 / 100)
+
+
+def test_other_searches_ratios_and_adversaries_have_rows_of_their_own(scripts, tmp_path, capsys):
+    assert make_table(tmp_path, "--methods", "Vanilla ticket") == 0
+    other = ["--search", "learning-rate=2e-4", "lambda-head=0", "--draw", "tau-ffn=0.1"]
+    assert make_table(tmp_path, "--methods", "Vanilla ticket", *other) == 0
+    searched = [flags for name, flags in scripts if name == "search.py"]
+    assert [flags.get("learning-rate") for flags in searched] == [None, "2e-4"]
+    assert all(flags["adv-steps"] == 1 for flags in searched)  # what makes it a vanilla ticket stays
+    assert [flags.get("tau-ffn") for name, flags in scripts if name == "draw.py"] == [None, "0.1"]
+    printed = capsys.readouterr().out
+    assert printed.count("| Vanilla ticket | 1 |") == 2  # the second command shows both rows
+    row = "\n| Vanilla ticket, `--draw tau-ffn=0.1 --search lambda-head=0 learning-rate=2e-4` | 1 |"
+    assert printed.count(row) == 1 and printed.count("|---|") == 2  # in the one table
+    assert make_table(tmp_path, "--methods", "ORTicket", "--search", "source=rt") == 0
+    drawn = next(flags["coefficients"] for name, flags in reversed(scripts) if name == "draw.py")
+    assert drawn == tmp_path / "runs" / "minilm" / "coefficients-rt.safetensors"
+    assert make_table(tmp_path, "--methods", "RobustT", "--finetune", "weight-decay=0") == 0
+    trained = [flags for name, flags in scripts if name == "finetune.py" and "weight-decay" in flags]
+    assert [flags["weight-decay"] for flags in trained] == ["0", "0"]  # the one before the masks, and the one after
+    methods = [line.split(" | ")[0] for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    flags = ", `--draw tau-ffn=0.1 --search lambda-head=0 learning-rate=2e-4`", ", `--finetune weight-decay=0`"
+    rows = ["Vanilla ticket", "Vanilla ticket" + flags[0], "RobustT" + flags[1], "ORTicket, `--search source=rt`"]
+    assert methods[-4:] == [f"| {row}" for row in rows]
+    for flag, wrong in (  # the others are paper.py's own to give
+        *(("search", "adv-steps"), ("search", "output=elsewhere"), ("search", "seeds=2")),
+        *(("draw", "coefficients=file"), ("finetune", "seed=1"), ("finetune", "learning_rate=1")),
+    ):
+        assert make_table(tmp_path, f"--{flag}", wrong) == 2
+        assert f"--{flag} {wrong!r}: give options of {flag}.py as NAME=VALUE" in capsys.readouterr().err
+    for method, flag, reached in (
+        *(("Vanilla", "search adv-lr=1", "ORTicket"), ("PGD", "draw tau-ffn=0.1", "Random ticket")),
+        *(("ORTicket", "finetune adv-lr=1", "ORTicket + FreeLB"), ("FreeLB", "finetune alpha=1", "InfoBERT")),
+        *(("Vanilla ticket", "search adv-lr=2", "ORTicket"), ("Random ticket", "search seed=2", "Vanilla ticket")),
+    ):
+        name, value = flag.split()
+        seen = len(scripts)
+        assert make_table(tmp_path, "--methods", reached, method, f"--{name}", value) == 2 and len(scripts) == seen
+        assert f"--{name} {value.split('=')[0]} changes nothing of {method}: name" in capsys.readouterr().err
+        assert make_table(tmp_path, "--methods", reached, f"--{name}", value) == 0
+
+
+def test_a_row_counts_once_and_attacks_that_ended_in_errors_are_told(scripts, tmp_path, capsys):
+    assert make_table(tmp_path, "--methods", "Vanilla", "Vanilla") == 0 and len(scripts) == 2
+    found = {"figures": {"Clean%": 1.0}, "resources": {}}
+    with unittest.mock.patch.object(tables, "run", lambda *a: found):
+        first, recorded = [], tables.recorded
+        late = lambda path: recorded(path) if first else first.append(1) or []  # noqa: E731  which began before it
+        with unittest.mock.patch.object(tables, "recorded", late):
+            assert make_table(tmp_path, "--methods", "Vanilla") == 0
+    assert len(json.loads((tmp_path / "results" / "table1.json").read_text())["runs"]) == 1
+    assert "ended in an error" not in capsys.readouterr().out
+    seen = len(scripts)
+    assert make_table(tmp_path, "--methods", "PGD", "--seeds", "5") == 0
+    assert len(scripts) - seen == 2 * 5 + 1  # the attack with an error is tried once more
+    assert " 3 attacks ended in an error and count in no figure." in capsys.readouterr().out
+
+
+def test_a_table_that_is_interrupted_keeps_the_runs_it_has(scripts, tmp_path, monkeypatch):
+    script = tables.script
+
+    def interrupted(name, **flags):
+        if flags.get("method") == "freelb":
+            raise KeyboardInterrupt
+        script(name, **flags)
+
+    monkeypatch.setattr(tables, "script", interrupted)
+    assert make_table(tmp_path, "--methods", "Vanilla", "FreeLB") == 130
+    runs = json.loads((tmp_path / "results" / "table1.json").read_text())["runs"]
+    assert [run["method"] for run in runs] == ["Vanilla"]
+
+
+def test_two_tablesmade_at_once_keep_each_others_runs(scripts, tmp_path, monkeypatch):
+    script, others = tables.script, iter([True])
+
+    def meanwhile(name, **flags):
+        if name == "finetune.py" and next(others, False):
+            assert make_table(tmp_path, "--methods", "PGD") == 0
+        script(name, **flags)
+
+    monkeypatch.setattr(tables, "script", meanwhile)
+    assert make_table(tmp_path, "--methods", "Vanilla") == 0
+    runs = json.loads((tmp_path / "results" / "table1.json").read_text())["runs"]
+    assert [run["method"] for run in runs] == ["PGD", "Vanilla"]
+
+
+@pytest.mark.parametrize("flags", [["--methods", "Vanila"], ["--tasks", "sst3"], ["--attacks", "all"]])
+def test_a_table_of_unknown_methods_or_tasks_is_refused(tmp_path, capsys, flags):
+    assert make_table(tmp_path, *flags) == 2
+    assert "give some of" in capsys.readouterr().err and not (tmp_path / "results").exists()

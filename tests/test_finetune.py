@@ -1,0 +1,232 @@
+"""test_finetune."""
+
+import contextlib
+import json
+import shutil
+import unittest.mock
+
+import pytest
+import torch
+
+import data
+import finetune
+import gates
+from bert import Bert, Config
+from checkpoints import safetensors as our_safetensors
+from runtime import files
+from runtime.cli import BadInput
+from runtime.embeddings import restrict_vocabulary
+from tests.conftest import MINILM, call, change, kill_when, spawn
+
+
+def test_a_finetuning_killed_and_started_again_ends_with_the_same_bytes(tiny, tmp_path):
+    flags = [
+        "--task",
+        "bbc",
+        "--model",
+        tiny,
+        "--ticket",
+        "none",
+        "--epochs",
+        3,
+        "--max-length",
+        12,
+        "--precision",
+        "fp32",
+    ]
+    command = [["finetune.py", *flags, "--output", tmp_path / name] for name in ("whole", "killed")]
+    whole, folder = spawn(command[0]), tmp_path / "killed" / "tiny" / "bbc" / "none-vanilla-seed0"
+    kill_when(spawn(command[1]), (folder / "finetune.state.safetensors").exists)
+    out, err = spawn(command[1]).communicate()
+    assert "best of 3 epochs" in out and err == "" and whole.wait() == 0
+    other = tmp_path / "whole" / "tiny" / "bbc" / "none-vanilla-seed0"
+    for name in ("model.safetensors", "config.json"):
+        assert (folder / name).read_bytes() == (other / name).read_bytes()
+    assert {path.name for path in folder.iterdir()} == {path.name for path in other.iterdir()}
+
+
+def test_the_random_ticket_has_the_drawn_tickets_size_and_follows_the_seed(tmp_path):
+    path, config = tmp_path / "ticket.safetensors", Config.read(MINILM / "config.json")
+    drawn = gates.draw_masks(torch.randn(6, 12), torch.randn(6, 1536), 1 / 6, 0.2)
+    metadata = {"script": "draw.py", "model_sha256": "f00", "settings": {"tau_head": 1 / 6, "tau_ffn": 0.2}}
+    our_safetensors.write_safetensors(path, {"head": drawn[0], "ffn": drawn[1]}, metadata)
+    tickets = {}
+    for name, seed in (("drawn", 0), ("random", 0), ("random", 1), ("random", 0)):
+        options = finetune.Options(ticket=name, seed=seed)
+        tickets.setdefault((name, seed), []).append(finetune.find_ticket(options, path, "f00", config)[0])
+    first, again = tickets["random", 0]
+    other, same = tickets["random", 1][0], tickets["drawn", 0][0]
+    for part in (0, 1):
+        assert torch.equal(same[part], drawn[part]) and torch.equal(first[part], again[part])
+        assert first[part].sum() == other[part].sum() == drawn[part].sum()
+        assert not torch.equal(first[part], other[part]) and not torch.equal(first[part], drawn[part])
+
+
+def test_a_ticket_drawn_for_ones_own_imdb_is_not_that_of_the_papers(tiny, tmp_path):
+    config, path = Config.read(tiny), tmp_path / "ticket.safetensors"
+    masks = dict(zip(("head", "ffn"), gates.draw_masks(torch.rand(2, 3), torch.rand(2, 40), 1 / 6, 0.2)))
+    for drawn_for, task in (("imdb", "imdb"), ("mine", "mine.csv"), ("a/imdb.csv", "imdb")):
+        refused = drawn_for == "a/imdb.csv"
+        metadata = {"script": "draw.py", "model_sha256": "f00", "settings": {"task": drawn_for}}
+        our_safetensors.write_safetensors(path, masks, metadata)
+        with pytest.raises(BadInput, match="was drawn for a/imdb.csv") if refused else contextlib.nullcontext():
+            finetune.find_ticket(finetune.Options(task=task), path, "f00", config)
+
+
+def test_the_best_epoch_is_kept_and_each_method_trains_its_own_model(tiny, tmp_path, monkeypatch):
+    """With held-out accuracies made up, the model that is saved is the one that had the highest, the earliest of
+    equals; FreeLB's differs from the ordinary one after the same number of epochs."""
+    flags = ["--task", "bbc", "--model", tiny, "--ticket", "none", "--max-length", 8, "--precision", "fp32"]
+    seen = []
+
+    def made_up(model, rows, batch_size, dtype):
+        seen.append(model.classifier.weight.detach().clone())
+        return [0.4, 0.6, 0.6, 0.9][len(seen) - 1]  # three epochs, then the test rows
+
+    monkeypatch.setattr(finetune, "accuracy", made_up)
+    kept = {}
+    for method in ("vanilla", "freelb"):
+        seen.clear()
+        assert call(finetune, *flags, "--output", tmp_path, "--epochs", 3, "--method", method) == 0
+        folder = tmp_path / "tiny" / "bbc" / f"none-{method}-seed0"
+        kept[method] = Bert.load(folder).classifier.weight
+        assert torch.equal(kept[method], seen[1]) and not torch.equal(seen[1], seen[2])
+        metrics = json.loads((folder / "metrics.json").read_text())
+        assert (metrics["best_epoch"], metrics["validation_accuracy"], metrics["test_accuracy"]) == (2, 0.6, 0.9)
+    assert not torch.equal(kept["vanilla"], kept["freelb"])
+
+
+def test_training_only_the_words_that_occur_equals_training_all(tiny, tmp_path, monkeypatch):
+    """The second of three epochs is the best: words that do not occur have decayed in two."""
+    flags = ["--task", "bbc", "--model", tiny, "--ticket", "none", "--max-length", 8, "--train-rows", 64]
+    flags += ["--precision", "fp32", "--epochs", 3, "--weight-decay", 0.5, "--learning-rate", 0.01]
+    narrow, made, left_out = restrict_vocabulary, {}, []
+
+    def recorded(model, *sets):
+        model, words = narrow(model, *sets)
+        left_out.extend(set(range(len(before))) - set(words.tolist()))
+        return model, words
+
+    before = Bert.load(tiny).word_embeddings.weight
+    for name, way in (("some", recorded), ("all", lambda model, *sets: (model, torch.arange(len(before))))):
+        scores = iter([0.4, 0.6, 0.5, 0.5])
+        monkeypatch.setattr(finetune, "accuracy", lambda *_: next(scores))
+        monkeypatch.setattr(finetune, "restrict_vocabulary", way)
+        assert call(finetune, *flags, "--output", tmp_path / name) == 0
+        folder = tmp_path / name / "tiny" / "bbc" / "none-vanilla-seed0"
+        metrics = json.loads((folder / "metrics.json").read_text())
+        made[name] = Bert.load(folder).state_dict() | {"parameters": torch.tensor(metrics["parameters"])}
+    assert made["some"].keys() == made["all"].keys()
+    for name, tensor in made["some"].items():
+        assert torch.allclose(tensor, made["all"][name], rtol=1e-5, atol=1e-6), name
+    after = made["some"]["word_embeddings.weight"]
+    assert left_out and ((after / before)[left_out] < 0.99).all()
+
+
+def test_a_kill_between_the_files_of_an_epoch_parts_no_accuracy_from_its_model(tiny, tmp_path, monkeypatch):
+    """The third epoch is the best, its weights are written and its state is not; done again it is not the best."""
+    flags = ["--task", "bbc", "--model", tiny, "--ticket", "none", "--max-length", 8, "--train-rows", 64]
+    flags += ["--output", tmp_path, "--epochs", 3]
+    accuracies, write, seen = iter([0.4, 0.6, 0.9, 0.5, 0.1]), our_safetensors.write_safetensors, []
+
+    def made_up(model, *_):
+        seen.append(model.classifier.weight.detach().clone())
+        return next(accuracies)
+
+    def killed(path, tensors, metadata):
+        if len(metadata.get("scores", ())) == 3:
+            raise KeyboardInterrupt
+        write(path, tensors, metadata)
+
+    monkeypatch.setattr(finetune, "accuracy", made_up)
+    with monkeypatch.context() as patched:
+        patched.setattr(our_safetensors, "write_safetensors", killed)
+        patched.setattr(finetune, "peak_memory", lambda device: 1e15)
+        assert call(finetune, *flags) == 130
+    assert call(finetune, *flags) == 0
+    folder = tmp_path / "tiny" / "bbc" / "none-vanilla-seed0"
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert (metrics["best_epoch"], metrics["validation_accuracy"], metrics["peak_memory"]) == (2, 0.6, 1e15)
+    assert torch.equal(Bert.load(folder).classifier.weight, seen[1]) and len(seen) == 5
+    assert {path.name for path in folder.iterdir() if "state" in path.name} <= {"finetune.state.our_safetensors.lock"}
+
+
+def test_what_a_run_is_made_of_is_its_contents_not_how_they_are_spelled(tiny, tmp_path, capsys, monkeypatch):
+    model = shutil.copytree(tiny, tmp_path / "model")
+    c = {"head": torch.rand(2, 3), "ffn": torch.rand(2, 40)}
+    masks = dict(zip(("head", "ffn"), gates.draw_masks(*c.values(), 1 / 6, 0.2)))
+    metadata = {"script": "draw.py", "model_sha256": files.sha256(model / "model.safetensors"), "settings": {}}
+    our_safetensors.write_safetensors(tmp_path / "ticket.safetensors", masks, metadata)
+    monkeypatch.chdir(tmp_path)
+    flags = ["--task", "bbc", "--model", "model", "--output", "out", "--epochs", "1", "--max-length", 8]
+    flags += ["--train-rows", 32, "--ticket"]
+    for ticket in ("ticket.safetensors", "./ticket.safetensors", tmp_path / "ticket.safetensors"):
+        assert call(finetune, *flags, ticket) == 0
+    assert call(finetune, *flags, "none") == 0
+    change(model, hidden_dropout_prob=0.5)
+    assert call(finetune, *flags, "none") == 2 and "(another config)" in capsys.readouterr().err
+    assert files.task_folder("out/..") == tmp_path.name and files.task_folder("imdb") == "imdb"
+
+
+def test_the_ablations_keep_the_structure_or_the_weights_of_the_ticket(tiny, tmp_path, capsys):
+    c = {"head": torch.randn(2, 3), "ffn": torch.randn(2, 40)}
+    masks = gates.draw_masks(c["head"], c["ffn"], 1 / 6, 0.3)
+    model = Bert.load(tiny, num_labels=5)
+    redrawn = finetune.without_structure(model, *masks)
+    kept = model.pruned(*masks), redrawn.pruned(*masks)
+    for a, b in zip(*(part.state_dict().values() for part in kept)):
+        assert torch.equal(a, b)
+    inverse = ~masks[0], ~masks[1]
+    pruned = [part.pruned(*inverse).state_dict() for part in (model, redrawn)]
+    for name in ("intermediate.weight", "output.weight", "query_key_value.weight"):
+        for layer in (0, 1):
+            a, b = (state[f"layers.{layer}.{name}"] for state in pruned)
+            assert a.numel() == 0 or not torch.equal(a, b)
+    metadata = {"script": "draw.py", "model_sha256": data.find_model(str(tiny))[1], "settings": {}}
+    our_safetensors.write_safetensors(tmp_path / "ticket.safetensors", {"head": masks[0], "ffn": masks[1]}, metadata)
+    flags = ["--task", "bbc", "--model", tiny, "--output", tmp_path, "--max-length", "8", "--epochs", "1"]
+    flags += ["--ticket", tmp_path / "ticket.safetensors", "--learning-rate", "1e-9", "--precision", "fp32"]
+    sizes = {}
+    for ablation in ("no-initialization", "no-structure"):
+        assert call(finetune, *flags, "--ablation", ablation) == 0
+        folder = tmp_path / "tiny" / "bbc" / f"ticket-vanilla-{ablation}-seed0"
+        sizes[ablation] = Bert.load(folder)
+    full = Bert.load(tiny)
+    assert sizes["no-initialization"].config.neurons == tuple(masks[1].sum(1).tolist())
+    assert not torch.allclose(sizes["no-initialization"].word_embeddings.weight, full.word_embeddings.weight, atol=0.01)
+    assert not sizes["no-structure"].config.is_pruned
+    torch.testing.assert_close(
+        sizes["no-structure"].word_embeddings.weight, full.word_embeddings.weight, atol=1e-4, rtol=0
+    )
+    assert call(finetune, *flags[:-4], "--ticket", "none", "--ablation", "no-structure") == 2
+    assert "--ticket none has none" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", ["pgd", "infobert"])
+def test_every_method_trains_resumes_and_says_what_it_cost(tiny, tmp_path, method):
+    flags = ["--task", "bbc", "--model", tiny, "--ticket", "none", "--max-length", "8", "--epochs", "2"]
+    flags += ["--precision", "fp32", "--train-rows", "100", "--method", method]
+    assert call(finetune, *flags, "--output", tmp_path / "whole") == 0
+    original = our_safetensors.write_safetensors
+
+    def interrupted(path, *rest):
+        original(path, *rest)
+        if path.name == "finetune.state.safetensors":
+            raise KeyboardInterrupt
+
+    with unittest.mock.patch.object(our_safetensors, "write_safetensors", interrupted):
+        assert call(finetune, *flags, "--output", tmp_path / "killed") == 130
+    assert call(finetune, *flags, "--output", tmp_path / "killed") == 0
+    files = [tmp_path / run / "tiny" / "bbc" / f"none-{method}-seed0" for run in ("whole", "killed")]
+    assert files[0].joinpath("model.safetensors").read_bytes() == files[1].joinpath("model.safetensors").read_bytes()
+    metrics = json.loads((files[0] / "metrics.json").read_text())
+    assert metrics["settings"]["adv_lr"] == {"pgd": 0.03, "infobert": 0.04}[method]
+    tokens_ = metrics["tokens_per_second"] * metrics["seconds"]
+    assert 2 * 100 * 3 <= round(tokens_) <= 2 * 100 * 8 and metrics["peak_memory"] > 1e8
+
+
+@pytest.mark.slow
+def test_the_full_minilm_reaches_84_percent_on_rt_within_three_epochs(tmp_path):
+    assert call(finetune, "--task", "rt", "--ticket", "none", "--epochs", "3", "--output", tmp_path) == 0
+    metrics = json.loads((tmp_path / "minilm" / "rt" / "none-vanilla-seed0" / "metrics.json").read_text())
+    assert metrics["test_accuracy"] >= 0.84

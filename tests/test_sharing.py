@@ -1,0 +1,131 @@
+"""test_sharing."""
+
+import json
+import os
+import shutil
+import unittest.mock
+
+import pytest
+import torch
+import transformers
+
+import data
+import draw
+import finetune
+import search
+from bert import Bert
+from checkpoints import safetensors as our_safetensors
+from inputs.batches import TokenizedSplit
+from inputs.tokenizer import Tokenizer
+from tests.conftest import FAMILIES, HERE, MASKS, call, quick_search, saved, spawn, token_ids
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_exported_is_loaded_by_transformers_unchanged(tmp_path, corpus, family, capsys):
+    saved(tmp_path / "model", family=family)
+    model = tmp_path / "model"
+    assert call(search, *quick_search(model, corpus, tmp_path)[1:], "--gamma", "0.9", "--patience", "2") == 0
+    assert call(draw, "--task", "rt", "--model", model, "--output", tmp_path, "--tau-ffn", "0.5") == 0
+    flags = ["--task", "rt", "--model", model, "--output", tmp_path, "--epochs", "1", "--max-length", "8"]
+    texts = [texts[0] for texts, _ in data.reviews("rotten_tomatoes")][:64]
+    tickets = {"drawn": True, "random": True, "none": False} if family == "bert" else {"drawn": True}
+    for ticket, pruned in tickets.items():
+        target = tmp_path / f"hf-{ticket}"
+        assert call(finetune, *flags, "--ticket", ticket, "--export-hf", target) == 0
+        assert str(target) in capsys.readouterr().out
+        theirs = transformers.AutoModelForSequenceClassification.from_pretrained(target).eval()
+        tokenizer = transformers.AutoTokenizer.from_pretrained(target)
+        folder = tmp_path / "model" / "rt" / f"{ticket}-vanilla-seed0"
+        ours = Bert.load(folder).eval()
+        assert (min(ours.config.neurons) < 40) == pruned and len(
+            theirs.base_model.encoder.layer[0].output.dense.weight[0]
+        ) == 40
+        encoded = tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
+        with torch.no_grad():
+            expected = theirs(**encoded).logits
+            found = ours.class_logits(encoded["input_ids"], encoded["attention_mask"].bool())
+        torch.testing.assert_close(found, expected, atol=1e-5 * expected.abs().max().item(), rtol=1e-5)
+        assert token_ids(Tokenizer(folder), texts, 64) == tokenizer(texts, truncation=True)["input_ids"]
+        assert theirs.config.id2label == {0: "negative", 1: "positive"}
+        zeros = sum(
+            (layer.intermediate.dense.weight == 0).all(1).sum().item() for layer in theirs.base_model.encoder.layer
+        )
+        assert zeros == (40 if pruned else 0)
+        card = (target / "README.md").read_text()
+        assert json.loads((folder / "metrics.json").read_text())["model_sha256"] in card and "| task | rt:" in card
+
+
+def test_an_export_replaces_nothing_that_is_not_its_own(tiny, tmp_path, capsys):
+    flags = ["--task", "rt", "--model", tiny, "--output", tmp_path, "--epochs", "1", "--max-length", "8"]
+    other = shutil.copytree(tiny, tmp_path / "other")
+    original = (other / "model.safetensors").read_bytes()
+    assert call(finetune, *flags, "--ticket", "none", "--export-hf", other) == 2
+    assert "--overwrite, or another --export-hf" in capsys.readouterr().err
+    assert (other / "model.safetensors").read_bytes() == original
+
+
+def test_an_export_replaces_no_other_files_and_no_model_that_it_is_made_of(tiny, tmp_path, capsys):
+    flags = ["--task", "rt", "--model", tiny, "--output", tmp_path, "--epochs", "1", "--max-length", "8"]
+    flags += ["--ticket", "none", "--train-rows", "32", "--export-hf"]
+    target, run = tmp_path / "mine", tmp_path / "tiny" / "rt" / "none-vanilla-seed0"
+    target.mkdir()
+    (target / "README.md").write_text("my own")
+    assert call(finetune, *flags, target) == 2 and not run.exists()
+    assert f"{target}: no export wrote its README.md; give another folder" in capsys.readouterr().err
+    assert (target / "README.md").read_text() == "my own"
+    assert call(finetune, *flags, tiny.parent / "tiny" / ".", "--overwrite") == 2
+    assert "is the folder of the model itself" in capsys.readouterr().err
+    original = our_safetensors.write_safetensors
+    interrupt = lambda *a: original(*a) if target.name not in str(a[0]) else 1 / 0  # noqa: E731
+    with unittest.mock.patch.object(our_safetensors, "write_safetensors", interrupt), pytest.raises(ZeroDivisionError):
+        call(finetune, *flags, target, "--overwrite")
+    assert not (target / "model.safetensors").exists()
+    assert call(finetune, *flags, target) == 0  # what an interrupted export left is an export's
+    model = (run / "model.safetensors").read_bytes()
+    assert call(finetune, *flags, run) == 2 and (run / "model.safetensors").read_bytes() == model
+    (target / "README.md").write_text("edited")
+    assert call(finetune, *flags, target) == 0 and (target / "README.md").read_text() == "edited"
+    assert call(finetune, *flags, shutil.copytree(run, tmp_path / "copy")) == 2  # which would be narrow with a ticket
+    assert "(export None, not 'dense'): --overwrite, or another --export-hf" in capsys.readouterr().err
+
+
+def test_what_cannot_be_exported_is_refused_before_training_and_after_it(tiny, corpus, tmp_path, capsys):
+    """A folder that is a file, and a model pruned elsewhere, whose masks nobody knows."""
+    flags = ["--task", "rt", "--output", tmp_path, "--ticket", "none", "--epochs", "1", "--max-length", "8"]
+    (tmp_path / "file").write_text("")
+    assert call(finetune, *flags, "--model", tiny, "--export-hf", tmp_path / "file") == 2
+    assert "cannot write" in capsys.readouterr().err and not (tmp_path / "tiny" / "rt").exists()
+    masks = [torch.tensor(mask).bool() for mask in MASKS["uneven"]]
+    Bert.load(tiny).pruned(*masks).save(tmp_path / "narrow", ("0", "1"), {})
+    shutil.copy(tiny / "vocab.txt", tmp_path / "narrow")
+    for trained in (False, True):
+        assert (tmp_path / "narrow" / "rt").exists() == trained
+        assert call(finetune, *flags, "--model", tmp_path / "narrow", "--export-hf", tmp_path / "dense") == 2
+        assert "narrow was pruned elsewhere" in capsys.readouterr().err
+        assert call(finetune, *flags, "--model", tmp_path / "narrow") == 0
+        capsys.readouterr()
+
+
+@pytest.mark.slow
+def test_what_is_exported_is_loaded_by_textattack_unchanged(tmp_path):
+    resources = HERE.parent / "shared" / "resources" / "nltk_data"
+    if not resources.is_dir():
+        pytest.skip("TextAttack cannot be imported without NLTK's data, which is not here")
+    flags = ["--task", "rt", "--output", tmp_path, "--epochs", "1", "--max-length", "8", "--ticket", "none"]
+    assert call(finetune, *flags, "--export-hf", tmp_path / "hf") == 0
+    script = """
+import sys, transformers
+from textattack.models.wrappers import HuggingFaceModelWrapper
+model = transformers.AutoModelForSequenceClassification.from_pretrained(sys.argv[1])
+wrapper = HuggingFaceModelWrapper(model.eval(), transformers.AutoTokenizer.from_pretrained(sys.argv[1]))
+print(wrapper(["a fine film", "a dull, long one"]).tolist())
+"""
+    process = spawn(["-c", script, tmp_path / "hf"], env=os.environ | {"NLTK_DATA": str(resources)})
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    folder = tmp_path / "minilm" / "rt" / "none-vanilla-seed0"
+    model, tokenizer = Bert.load(folder).eval(), Tokenizer(folder)
+    rows = TokenizedSplit(tokenizer, [(("a fine film",), 0), (("a dull, long one",), 1)], 128, torch.device("cpu"))
+    with torch.no_grad():
+        expected = model.class_logits(*rows.batch(torch.arange(2))[:3])
+    torch.testing.assert_close(torch.tensor(json.loads(out.splitlines()[-1])), expected, atol=1e-5, rtol=1e-5)
