@@ -96,7 +96,7 @@ class Embedding(nn.Embedding):
     reset_parameters = Linear.reset_parameters
 
 
-FIRST = "the first token of every example"  # in place of the indices of tokens whose states are wanted
+CLS_ONLY = "the first token of every example"  # in place of the indices of tokens whose states are wanted
 
 
 class Layer(nn.Module):
@@ -137,18 +137,18 @@ class Layer(nn.Module):
             context = self.attention_dropout(scores.softmax(-1, dtype).to(scores.dtype)) @ v
         return context.transpose(1, 2).flatten(2)
 
-    def forward(self, x, bias=None, gates=None, keep=None):
+    def forward(self, x, bias=None, gates=None, positions=None):
         """x (B, T, d) -> (B, T, d); with `keep`, indices into the B T tokens, (len(keep), d); with FIRST (B, d).
 
         `gates`: the layer's coefficients (c_H (H,), c_F (F,)). They belong on the heads' outputs and on the neurons
         (eq. 3 and 4); here they scale the columns of the matrix that comes next, which is the same product and
         costs d rather than B T multiplications a column.
         """
-        context = self.attention(x, bias, first_only=keep is FIRST)
-        if keep is FIRST:
+        context = self.attention(x, bias, first_only=positions is CLS_ONLY)
+        if positions is CLS_ONLY:
             context, x = context[:, 0], x[:, 0]
-        elif keep is not None:
-            context, x = context.flatten(0, 1)[keep], x.flatten(0, 1)[keep]
+        elif positions is not None:
+            context, x = context.flatten(0, 1)[positions], x.flatten(0, 1)[positions]
         w_o, w_2 = self.attention_output.weight, self.output.weight  # (d, H s) and (d, F)
         if gates is not None:
             w_o = w_o * gates[0].repeat_interleave(self.head_size)
@@ -190,7 +190,7 @@ class Bert(nn.Module):
         if isinstance(module, (nn.Linear, MLMHead)) and module.bias is not None:
             nn.init.zeros_(module.bias)
 
-    def forward(self, ids, mask=None, segments=None, keep=None, gates=None, delta=None):
+    def forward(self, ids, mask=None, segments=None, positions=None, gates=None, delta=None):
         """The last layer's hidden states.
 
         ids: (B, T) token ids. mask: (B, T), true at tokens and false at padding; None: no padding. segments: (B, T)
@@ -198,7 +198,7 @@ class Bert(nn.Module):
         computes no others. gates: (c_H (layers, H), c_F (layers, F)). delta: (B, T, d), added to the token embeddings,
         the perturbation of eq. 6. Returns (B, T, d), with indices (len(keep), d), with FIRST (B, d).
         """
-        return self.encode(self.embed(ids, segments, delta), mask, keep, gates)
+        return self.encode(self.embed(ids, segments, delta), mask, positions, gates)
 
     def embed(self, ids, segments=None, delta=None):
         """(B, T) -> (B, T, d), what the first layer sees."""
@@ -206,10 +206,10 @@ class Bert(nn.Module):
         if delta is not None:
             words = words + delta
         segments = self.segment_embeddings.weight[0] if segments is None else self.segment_embeddings(segments)
-        positions = self.position_embeddings.weight[self.config.first_position :][: ids.shape[1]]
-        return self.dropout(self.embedding_norm(words + positions + segments))
+        places = self.position_embeddings.weight[self.config.first_position :][: ids.shape[1]]
+        return self.dropout(self.embedding_norm(words + places + segments))
 
-    def encode(self, x, mask=None, keep=None, gates=None):
+    def encode(self, x, mask=None, positions=None, gates=None):
         """The layers one after another; x (B, T, d), the rest as of `forward`. With `self.checkpointing` a layer keeps
         its input alone and is computed again in the backward pass: a third more work, a fraction of the memory."""
         bias = None
@@ -218,7 +218,7 @@ class Bert(nn.Module):
             bias = torch.zeros(mask.shape, device=x.device).masked_fill_(~mask.bool(), hidden)[:, None, None]
         for i, layer in enumerate(self.layers):
             c = None if gates is None else (gates[0][i], gates[1][i])
-            given = x, bias, c, keep if i == len(self.layers) - 1 else None
+            given = x, bias, c, positions if i == len(self.layers) - 1 else None
             if self.checkpointing:
                 with keep_dropout_masks(None):  # drawn again, as the rest is computed again
                     x = checkpoint(layer, *given, use_reentrant=False)
@@ -250,7 +250,7 @@ class Bert(nn.Module):
 
     def class_logits(self, ids, mask=None, segments=None, gates=None, delta=None):
         """(B, T) -> (B, labels), from the pooled state of the first token; arguments as `forward`."""
-        return self.classify(self(ids, mask, segments, FIRST, gates, delta))
+        return self.classify(self(ids, mask, segments, CLS_ONLY, gates, delta))
 
     def class_loss(self, ids, mask, segments, labels, gates=None, delta=None):
         """The mean cross entropy of `class_logits` against labels (B,), in float32 whatever the autocast."""
@@ -271,14 +271,14 @@ class Bert(nn.Module):
         """
         config = replace(self.config, heads=tuple(head_mask.sum(1).tolist()), neurons=tuple(ffn_mask.sum(1).tolist()))
         state = self.state_dict()
-        for name, kept, dimension in cuts(head_mask, ffn_mask, config.head_size):
+        for name, kept, dimension in pruning_slices(head_mask, ffn_mask, config.head_size):
             state[name] = state[name].index_select(dimension, kept.nonzero().flatten().to(state[name].device))
         return self.with_state(config, state)
 
     def dense(self, head_mask, ffn_mask):
         """The full-sized Bert that equals this one, which `pruned` made with these masks: zeros where that cut."""
         state = self.state_dict()
-        for name, kept, dimension in cuts(head_mask, ffn_mask, self.config.head_size):
+        for name, kept, dimension in pruning_slices(head_mask, ffn_mask, self.config.head_size):
             tensor, shape = state[name], list(state[name].shape)
             shape[dimension] = len(kept)
             kept = kept.nonzero().flatten().to(tensor.device)
@@ -332,7 +332,7 @@ class Bert(nn.Module):
         return model
 
 
-def cuts(head_mask, ffn_mask, head_size):
+def pruning_slices(head_mask, ffn_mask, head_size):
     """(name of a tensor, mask of what is kept, in which dimension) of all that pruning by these masks cuts."""
     for i, (heads, neurons) in enumerate(zip(head_mask, ffn_mask)):
         columns = heads.repeat_interleave(head_size)  # (H s,)

@@ -24,7 +24,7 @@ import torch
 
 import data
 from baselines.infobert import Anchor, InfoBERT
-from bert import Bert, Config, cuts
+from bert import Bert, Config, pruning_slices
 from checkpoints import huggingface, safetensors
 from checkpoints.provenance import is_up_to_date, load_checkpoint, restore_state, training_state, versions
 from freelb import freelb, pgd
@@ -94,7 +94,7 @@ class Options:
     )
     alpha: float = option(5e-3, "InfoBERT's, of the anchored features", at_least=0)
     beta: float = option(5e-3, "InfoBERT's, of the information bottleneck", at_least=0)
-    accumulate: int = option(1, "parts of a step, one after another, where memory is short", at_least=1)
+    grad_accum_steps: int = option(1, "parts of a step, one after another, where memory is short", at_least=1)
     checkpointing: bool = option(
         False, "compute activations twice instead of keeping them: less memory, a third more work"
     )
@@ -107,7 +107,7 @@ class Options:
     )
 
 
-NOT_SETTINGS = ("output", "overwrite", "export_hf", "accumulate", "checkpointing")  # a run may go on with others
+NOT_SETTINGS = ("output", "overwrite", "export_hf", "grad_accum_steps", "checkpointing")  # a run may go on with others
 
 
 def main():
@@ -166,11 +166,11 @@ def main():
         if not distributed.broadcast_from_main(lambda: is_up_to_date(finished, provenance, options.overwrite)):
             model, weight_masks = starting_point(options, source, masks, task)
             finetune(options, provenance, model.to(device), weight_masks, sets, folder, tokenizer, task, dtype)
-        if distributed.FIRST:
+        if distributed.is_main_process():
             for leftover in folder.glob("*.state.safetensors"):
                 leftover.unlink()
     distributed.shutdown()
-    if not distributed.FIRST:
+    if not distributed.is_main_process():
         return
     metrics = files.read_json(folder / "metrics.json")
     print(
@@ -270,8 +270,8 @@ def finetune(options, provenance, model, weight_masks, sets, folder, tokenizer, 
     for weight, mask in held.items():
         weight.data.mul_(mask)
     adversary = {name: provenance["settings"][f"adv_{name}"] for name in ("steps", "lr", "init_mag", "max_norm")}
-    adversary["accumulate"] = options.accumulate
-    climb = pgd if options.method == "pgd" else freelb
+    adversary["accumulate"] = options.grad_accum_steps
+    ascend = pgd if options.method == "pgd" else freelb
     parts, info = {"model": model}, None
     if options.method == "infobert":
         parts["anchor"] = Anchor(model.config.hidden_size).to(device)
@@ -312,7 +312,7 @@ def finetune(options, provenance, model, weight_masks, sets, folder, tokenizer, 
 
             with autocast(device, dtype):
                 present = token_mask(*batch)
-                total += distributed.gradients(trained, climb, loss_for, present, model.config.hidden_size, **adversary)
+                total += distributed.gradients(trained, ascend, loss_for, present, model.config.hidden_size, **adversary)
             for weight, mask in held.items():  # at 0 they stay: AdamW decays nothing, and has no gradient to add up
                 weight.grad.mul_(mask)
             torch.nn.utils.clip_grad_norm_(trained.parameters(), options.clip_norm)
@@ -327,7 +327,7 @@ def finetune(options, provenance, model, weight_masks, sets, folder, tokenizer, 
             raise BadInput(f"training diverged in epoch {epoch + 1}: lower --learning-rate {options.learning_rate:g}")
         scores.append(accuracy(model, sets["validation"], options.batch_size, dtype))
         memory = max(memory, peak_memory(device))
-        if distributed.FIRST:
+        if distributed.is_main_process():
             if scores[-1] > max(scores[:-1], default=-1.0):
                 safetensors.write_safetensors(best(scores), model.state_dict(), provenance)
             metadata = provenance | {"seconds": seconds, "peak_memory": memory, "scores": scores}
@@ -355,7 +355,7 @@ def finetune(options, provenance, model, weight_masks, sets, folder, tokenizer, 
         "tokens_per_second": options.epochs * len(sets["train"].ids) / seconds,
         "peak_memory": max(memory, peak_memory(device)),
     }
-    if distributed.FIRST:
+    if distributed.is_main_process():
         files.write_json(folder / "metrics.json", provenance | metrics)
         tokenizer.save(folder)
         model.save(folder, task.labels, provenance)  # last: where it is, the run is complete
@@ -364,7 +364,7 @@ def finetune(options, provenance, model, weight_masks, sets, folder, tokenizer, 
 def without_structure(model, head_mask, ffn_mask):
     """The full model with what the masks would prune initialized anew: Table 6's ablation of the structure."""
     state, fresh = model.state_dict(), Bert(model.config).state_dict()
-    for name, kept, dimension in cuts(head_mask, ffn_mask, model.config.head_size):
+    for name, kept, dimension in pruning_slices(head_mask, ffn_mask, model.config.head_size):
         shape = [-1 if i == dimension else 1 for i in range(state[name].dim())]
         state[name] = torch.where(kept.view(shape), state[name], fresh[name])
     return model.with_state(model.config, state)

@@ -8,7 +8,7 @@ import torch
 from runtime.cpu import keep_dropout_masks
 
 
-def freelb(loss_of, mask, dim, steps, lr, init_mag, max_norm, anchored=None):
+def freelb(loss_of, mask, dim, steps, lr, init_mag, max_norm, extra_loss=None):
     """K forward and backward passes, each but the last followed by a step up the loss; every pass's gradient counts.
 
     loss_of(delta): the loss on one batch whose token embeddings are moved by delta (B, T, dim). mask: (B, T), 1 at
@@ -18,15 +18,15 @@ def freelb(loss_of, mask, dim, steps, lr, init_mag, max_norm, anchored=None):
     init_mag = 0 this is an ordinary training step. anchored(gradient at delta): a loss that every pass adds for the
     parameters alone, once that gradient is known (InfoBERT); it is not in what is returned.
     """
-    return climb(loss_of, mask, dim, steps, lr, init_mag, max_norm, [1 / steps] * steps, anchored)
+    return ascend(loss_of, mask, dim, steps, lr, init_mag, max_norm, [1 / steps] * steps, extra_loss)
 
 
-def pgd(loss_of, mask, dim, steps, lr, init_mag, max_norm, anchored=None):
+def pgd(loss_of, mask, dim, steps, lr, init_mag, max_norm, extra_loss=None):
     """As `freelb`, but only the last pass, at the worst delta found, gives the parameters a gradient."""
-    return climb(loss_of, mask, dim, steps, lr, init_mag, max_norm, [0] * (steps - 1) + [1], anchored)
+    return ascend(loss_of, mask, dim, steps, lr, init_mag, max_norm, [0] * (steps - 1) + [1], extra_loss)
 
 
-def climb(loss_of, mask, dim, steps, lr, init_mag, max_norm, weights, anchored):
+def ascend(loss_of, mask, dim, steps, lr, init_mag, max_norm, weights, extra_loss):
     """The loop of both: `weights` are the shares of the passes in the parameters' gradient and in the loss."""
     mask = mask.float()[..., None]  # (B, T, 1)
     tokens = mask.sum(1, keepdim=True).clamp(min=1)  # (B, 1, 1), padding not counted
@@ -40,12 +40,12 @@ def climb(loss_of, mask, dim, steps, lr, init_mag, max_norm, weights, anchored):
         if delta.is_cuda:
             torch.cuda.set_rng_state(random_state[1])
         last = step == steps - 1
-        delta.requires_grad_(not last or anchored is not None)
+        delta.requires_grad_(not last or extra_loss is not None)
         with keep_dropout_masks(dropout_masks):
             loss = loss_of(delta)
-        if anchored is not None:  # the ascent follows the loss alone
+        if extra_loss is not None:  # the ascent follows the loss alone
             gradient = torch.autograd.grad(loss, delta, retain_graph=True)[0]
-            ((loss + anchored(gradient)) * weight).backward()
+            ((loss + extra_loss(gradient)) * weight).backward()
         elif weight:
             (loss * weight).backward()
             gradient = delta.grad

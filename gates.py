@@ -79,5 +79,5 @@ class EarlyStopping:
         return distances
 
     @property
-    def over(self):
+    def should_stop(self):
         return self.streak >= self.patience

@@ -3,7 +3,7 @@
 
     python search.py                                      embedded MiniLM on BBC News, no network needed
     python search.py --adv-steps 1 --adv-init-mag 0       the ordinary ("vanilla") ticket, no adversary (Table 3)
-    python search.py --source rt                          on a task's loss instead of MLM's (Table 4)
+    python search.py --objective rt                          on a task's loss instead of MLM's (Table 4)
     python search.py --seeds 10                           ten searches, one after another
     torchrun --nproc-per-node 2 search.py                 on two GPUs, each taking half of every batch
 
@@ -39,7 +39,7 @@ class Options:
     revision: str = option(
         None, "branch or commit of a model on the hub; bert-base-uncased and roberta-base are pinned"
     )
-    source: str = option("mlm", "mlm on the corpus; or a task, whose own loss is then searched on")
+    objective: str = option("mlm", "mlm on the corpus; or a task, whose own loss is then searched on")
     text_columns: tuple = option(("text",), "of a source of one's own: the column with the text, or two for pairs")
     label_column: str = option("label", "of a source of one's own")
     corpus: str = option(
@@ -68,9 +68,9 @@ class Options:
     mini_epoch: float = option(0.05, "epochs between two comparisons of the masks", at_least=1e-4, at_most=1)
     gamma: float = option(0.1, "normalized Hamming distance below which masks count as unchanged", above=0)
     patience: int = option(5, "mini-epochs in a row below gamma that end the search", at_least=1)
-    head_steps: int = option(200, "steps to fit an MLM head where the model comes without one", at_least=1)
-    head_learning_rate: float = option(3e-3, "of that head", above=0)
-    accumulate: int = option(1, "parts of a step, one after another, where memory is short", at_least=1)
+    mlm_head_steps: int = option(200, "steps to fit an MLM head where the model comes without one", at_least=1)
+    mlm_head_learning_rate: float = option(3e-3, "of that head", above=0)
+    grad_accum_steps: int = option(1, "parts of a step, one after another, where memory is short", at_least=1)
     checkpointing: bool = option(
         False, "compute activations twice instead of keeping them: less memory, a third more work"
     )
@@ -78,7 +78,7 @@ class Options:
     overwrite: bool = option(False, "replace the coefficients of another search in the same folder")
 
 
-NOT_SETTINGS = ("output", "overwrite", "seeds", "accumulate", "checkpointing")  # a search may go on with others
+NOT_SETTINGS = ("output", "overwrite", "seeds", "grad_accum_steps", "checkpointing")  # a search may go on with others
 
 
 def main():
@@ -88,8 +88,8 @@ def main():
     distributed.init_distributed(device)
     dtype = pick_precision(device, options.precision)
     columns = cli.flags(options, "text_columns", "label_column")
-    if options.source == "mlm" and columns:
-        raise BadInput(f"{columns.strip()} is of a --source of one's own: a corpus has no columns")
+    if options.objective == "mlm" and columns:
+        raise BadInput(f"{columns.strip()} is of a --objective of one's own: a corpus has no columns")
     output = files.output_folder(options.output, options.model)
     with distributed.main_process_first():
         folder, model_sha256 = data.find_model(options.model, options.revision)
@@ -98,10 +98,10 @@ def main():
         config = Config.read(folder)
         c = Coefficients(config.num_hidden_layers, config.num_attention_heads, config.intermediate_size)
         draw_masks(*c.gates, options.tau_head, options.tau_ffn)  # ratios that cannot be had are refused now
-        source = (MLM if options.source == "mlm" else Classification)(options, tokenizer, config, device)
+        source = (MLM if options.objective == "mlm" else Classification)(options, tokenizer, config, device)
     print(source.description)
     for seed in range(options.seed, options.seed + options.seeds):
-        name = "" if options.source == "mlm" else f"-{files.task_folder(options.source)}"
+        name = "" if options.objective == "mlm" else f"-{files.task_folder(options.objective)}"
         name += f"-seed{seed}" if options.seeds > 1 else ""
         of_seed = replace(options, seed=seed)
         settings = {key: value for key, value in asdict(of_seed).items() if key not in NOT_SETTINGS}
@@ -117,7 +117,7 @@ def main():
         with distributed.file_lock(state):
             if not distributed.broadcast_from_main(lambda: is_up_to_date(path, provenance, options.overwrite)):
                 search(of_seed, provenance, folder, tokenizer, source, path, state, device, dtype)
-            if distributed.FIRST:
+            if distributed.is_main_process():
                 state.unlink(missing_ok=True)
                 plot(path, output / f"search{name}.png")
                 report(path, output / f"search{name}.png", options)
@@ -151,7 +151,7 @@ class MLM:
             part = [t.to(self.device) for t in (ids[rows], keep, labels[first:end])]
 
             def loss_of(delta):
-                loss = model.mlm_loss(model(part[0], keep=part[1], gates=c.gates, delta=delta), part[2])
+                loss = model.mlm_loss(model(part[0], positions=part[1], gates=c.gates, delta=delta), part[2])
                 return loss * ((end - first) / max(1, len(labels)))
 
             return loss_of, None
@@ -163,13 +163,13 @@ class Classification:
     """Or a task (Table 4): its training rows, with a classifier, newly initialized where the model has none for it."""
 
     def __init__(self, options, tokenizer, config, device):
-        task = data.find_task(options.source, tuple(options.text_columns), options.label_column)
+        task = data.find_task(options.objective, tuple(options.text_columns), options.label_column)
         rows = task.load(options.data_revision)["train"]
         length = min(task.max_length, config.max_length)
         self.rows = TokenizedSplit(tokenizer, rows, length, device)
         self.num_labels, self.sha256 = len(task.labels), rows_sha256(tokenizer, length, rows)
         self.steps = -(-len(rows) // options.batch_size)
-        self.description = f"task {options.source}: {len(rows):,} training rows"
+        self.description = f"task {options.objective}: {len(rows):,} training rows"
 
     def epoch(self, seed, epoch, batch_size):
         generator = np.random.Generator(np.random.PCG64([seed, epoch]))
@@ -198,7 +198,7 @@ def search(options, provenance, folder, tokenizer, source, path, state, device, 
     for remark in huggingface.load_report(model):
         print(remark)
     if (
-        "mlm_head" in model.initialized and not tensors and distributed.FIRST
+        "mlm_head" in model.initialized and not tensors and distributed.is_main_process()
     ):  # the others get it with the rest of theta
         head_path = path.parent / "mlm_head.safetensors"
         with distributed.file_lock(head_path):
@@ -208,10 +208,10 @@ def search(options, provenance, folder, tokenizer, source, path, state, device, 
     c.to(device)
     of_c = (options.learning_rate_c or options.learning_rate) / options.learning_rate
     groups = optim.decay_groups(model, options.weight_decay)
-    groups.append({"params": c.parameters(), "weight_decay": 0.0, "times": of_c})
+    groups.append({"params": c.parameters(), "weight_decay": 0.0, "lr_scale": of_c})
     optimizer = torch.optim.AdamW(groups, lr=options.learning_rate, fused=True)
     trained = distributed.together(model=model, c=c)
-    adversary = {"accumulate": options.accumulate, "steps": options.adv_steps, "lr": options.adv_lr}
+    adversary = {"accumulate": options.grad_accum_steps, "steps": options.adv_steps, "lr": options.adv_lr}
     adversary |= {"init_mag": options.adv_init_mag, "max_norm": options.adv_max_norm}
 
     steps_per_epoch = source.steps
@@ -233,7 +233,7 @@ def search(options, provenance, folder, tokenizer, source, path, state, device, 
     total, counted = torch.zeros((), device=device), 0  # of the mini-epoch's losses; a list would fragment the memory
     status, order_of, order = "", None, None
     bar = cli.progress(steps, step, "search")
-    while step < steps and not stopping.over:  # line 2
+    while step < steps and not stopping.should_stop:  # line 2
         epoch, batch = divmod(step, steps_per_epoch)
         if order_of != epoch:
             order_of, order = epoch, source.epoch(options.seed, epoch, options.batch_size)
@@ -262,16 +262,16 @@ def search(options, provenance, folder, tokenizer, source, path, state, device, 
                 series.append(value)
             total, counted = torch.zeros_like(total), 0
             stacked = {name: torch.stack(series) for name, series in trace.items()}
-            if distributed.FIRST:
+            if distributed.is_main_process():
                 tensors = training_state(optimizer, model=model, c=c) | stacked
                 safetensors.write_safetensors(state, tensors, provenance)
             status = f", distance heads {distances[0]:.3f}, neurons {distances[1]:.3f}, streak {stopping.streak}"
     bar.close()
-    if not distributed.FIRST:
+    if not distributed.is_main_process():
         return
     final = {"head": trace["trace.head"][-1], "ffn": trace["trace.ffn"][-1]}
     final |= {name: torch.stack(series) for name, series in trace.items()}
-    metadata = provenance | {"stopped_early": stopping.over, "mini_epochs_at_most": len(ends)}
+    metadata = provenance | {"stopped_early": stopping.should_stop, "mini_epochs_at_most": len(ends)}
     safetensors.write_safetensors(path, final, metadata)
 
 
@@ -281,7 +281,7 @@ def fit_mlm_head(options, provenance, model, tokenizer, blocks, path, dtype):
     Its bias starts at the log frequencies of the corpus's tokens, so that the head need not learn them.
     """
     head, device = model.mlm_head, model.mlm_head.bias.device
-    matters = ("seed", "block", "batch_size", "warmup", "head_steps", "head_learning_rate", "precision")
+    matters = ("seed", "block", "batch_size", "warmup", "mlm_head_steps", "mlm_head_learning_rate", "precision")
     provenance = provenance | {"settings": {name: provenance["settings"][name] for name in matters}}
     if is_up_to_date(path, provenance, overwrite=True):  # another takes a minute, and attack.py says which it used
         head.load_state_dict(safetensors.read_safetensors(path)[0])
@@ -289,18 +289,18 @@ def fit_mlm_head(options, provenance, model, tokenizer, blocks, path, dtype):
     print(f"{options.model} comes without an MLM head: fitting one with the encoder frozen, {path} keeps it")
     counts = blocks.frequencies(model.config.vocab_size) + 0.5
     head.bias.data.copy_((counts / counts.sum()).log())
-    optimizer = torch.optim.AdamW(head.parameters(), lr=options.head_learning_rate, weight_decay=0.0, fused=True)
-    bar = cli.progress(options.head_steps, description="MLM head")
-    for step in range(options.head_steps):
+    optimizer = torch.optim.AdamW(head.parameters(), lr=options.mlm_head_learning_rate, weight_decay=0.0, fused=True)
+    bar = cli.progress(options.mlm_head_steps, description="MLM head")
+    for step in range(options.mlm_head_steps):
         optim.seed_step(options.seed, 3, step)
         rows = torch.randint(len(blocks), (min(options.batch_size, len(blocks)),))
         ids, positions, labels = (t.to(device) for t in mask_tokens(blocks.rows(rows), tokenizer))
         with autocast(device, dtype):
             with torch.no_grad():
-                states = model.eval()(ids, keep=positions)
+                states = model.eval()(ids, positions=positions)
             loss = model.mlm_loss(states, labels)
         loss.backward(inputs=list(head.parameters()))
-        optim.set_learning_rate(optimizer, options.head_learning_rate, step, options.head_steps, options.warmup)
+        optim.set_learning_rate(optimizer, options.mlm_head_learning_rate, step, options.mlm_head_steps, options.warmup)
         optimizer.step()
         optimizer.zero_grad()
         bar.update()
@@ -346,7 +346,7 @@ def plot(path, picture):
     above.plot(x, distances[:, 1], marker="s", label=f"neurons, tau = {settings['tau_ffn']:.3g}")
     above.axhline(settings["gamma"], color="black", linestyle="--", linewidth=1, label=f"gamma = {settings['gamma']:g}")
     above.set(ylabel="normalized Hamming distance", ylim=(0, None))
-    on = settings["corpus"] if settings["source"] == "mlm" else settings["source"]
+    on = settings["corpus"] if settings["objective"] == "mlm" else settings["objective"]
     above.set_title(f"Masks from one mini-epoch to the next: {settings['model']} on {on}", parse_math=False)
     above.legend()
     below.plot(x, tensors["trace.loss"].numpy(), color="gray", marker=".")
@@ -368,7 +368,7 @@ def report(path, picture, options):
     print(f"searched {ran} of {most} mini-epochs: {why}")
     print(f"coefficients: {path}, distances: {picture}")
     given = "" if path.stem == "coefficients" else f" --coefficients {shlex.quote(str(path))}"
-    task = "sst2" if options.source == "mlm" else shlex.quote(options.source)
+    task = "sst2" if options.objective == "mlm" else shlex.quote(options.objective)
     print(f"next: python draw.py --task {task}{cli.flags(options, 'model', 'output')}{given}")
 
 

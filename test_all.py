@@ -108,7 +108,7 @@ def test_the_mlm_loss_over_gathered_positions_equals_the_loss_over_all_logits(tm
     with torch.no_grad():
         expected = reference(ids, mask.long(), segments, labels=ids.where(chosen, -100)).loss
         model, positions = Bert.load(tmp_path, mlm=True).eval(), chosen.flatten().nonzero().flatten()
-        found = model.mlm_loss(model(ids, mask, segments, keep=positions), ids.flatten()[positions])
+        found = model.mlm_loss(model(ids, mask, segments, positions=positions), ids.flatten()[positions])
     assert len(positions) > 64  # more than two chunks
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
@@ -164,7 +164,7 @@ def test_the_search_ends_when_both_masks_settle_five_times_in_a_row():
     stopping = gates.EarlyStopping(0.3, 0.3, gamma=0.1, patience=5)
     for number, (head, ffn) in enumerate([still] * 5 + [turned] + [still] * 5):
         distances = stopping.update(head, ffn)
-        assert not stopping.over
+        assert not stopping.should_stop
         if number == 0:
             assert all(math.isnan(distance) for distance in distances)
         if number == 4:
@@ -173,7 +173,7 @@ def test_the_search_ends_when_both_masks_settle_five_times_in_a_row():
             assert stopping.streak == 0 and distances == pytest.approx([8 / 20, 0.0])
     assert stopping.streak == 4
     stopping.update(*still)
-    assert stopping.over
+    assert stopping.should_stop
 
 
 @pytest.mark.parametrize("adversary", [freelb.freelb, freelb.pgd])

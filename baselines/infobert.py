@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bert import FIRST
+from bert import CLS_ONLY
 
 
 def bottleneck(embeddings, present):
@@ -69,11 +69,11 @@ class InfoBERT:
 
         def loss_of(delta):
             embeddings = self.model.embed(ids, segments, delta)
-            seen["tokens"], seen["sentences"] = embeddings, self.model.encode(embeddings, mask, FIRST)
+            seen["tokens"], seen["sentences"] = embeddings, self.model.encode(embeddings, mask, CLS_ONLY)
             loss = F.cross_entropy(self.model.classify(seen["sentences"]).float(), labels)
             return (loss + self.beta * bottleneck(embeddings, present)) * share
 
-        def anchored(gradient):
+        def extra_loss(gradient):
             rows, columns = robust_tokens(gradient, present)
             order = torch.randperm(len(rows), device=rows.device)  # compared batch_size at a time, as in their code
             bounds = [
@@ -82,4 +82,4 @@ class InfoBERT:
             ]
             return -self.alpha * torch.stack(bounds).mean() * share
 
-        return loss_of, anchored
+        return loss_of, extra_loss

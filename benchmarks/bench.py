@@ -214,7 +214,7 @@ def search_work(folder, batch, adversary, device):
     ids, positions, labels = batch
 
     def loss_of(delta):
-        return model.mlm_loss(model(ids, keep=positions, gates=c.gates, delta=delta), labels)
+        return model.mlm_loss(model(ids, positions=positions, gates=c.gates, delta=delta), labels)
 
     def loss():
         return freelb(loss_of, torch.ones_like(ids), 384, **adversary)

@@ -120,7 +120,7 @@ def of_attack(n, folder):
 def run(script, *flags):
     """Seconds of a script of ours. Raises BadInput with its last words where it fails."""
     start = time.perf_counter()
-    command = [sys.executable, str(Path(__file__).with_name(script)), "--model", "minilm", *map(str, flags)]
+    command = [sys.executable, str(Path(__file__).resolve().parents[1] / script), "--model", "minilm", *map(str, flags)]
     ended = subprocess.run(command, capture_output=True, text=True)
     if ended.returncode:
         raise BadInput(f"{script} failed: {cli.last_words(ended.stderr, ended.returncode)}")

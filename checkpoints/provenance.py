@@ -30,7 +30,7 @@ def is_up_to_date(path, provenance, overwrite, elsewhere="another --output"):
     counts = [key for key in provenance if key.endswith("sha256") or key == "config"]
     differs = [f"another {key}" for key in counts if metadata.get(key) != provenance[key]]
     old, new = metadata["settings"], provenance["settings"]
-    named = ("model", "corpus", "source", "task", "revision", "data_revision")
+    named = ("model", "corpus", "objective", "task", "revision", "data_revision")
     compared = [key for key in new if key not in named]
     differs += [f"{key} {old.get(key)!r}, not {new[key]!r}" for key in compared if old.get(key) != new[key]]
     if not differs:

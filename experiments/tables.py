@@ -5,7 +5,7 @@
     python paper.py table1 ... --methods ORTicket --search learning-rate=2e-4 --output runs-2e-4      another search
     python paper.py table1 ... --methods FreeLB --finetune adv-max-norm=0.4 --output runs-0.4   another adversary
     python paper.py table3 --tasks imdb agnews qqp       with and without an adversary, in the search and after it
-    python paper.py table1 ... --methods ORTicket --search source=sst2 --output runs-sst2             a row of Table 4
+    python paper.py table1 ... --methods ORTicket --search objective=sst2 --output runs-sst2             a row of Table 4
     python paper.py table1 --model roberta-base --methods Vanilla FreeLB ORTicket                     Table 5
 
 The tables compare methods on clean and attacked test rows, Table 2 what their training takes. Each cell is a run of
@@ -172,7 +172,7 @@ def script(name, /, **flags):
     line = []
     for flag, value in flags.items():
         line += [] if value is None else [f"--{flag.replace('_', '-')}", str(value)]
-    path = Path(__file__).with_name(name)
+    path = Path(__file__).resolve().parents[1] / name
     code = subprocess.run([sys.executable, path, *line], stdout=subprocess.DEVNULL).returncode
     if code == 130:
         raise KeyboardInterrupt
@@ -194,7 +194,7 @@ def run(options, task, name, seed):
         script("search.py", **where, **searched)
     folder = files.model_folder(where["output"], options.model)
     if ticket in ("drawn", "random"):
-        source = searched.get("source", "mlm")
+        source = searched.get("objective", "mlm")
         of_source = "" if source == "mlm" else f"-{files.task_folder(source)}"
         coefficients = folder / f"coefficients{of_source}.safetensors"
         script("draw.py", **where, task=task, coefficients=coefficients, **given(options, "draw"))

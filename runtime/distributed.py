@@ -21,14 +21,18 @@ from torch import distributed, nn
 from runtime import optim
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-FIRST = RANK == 0
+
+
+def is_main_process():
+    """Whether this process prints and writes: the one of rank 0."""
+    return RANK == 0
 
 
 def init_distributed(device):
     """Meet the other processes; `device` is this one's. torchrun ends all where one ends in an error, so that no
     timeout is needed: process 0 may download for hours while the others wait."""
     if WORLD > 1:
-        if not FIRST:
+        if not is_main_process():
             sys.stdout = open(os.devnull, "w")
         if device.type == "cuda":
             torch.cuda.set_device(device)
@@ -55,7 +59,7 @@ def broadcast_from_main(work):
     """What work() returns at process 0, at every process: for whatever depends on the files that process 0 writes."""
     if WORLD == 1:
         return work()
-    result = [work() if FIRST else None]
+    result = [work() if is_main_process() else None]
     distributed.broadcast_object_list(result)
     return result[0]
 
@@ -65,7 +69,7 @@ def file_lock(path):
     """The block, where `path` is written, once no other command is in one for the same path. Of several processes that
     work together the first stands for all: they meet in `at_first`."""
     lock = filelock.FileLock(f"{path}.lock")
-    if FIRST:
+    if is_main_process():
         try:
             lock.acquire(timeout=0)
         except filelock.Timeout:
@@ -74,7 +78,7 @@ def file_lock(path):
     try:
         yield
     finally:
-        if FIRST:
+        if is_main_process():
             Path(lock.lock_file).unlink(missing_ok=True)  # whoever waits with it open sees that, and makes another
         lock.release()
 
@@ -103,7 +107,7 @@ def together(**modules):
     return nn.parallel.DistributedDataParallel(trained) if WORLD > 1 else trained
 
 
-def gradients(trained, climb, loss_for, mask, dim, steps, accumulate=1, **adversary):
+def gradients(trained, ascend, loss_for, mask, dim, steps, accumulate=1, **adversary):
     """Run `climb`, freelb.freelb or freelb.pgd, on a joint batch: the parameters' .grad grows by its gradient. Returns
     its loss.
 
@@ -113,8 +117,8 @@ def gradients(trained, climb, loss_for, mask, dim, steps, accumulate=1, **advers
     """
     parts = WORLD * accumulate
     if parts == 1:
-        loss_of, anchored = loss_for(slice(0, len(mask)))
-        return climb(loss_of, mask, dim, steps, **adversary, anchored=anchored)
+        loss_of, extra_loss = loss_for(slice(0, len(mask)))
+        return ascend(loss_of, mask, dim, steps, **adversary, extra_loss=extra_loss)
     seed, loss = torch.initial_seed(), torch.zeros((), device=mask.device)
 
     def add(part, last):
@@ -122,7 +126,7 @@ def gradients(trained, climb, loss_for, mask, dim, steps, accumulate=1, **advers
         rows, scale = slice(first, end), WORLD  # DistributedDataParallel divides by it
         if first == end:  # a last batch of few rows: nothing of this part counts, but the others wait for it
             rows, scale = slice(0, 1), 0
-        loss_of, anchored = loss_for(rows)
+        loss_of, extra_loss = loss_for(rows)
         passes = iter(range(1, steps + 1))
 
         def of_part(delta):
@@ -131,9 +135,9 @@ def gradients(trained, climb, loss_for, mask, dim, steps, accumulate=1, **advers
             with contextlib.nullcontext() if averaged else trained.no_sync():
                 return scale * trained(loss_of, delta[rows])
 
-        anchored_of_part = anchored and (lambda gradient: scale * anchored(gradient[rows]))
+        anchored_of_part = extra_loss and (lambda gradient: scale * extra_loss(gradient[rows]))
         with torch.random.fork_rng([mask.device] if mask.is_cuda else []):  # every part draws the same joint delta
-            return climb(of_part, mask, dim, steps, **adversary, anchored=anchored_of_part)
+            return ascend(of_part, mask, dim, steps, **adversary, extra_loss=anchored_of_part)
 
     for i in range(accumulate):
         loss += add(RANK * accumulate + i, last=i == accumulate - 1)

@@ -19,9 +19,9 @@ def learning_rate(peak, step, steps, warmup):
 
 
 def set_learning_rate(optimizer, peak, step, steps, warmup):
-    """That of the schedule; in a group that has "times", so many times that."""
+    """That of the schedule; in a group that has "lr_scale", so many times that."""
     for group in optimizer.param_groups:
-        group["lr"] = group.get("times", 1) * learning_rate(peak, step, steps, warmup)
+        group["lr"] = group.get("lr_scale", 1) * learning_rate(peak, step, steps, warmup)
 
 
 def decay_groups(model, weight_decay):

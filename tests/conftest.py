@@ -136,8 +136,8 @@ def states_equal(model, reference, ids, mask, segments):
         for ours, theirs in zip(found, expected.hidden_states[1:], strict=True):
             torch.testing.assert_close(ours[mask], theirs[mask], atol=1e-5, rtol=1e-5)
         positions = mask.flatten().nonzero().flatten()[::2]
-        logits = model.mlm_logits(model(ids, mask, segments, keep=positions))
-        torch.testing.assert_close(final.flatten(0, 1)[positions], model(ids, mask, segments, keep=positions))
+        logits = model.mlm_logits(model(ids, mask, segments, positions=positions))
+        torch.testing.assert_close(final.flatten(0, 1)[positions], model(ids, mask, segments, positions=positions))
         theirs = expected.logits.flatten(0, 1)[positions]
         torch.testing.assert_close(logits, theirs, atol=1e-5 * theirs.abs().max().item(), rtol=1e-5)
 
@@ -158,7 +158,7 @@ def published_as(kind, model, folder):
     if kind in ("safetensors", "shards"):
         model.save_pretrained(folder, max_shard_size="5KB" if kind == "shards" else "5GB")
         assert (folder / "model.safetensors").is_file() == (kind == "safetensors")
-        return folder / ("model.safetensors" if kind == "safetensors" else "model.our_safetensors.index.json")
+        return folder / ("model.safetensors" if kind == "safetensors" else "model.safetensors.index.json")
     if kind == "bin shards":
         parts = {"part-1.bin": list(state)[::2], "part-2.bin": list(state)[1::2]}
         for name, names in parts.items():

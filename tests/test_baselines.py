@@ -65,14 +65,14 @@ def test_infobert_without_its_weights_is_freelb_and_its_anchor_never_moves_delta
     found = {}
     for alpha, beta in ((None, None), (0.0, 0.0), (1.0, 0.0), (0.0, 1.0)):
         model.zero_grad()
-        anchored, deltas = None, []
+        extra_loss, deltas = None, []
 
         def loss_of(delta):
             deltas.append(delta.detach().clone())
             return F.cross_entropy(model.class_logits(ids, mask, None, delta=delta), labels)
 
         if alpha is not None:
-            loss, anchored = infobert.InfoBERT(model, anchor, alpha, beta, 4).losses(ids, mask, None, labels)
+            loss, extra_loss = infobert.InfoBERT(model, anchor, alpha, beta, 4).losses(ids, mask, None, labels)
 
             def loss_of(delta, loss=loss):
                 deltas.append(delta.detach().clone())
@@ -80,7 +80,7 @@ def test_infobert_without_its_weights_is_freelb_and_its_anchor_never_moves_delta
 
         model.eval()  # no dropout, and the same delta
         torch.manual_seed(3)
-        freelb.freelb(loss_of, mask, 24, **adversary, anchored=anchored)
+        freelb.freelb(loss_of, mask, 24, **adversary, extra_loss=extra_loss)
         found[alpha, beta] = (
             torch.stack(deltas),
             torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]),
@@ -168,7 +168,7 @@ def test_masks_are_learned_only_for_the_task_that_the_model_was_fine_tuned_on(ti
 def test_a_search_on_a_tasks_own_loss_gives_coefficients_of_its_own(tiny, tmp_path, capsys):
     lines = "".join(f"a b,{'cd'[i % 2]} e,{i % 2}\n" for i in range(90))
     (tmp_path / "m$_$.csv").write_text("a,b,y\n" + lines)  # a name that TeX would stumble upon, in the pictures' titles
-    flags = ["--model", tiny, "--source", tmp_path / "m$_$.csv", "--output", tmp_path, "--batch-size", "8"]
+    flags = ["--model", tiny, "--objective", tmp_path / "m$_$.csv", "--output", tmp_path, "--batch-size", "8"]
     flags += ["--text-columns", "a", "b", "--label-column", "y", "--mini-epoch", "0.25", "--precision", "fp32"]
     flags += ["--seeds", "2", "--learning-rate", "1e-3"]
     assert call(search, *flags) == 0

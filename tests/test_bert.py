@@ -5,7 +5,7 @@ import pytest
 import torch
 import transformers
 
-from bert import FIRST, Bert
+from bert import CLS_ONLY, Bert
 from checkpoints import huggingface
 from tests.conftest import FAMILIES, MINILM, inputs, saved, states_equal
 
@@ -61,13 +61,13 @@ def test_states_and_gradients_of_the_first_tokens_alone_are_those_among_all(tiny
     model.checkpointing = checkpointing
     ids, mask, segments = inputs(model.config, 3, 9)
     c = torch.rand(2, 3, requires_grad=True), torch.rand(2, 40, requires_grad=True)
-    among, alone = model(ids, mask, segments, gates=c)[:, 0], model(ids, mask, segments, FIRST, c)
+    among, alone = model(ids, mask, segments, gates=c)[:, 0], model(ids, mask, segments, CLS_ONLY, c)
     torch.testing.assert_close(alone, among, atol=1e-5, rtol=1e-5)
     parameters = [*c, *model.layers.parameters(), *model.word_embeddings.parameters()]
     wanted, found = (torch.autograd.grad(states.square().sum(), parameters) for states in (among, alone))
     torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
     with torch.no_grad():
-        torch.testing.assert_close(model(ids, mask, segments, FIRST, c), alone, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(model(ids, mask, segments, CLS_ONLY, c), alone, atol=1e-5, rtol=1e-5)
 
 
 def test_padding_never_changes_a_real_token(tiny):

@@ -121,7 +121,7 @@ def test_a_malformed_our_safetensorsfile_is_refused_in_one_line(tmp_path, kind):
     assert str(path) in str(refused.value) and "\n" not in str(refused.value)
 
 
-FIXTURE = HERE / "fixture"
+FIXTURE = HERE / "tests" / "fixture"
 
 
 FORMATS = ("safetensors", "shards", "bin", "legacy bin", "bin shards")
@@ -332,7 +332,7 @@ def test_an_index_of_shards_that_lies_is_named(tmp_path, case):
     saved(tmp_path)
     (tmp_path / "model.safetensors").rename(tmp_path / "part.safetensors")
     index, message = LYING_SHARDS[case]
-    (tmp_path / "model.our_safetensors.index.json").write_text(json.dumps(index))
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(BadInput, match=message):
         Bert.load(tmp_path)
 

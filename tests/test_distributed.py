@@ -64,7 +64,7 @@ def test_two_processes_go_on_where_one_was_interrupted_and_find_what_one_finds(w
     assert {path.name for path in (tmp_path / "two" / "model").iterdir()} == {"coefficients.safetensors", "search.png"}
 
 
-@pytest.mark.parametrize("more", [["--checkpointing"], ["--accumulate", 2], ["--accumulate", 5]])
+@pytest.mark.parametrize("more", [["--checkpointing"], ["--grad-accum-steps", 2], ["--grad-accum-steps", 5]])
 def test_saving_memory_does_not_change_what_a_search_finds(without_dropout, corpus, tmp_path, more):
     command = quick_search(without_dropout, corpus, tmp_path / "plain", "--batch-size", 43, "--mini-epoch", 1)[1:]
     assert call(search, *command) == 0
@@ -119,14 +119,14 @@ def test_accumulating_does_not_change_what_is_fine_tuned(without_dropout, senten
     folders = []
     for accumulate in (1, 4):
         command = few_epochs(without_dropout, sentences, tmp_path / str(accumulate), "--method", method)
-        assert call(finetune, *command[1:], "--accumulate", accumulate) == 0
+        assert call(finetune, *command[1:], "--grad-accum-steps", accumulate) == 0
         folders.append(next((tmp_path / str(accumulate)).rglob("model.safetensors")).parent)
     same_models(*folders)
 
 
 def test_infobert_runs_in_parts(without_dropout, sentences, tmp_path):
     """Its regularizers are of the rows of a part, not of the joint batch: the model is another one, but a model."""
-    command = few_epochs(without_dropout, sentences, tmp_path, "--method", "infobert", "--accumulate", 2)
+    command = few_epochs(without_dropout, sentences, tmp_path, "--method", "infobert", "--grad-accum-steps", 2)
     assert call(finetune, *command[1:]) == 0
     metrics = json.loads(next(tmp_path.rglob("metrics.json")).read_text())
     assert 0 < metrics["test_accuracy"] <= 1

@@ -105,7 +105,7 @@ def test_other_searches_ratios_and_adversaries_have_rows_of_their_own(scripts, t
     assert printed.count("| Vanilla ticket | 1 |") == 2  # the second command shows both rows
     row = "\n| Vanilla ticket, `--draw tau-ffn=0.1 --search lambda-head=0 learning-rate=2e-4` | 1 |"
     assert printed.count(row) == 1 and printed.count("|---|") == 2  # in the one table
-    assert make_table(tmp_path, "--methods", "ORTicket", "--search", "source=rt") == 0
+    assert make_table(tmp_path, "--methods", "ORTicket", "--search", "objective=rt") == 0
     drawn = next(flags["coefficients"] for name, flags in reversed(scripts) if name == "draw.py")
     assert drawn == tmp_path / "runs" / "minilm" / "coefficients-rt.safetensors"
     assert make_table(tmp_path, "--methods", "RobustT", "--finetune", "weight-decay=0") == 0
@@ -113,7 +113,7 @@ def test_other_searches_ratios_and_adversaries_have_rows_of_their_own(scripts, t
     assert [flags["weight-decay"] for flags in trained] == ["0", "0"]  # the one before the masks, and the one after
     methods = [line.split(" | ")[0] for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     flags = ", `--draw tau-ffn=0.1 --search lambda-head=0 learning-rate=2e-4`", ", `--finetune weight-decay=0`"
-    rows = ["Vanilla ticket", "Vanilla ticket" + flags[0], "RobustT" + flags[1], "ORTicket, `--search source=rt`"]
+    rows = ["Vanilla ticket", "Vanilla ticket" + flags[0], "RobustT" + flags[1], "ORTicket, `--search objective=rt`"]
     assert methods[-4:] == [f"| {row}" for row in rows]
     for flag, wrong in (  # the others are paper.py's own to give
         *(("search", "adv-steps"), ("search", "output=elsewhere"), ("search", "seeds=2")),

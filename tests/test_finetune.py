@@ -148,7 +148,7 @@ def test_a_kill_between_the_files_of_an_epoch_parts_no_accuracy_from_its_model(t
     metrics = json.loads((folder / "metrics.json").read_text())
     assert (metrics["best_epoch"], metrics["validation_accuracy"], metrics["peak_memory"]) == (2, 0.6, 1e15)
     assert torch.equal(Bert.load(folder).classifier.weight, seen[1]) and len(seen) == 5
-    assert {path.name for path in folder.iterdir() if "state" in path.name} <= {"finetune.state.our_safetensors.lock"}
+    assert {path.name for path in folder.iterdir() if "state" in path.name} <= {"finetune.state.safetensors.lock"}
 
 
 def test_what_a_run_is_made_of_is_its_contents_not_how_they_are_spelled(tiny, tmp_path, capsys, monkeypatch):

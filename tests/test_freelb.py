@@ -39,7 +39,7 @@ def test_every_ascent_step_sees_the_same_dropout_mask(tiny):
 
 
 @pytest.mark.parametrize("climb", [freelb.freelb, freelb.pgd])
-def test_dropout_masks_are_drawn_once_for_all_ascent_steps_and_change_nothing(tiny, climb, monkeypatch):
+def test_dropout_masks_are_drawn_once_for_all_ascent_steps_and_change_nothing(tiny, ascend, monkeypatch):
     """To the bit; with checkpointing, which saves memory, only the mask outside the layers is kept."""
     model, ids, mask, labels = adversarial_case(tiny)
     model.train()
@@ -54,7 +54,7 @@ def test_dropout_masks_are_drawn_once_for_all_ascent_steps_and_change_nothing(ti
             if not keeps:
                 patch.setattr(freelb, "masks_kept", lambda masks: contextlib.nullcontext())
             ball = BALL | {"steps": steps}
-            loss = climb(lambda delta: model.class_loss(ids, mask, None, labels, delta=delta), mask, 24, **ball)
+            loss = ascend(lambda delta: model.class_loss(ids, mask, None, labels, delta=delta), mask, 24, **ball)
         assert Dropout.kept is None
         return {"loss": loss} | gradients(model), len(drawn)
 

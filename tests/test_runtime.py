@@ -110,7 +110,7 @@ BAD = {
     "three texts": (finetune, ["--task", "mine.csv", "--text-columns", *"abc"], "--text-columns a b c: BERT reads"),
     "columns of a task that has its own": (finetune, ["--text-columns", "a"], "rt has columns of its own"),
     "a revision of what is here": (search, ["--model", "minilm", "--revision", "v1"], "--revision v1 is of a model on"),
-    "columns of a corpus": (search, ["--label-column", "y"], "--label-column y is of a --source of one's own"),
+    "columns of a corpus": (search, ["--label-column", "y"], "--label-column y is of a --objective of one's own"),
     "too long": (finetune, ["--max-length", "999", "--ticket", "none"], "--max-length 999: minilm reads at most 512"),
     "another model's ticket": (finetune, ["--ticket", "{tmp}/ticket.safetensors"], "drawn for another model"),
     "coefficients as ticket": (finetune, ["--ticket", "{tmp}/nan.safetensors"], "is no ticket"),

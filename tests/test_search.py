@@ -18,7 +18,7 @@ from tests.conftest import call, interrupted_at, moved_against, one_step, quick_
 
 def test_a_search_that_is_refused_leaves_the_head_that_another_fitted(tmp_path, corpus, capsys):
     saved(tmp_path / "headless", transformers.BertModel)
-    command = quick_search(tmp_path / "headless", corpus, tmp_path, "--head-steps", 3)[1:]
+    command = quick_search(tmp_path / "headless", corpus, tmp_path, "--mlm-head-steps", 3)[1:]
     original = our_safetensors.write_safetensors
     interrupt = lambda *a: original(*a) or (_ for _ in ()).throw(KeyboardInterrupt)  # noqa: E731
     assert call(search, *command) == 0
@@ -32,8 +32,8 @@ def test_a_search_that_is_refused_leaves_the_head_that_another_fitted(tmp_path, 
 
 def test_the_head_that_an_attack_fits_is_the_one_that_a_search_would_to_the_byte(tmp_path, corpus, monkeypatch):
     saved(tmp_path / "headless", transformers.BertModel)
-    assert call(search, *quick_search(tmp_path / "headless", corpus, tmp_path / "one", "--head-steps", 3)[1:]) == 0
-    settings = {"corpus": str(corpus), "block": 16, "batch_size": 4, "head_steps": 3, "precision": "fp32"}
+    assert call(search, *quick_search(tmp_path / "headless", corpus, tmp_path / "one", "--mlm-head-steps", 3)[1:]) == 0
+    settings = {"corpus": str(corpus), "block": 16, "batch_size": 4, "mlm_head_steps": 3, "precision": "fp32"}
     monkeypatch.setattr(search, "Options", lambda original=search.Options, **more: original(**settings, **more))
     path, sha256 = data.find_model(str(tmp_path / "headless"))
     model, tokenizer = Bert.load(path, mlm=True), Tokenizer(path)
@@ -53,7 +53,7 @@ def test_one_step_of_a_search_uses_the_adversary_that_its_options_describe(corpu
     model, c = Bert.load(tmp_path / "model", mlm=True), gates.Coefficients(2, 3, 40)
 
     def loss_of(delta):
-        return model.mlm_loss(model(ids, keep=positions, gates=c.gates, delta=delta), labels)
+        return model.mlm_loss(model(ids, positions=positions, gates=c.gates, delta=delta), labels)
 
     torch.set_rng_state(state)
     freelb.freelb(loss_of, torch.ones_like(ids), 24, steps=3, lr=8.0, init_mag=2.0, max_norm=9.0)
