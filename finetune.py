@@ -29,7 +29,7 @@ from checkpoints import huggingface, safetensors
 from checkpoints.provenance import is_up_to_date, load_checkpoint, restore_state, training_state, versions
 from freelb import freelb, pgd
 from gates import draw_masks
-from inputs.batches import TokenizedSplit, rows_of, rows_sha256, token_mask
+from inputs.batches import TokenizedSplit, rows_sha256
 from inputs.tokenizer import Tokenizer
 from runtime import cli, distributed, files, optim
 from runtime.cli import BadInput, option
@@ -304,14 +304,14 @@ def finetune(options, provenance, model, weight_masks, sets, folder, tokenizer, 
             optim.seed_step(options.seed, step)
 
             def loss_for(rows):
-                part = rows_of(batch, rows)
+                part = batch.rows(rows)
                 share = len(part[-1]) / len(batch[-1])
                 if info is not None:
                     return info.losses(*part, share)
                 return (lambda delta: model.class_loss(*part, delta=delta) * share), None
 
             with autocast(device, dtype):
-                present = token_mask(*batch)
+                present = batch.token_mask
                 total += distributed.gradients(trained, ascend, loss_for, present, model.config.hidden_size, **adversary)
             for weight, mask in held.items():  # at 0 they stay: AdamW decays nothing, and has no gradient to add up
                 weight.grad.mul_(mask)

@@ -25,7 +25,7 @@ from checkpoints import huggingface, safetensors
 from checkpoints.provenance import is_up_to_date, load_checkpoint, restore_state, training_state, versions
 from freelb import freelb
 from gates import Coefficients, EarlyStopping, draw_masks
-from inputs.batches import Blocks, TokenizedSplit, length_sorted_batches, mask_tokens, rows_of, rows_sha256, token_mask
+from inputs.batches import Blocks, TokenizedSplit, length_sorted_batches, mask_tokens, rows_sha256
 from inputs.tokenizer import Tokenizer
 from runtime import cli, distributed, files, optim
 from runtime.cli import BadInput, option
@@ -179,11 +179,11 @@ class Classification:
         batch = self.rows.batch(chosen)
 
         def loss_for(rows):
-            part = rows_of(batch, rows)
+            part = batch.rows(rows)
             share = len(part[-1]) / len(chosen)
             return (lambda delta: model.class_loss(*part, c.gates, delta) * share), None
 
-        return token_mask(*batch), loss_for
+        return batch.token_mask, loss_for
 
 
 def search(options, provenance, folder, tokenizer, source, path, state, device, dtype):

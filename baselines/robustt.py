@@ -27,7 +27,7 @@ from checkpoints import safetensors
 from checkpoints.provenance import is_up_to_date, load_checkpoint, restore_state, training_state, versions
 from freelb import freelb
 from gates import draw_mask
-from inputs.batches import TokenizedSplit, rows_sha256, token_mask
+from inputs.batches import TokenizedSplit, rows_sha256
 from runtime import cli, distributed, files, optim
 from runtime.cli import BadInput, option
 from runtime.cpu import keep_memory
@@ -164,7 +164,7 @@ def search(options, provenance, model, rows, path, state, dtype):
             with autocast(batch[0].device, dtype):
                 loss = freelb(
                     lambda delta: model.class_loss(*batch, delta=delta),
-                    token_mask(*batch),
+                    batch.token_mask,
                     model.config.hidden_size,
                     **adversary,
                 )

@@ -36,7 +36,7 @@ from bert import Bert, Config
 from checkpoints.huggingface import read_weights
 from freelb import freelb
 from gates import Coefficients, draw_masks
-from inputs.batches import TokenizedSplit, token_mask
+from inputs.batches import TokenizedSplit
 from inputs.tokenizer import Tokenizer
 from runtime import cli, files
 from runtime.cli import BadInput, option
@@ -240,7 +240,7 @@ def finetune_work(folder, side, dtype, train, rows, test, batch_size, max_length
     def steps():
         for batch in rows.batches(batch_size, np.random.default_rng(0)):
             loss_of = lambda delta: model.class_loss(*batch, delta=delta)  # noqa: E731
-            yield freelb(loss_of, token_mask(*batch), 384, **adversary)
+            yield freelb(loss_of, batch.token_mask, 384, **adversary)
 
     def loss():
         with torch.no_grad():

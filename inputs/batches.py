@@ -7,6 +7,7 @@ the tokens alone; those of a corpus stay on disk.
 import contextlib
 import hashlib
 import os
+from typing import NamedTuple
 
 import filelock
 import numpy as np
@@ -19,12 +20,30 @@ from runtime.files import atomic_write, cache_folder, sha256
 CHUNK = 1000  # texts that are tokenized at a time: an encoding takes a hundred times its ids' memory
 
 
+class Batch(NamedTuple):
+    """Rows of a task, padded to the longest of them. `attention_mask` is None where no row is padded, `segments` where
+    all are 0: `Bert` takes both so."""
+
+    ids: torch.Tensor  # (B, T) token ids
+    attention_mask: torch.Tensor | None  # (B, T), True at tokens and False at padding
+    segments: torch.Tensor | None  # (B, T) 0 in the first text and 1 in the second
+    labels: torch.Tensor  # (B,)
+
+    @property
+    def token_mask(self):
+        """(B, T), 1 at tokens and 0 at padding."""
+        return torch.ones_like(self.ids) if self.attention_mask is None else self.attention_mask
+
+    def rows(self, chosen):
+        """The rows in the slice `chosen`."""
+        return Batch(*(part if part is None else part[chosen] for part in self))
+
+
 class TokenizedSplit:
     """The rows of a split, tokenized once: [CLS] text [SEP], or [CLS] text [SEP] second text [SEP].
 
     rows: [(tuple of one or two texts, label number)]. A text longer than max_length tokens is cut; `cut` is how many
-    were. `batches` yields (ids (B, T), mask (B, T) or None, segments (B, T) or None, labels (B,)). cached: whether
-    the tokens are kept on disk for the next time.
+    were. `batches` yields a `Batch` at a time. cached: whether the tokens are kept on disk for the next time.
     """
 
     def __init__(self, tokenizer, rows, max_length, device, cached=True):
@@ -67,7 +86,7 @@ class TokenizedSplit:
         ids = self.ids[places].long().masked_fill(~mask, self.pad)
         segments = (mask & (columns >= self.second[chosen, None])).long() if self.has_segments else None
         parts = ids, None if mask.all() else mask, segments, self.labels[chosen]
-        return tuple(rows_of if rows_of is None else rows_of.to(self.device) for rows_of in parts)
+        return Batch(*(part if part is None else part.to(self.device) for part in parts))
 
 
 def texts_digest(tokenizer, rows, max_length):
@@ -100,16 +119,6 @@ def make_once(path):
     path.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(f"{path}.lock"):
         yield not path.is_file()
-
-
-def token_mask(ids, mask, segments, labels):
-    """(B, T), 1 at tokens and 0 at padding."""
-    return torch.ones_like(ids) if mask is None else mask
-
-
-def rows_of(batch, rows):
-    """The rows in the slice `rows` of a batch of `Rows`."""
-    return [of if of is None else of[rows] for of in batch]
 
 
 def encode(tokenizer, texts, max_length):
