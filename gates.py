@@ -9,10 +9,10 @@ from runtime.cli import BadInput
 
 
 class Coefficients(nn.Module):
-    """One learnable coefficient per attention head and one per FFN neuron, all starting at 1 (Algorithm 1, line 1).
+    """One learnable coefficient per attention head and per FFN neuron, all initialized to 1 (Algorithm 1, line 1).
 
-    Equation 4 writes one c_F a layer; pruning neurons by it (Algorithm 2) needs one a neuron, and so it is here.
-    `gates` is what `Bert.forward` takes: (c_H (layers, heads), c_F (layers, neurons)).
+    Equation 4 has one c_F per layer. Algorithm 2 prunes single neurons, which needs one per neuron, as here.
+    `gates` is the argument of `Bert.forward`: (c_H (layers, heads), c_F (layers, neurons)).
     """
 
     def __init__(self, layers, heads, neurons):
@@ -25,16 +25,16 @@ class Coefficients(nn.Module):
         return self.head, self.ffn
 
     def penalty(self, lambda_head, lambda_ffn):
-        """R(c) of equation 5."""
+        """R(c) = lambda_H |c_H|_1 + lambda_F |c_F|_1 (eq. 5)."""
         return lambda_head * self.head.abs().sum() + lambda_ffn * self.ffn.abs().sum()
 
 
 def draw_mask(coefficients, tau, at_least_one=False):
-    """The mask (layers, N) bool that prunes the ceil(tau layers N) smallest coefficients of all layers together.
+    """The mask (layers, N) bool that prunes the ceil(tau layers N) smallest coefficients (Algorithm 2, lines 1 to 5).
 
-    Algorithm 2, lines 1-5, but ties never prune more than that: among equals the earlier position goes first. With
-    `at_least_one` the best of each layer stays (section 2.3) and the next smallest elsewhere goes in its place.
-    Raises BadInput where tau leaves too few for that.
+    The threshold is global: all layers are compared together. Of equal coefficients the earlier one is pruned first, so
+    that ties never prune more. at_least_one: every layer keeps its largest coefficient (section 2.3), and the next
+    smallest elsewhere is pruned instead. Raises BadInput if tau leaves too few for that.
     """
     layers, n = coefficients.shape
     count = math.ceil(tau * layers * n - 1e-9)  # 0.1 x 30 is 3.0000000000000004 in floating point
@@ -44,37 +44,39 @@ def draw_mask(coefficients, tau, at_least_one=False):
                 f"tau {tau:.4g} prunes {count} of {layers * n} heads, but each of the {layers} layers keeps one: "
                 f"choose at most {n - 1}/{n}"
             )
-        best = n - 1 - coefficients.flip(1).argmax(1, keepdim=True)  # (layers, 1); among equals the last
+        best = n - 1 - coefficients.flip(1).argmax(1, keepdim=True)  # (layers, 1); the last of equals
         coefficients = coefficients.scatter(1, best, math.inf)
-    mask = torch.ones(layers * n, dtype=torch.bool)
-    mask[coefficients.flatten().argsort(stable=True)[:count]] = False
+    mask = torch.ones(layers * n, dtype=torch.bool)  # line 1: m <- 1
+    mask[coefficients.flatten().argsort(stable=True)[:count]] = False  # lines 1 to 5: c <= c*, the count-th smallest
     return mask.view(layers, n)
 
 
 def draw_masks(head, ffn, tau_head, tau_ffn):
-    """(head mask, FFN mask) of a ticket."""
+    """The (head mask, FFN mask) of a ticket. Every layer keeps at least one head."""
     return draw_mask(head, tau_head, at_least_one=True), draw_mask(ffn, tau_ffn)
 
 
 def hamming(mask, other):
-    """The normalized Hamming distance: the share of entries in which two masks differ, 0 to 1."""
+    """The normalized Hamming distance of two masks: the share of entries that differ, from 0 to 1."""
     return (mask != other).float().mean().item()
 
 
 class EarlyStopping:
-    """Ends the search when both masks have hardly changed for `patience` mini-epochs in a row (section 2.2.2)."""
+    """Stop when both masks have changed by less than gamma for `patience` mini-epochs in a row (section 2.2.2)."""
 
     def __init__(self, tau_head, tau_ffn, gamma, patience):
         self.ratios, self.gamma, self.patience = (tau_head, tau_ffn), gamma, patience
         self.masks, self.streak = None, 0
 
     def update(self, head, ffn):
-        """Close a mini-epoch with these coefficients: draw both masks and compare them with the last ones.
+        """End a mini-epoch: draw both masks from the coefficients and compare them with the previous ones.
 
-        Returns their distances (heads, neurons); the first mini-epoch has nothing to compare with, hence NaN.
+        Returns the distances (heads, neurons). They are NaN for the first mini-epoch.
         """
-        last, self.masks = self.masks, draw_masks(head, ffn, *self.ratios)
-        distances = [hamming(old, new) for old, new in zip(last, self.masks)] if last else [math.nan, math.nan]
+        previous, self.masks = self.masks, draw_masks(head, ffn, *self.ratios)
+        distances = [math.nan, math.nan]
+        if previous:
+            distances = [hamming(old, new) for old, new in zip(previous, self.masks)]
         self.streak = self.streak + 1 if all(distance < self.gamma for distance in distances) else 0
         return distances
 

@@ -5,23 +5,24 @@ import json
 import os
 import platform
 
-from checkpoints.safetensors import read_with_metadata
+from checkpoints.safetensors import read_with_metadata, write_safetensors
+from runtime import distributed
 from runtime.cli import BadInput
 from runtime.files import read_json
 
 
 def is_up_to_date(path, provenance, overwrite, elsewhere="another --output"):
-    """Whether the file at `path` was made with exactly the settings `made_by`, so that it need not be made again.
+    """Whether the file at `path` was made with this provenance, so that it need not be made again.
 
-    Where it was made with others, or cannot be read, it is removed if it may be overwritten; else raises BadInput with
-    `elsewhere` as the other remedy. Models, corpus and task count by their sha256, not by how their paths are spelled.
+    Models, corpora and tasks are compared by sha256, not by name. A file that was made with other settings, or cannot
+    be read, is removed if `overwrite`. Otherwise raises BadInput, with `elsewhere` as the other remedy.
     """
     if not os.path.exists(path):
         return False
     try:
         metadata = read_json(path) if str(path).endswith(".json") else read_with_metadata(path)[1]
         if not isinstance(metadata, dict) or not isinstance(metadata.get("settings"), dict):
-            raise BadInput(f"{path} does not say how it was made")
+            raise BadInput(f"{path} has no provenance")
     except BadInput as error:
         if not overwrite:
             raise BadInput(f"{error}: --overwrite, or {elsewhere}") from None
@@ -41,37 +42,45 @@ def is_up_to_date(path, provenance, overwrite, elsewhere="another --output"):
     return False
 
 
-def load_checkpoint(path, provenance, overwrite):
-    """(tensors, notes) of a killed run's state, where `made_before` finds one of these settings; else ({}, {})."""
-    if not is_up_to_date(path, provenance, overwrite):
-        return {}, {}
-    tensors, metadata = read_with_metadata(path)
-    return dict(tensors), metadata
+class Checkpoint:
+    """The state of an unfinished run in one safetensors file. A rerun with the same provenance resumes from it.
 
+    tensors, metadata: what the file holds, in every process; both empty if there is no such file. Raises BadInput if
+    another run's state is there and may not be overwritten.
+    """
 
-def training_state(optimizer, **modules):
-    """What a killed run needs to go on: {name: tensor} of the modules' and of the optimizer's state."""
-    tensors = {
-        f"{name}.{key}": tensor for name, module in modules.items() for key, tensor in module.state_dict().items()
-    }
-    for number, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{number}.{key}": tensor for key, tensor in state.items()}
-    return tensors
+    def __init__(self, path, provenance, overwrite):
+        self.path, self.provenance = path, provenance
+        self.tensors, self.metadata = distributed.broadcast_from_main(lambda: self.read(overwrite))
 
+    def read(self, overwrite):
+        if not is_up_to_date(self.path, self.provenance, overwrite):
+            return {}, {}
+        tensors, metadata = read_with_metadata(self.path)
+        return dict(tensors), metadata
 
-def restore_state(tensors, optimizer, **modules):
-    """Put what `training_state` took back in place."""
-    for name, module in modules.items():
-        module.load_state_dict({key: tensors[f"{name}.{key}"] for key in module.state_dict()})
-    states = {}
-    for name, tensor in tensors.items():
-        if name.startswith("optimizer."):
-            _, number, key = name.split(".")
-            states.setdefault(int(number), {})[key] = tensor.clone()
-    optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
+    def load(self, optimizer, **modules):
+        """Put the saved state, if there is one, into the optimizer and the modules."""
+        if self.tensors:
+            for name, module in modules.items():
+                module.load_state_dict({key: self.tensors[f"{name}.{key}"] for key in module.state_dict()})
+            states = {}
+            for name, tensor in self.tensors.items():
+                if name.startswith("optimizer."):
+                    _, number, key = name.split(".")
+                    states.setdefault(int(number), {})[key] = tensor.clone()
+            optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
+
+    def save(self, optimizer, modules, tensors={}, metadata={}):
+        """Write the state of the optimizer and of the modules {name: module}, and whatever else a rerun needs."""
+        if distributed.is_main_process():
+            states = {f"{name}.{key}": t for name, module in modules.items() for key, t in module.state_dict().items()}
+            for number, state in optimizer.state_dict()["state"].items():
+                states |= {f"optimizer.{number}.{key}": tensor for key, tensor in state.items()}
+            write_safetensors(self.path, states | tensors, self.provenance | metadata)
 
 
 def versions():
-    """Of what can change a number: written into everything that a script makes."""
+    """The versions that can change a result: Python's and those of torch, tokenizers and numpy."""
     packages = {name: importlib.metadata.version(name) for name in ("torch", "tokenizers", "numpy")}
     return {"python": platform.python_version(), **packages}

@@ -1,4 +1,4 @@
-"""Files and folders: atomic writes, JSON, checksums, where each script writes."""
+"""Files and folders: atomic writes, JSON, checksums, and where each script writes."""
 
 import contextlib
 import hashlib
@@ -13,11 +13,11 @@ from runtime.cli import BadInput
 
 @contextlib.contextmanager
 def atomic_write(path):
-    """A path to write to, a file or a folder, renamed to `path` when the block ends well and else removed.
+    """Yield a temporary path, a file's or a folder's, that is renamed to `path` if the block succeeds.
 
-    Raises BadInput with the operating system's reason where it cannot be written, as on a full disk.
+    Raises BadInput with the operating system's reason if it cannot be written, for example on a full disk.
     """
-    tmp_path = f"{path}.part"  # always the same name: what a killed run left half written is written over
+    tmp_path = f"{path}.part"  # always the same name, so that the next run overwrites what a killed run left
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         yield tmp_path
@@ -38,6 +38,7 @@ def write_json(path, value):
 
 
 def read_json(path):
+    """Raises BadInput if the file is not JSON."""
     try:
         with open(path, encoding="utf8") as file:
             return json.load(file)
@@ -45,49 +46,50 @@ def read_json(path):
         raise BadInput(f"{path} is not JSON: {error}") from None
 
 
-def model_folder(root, model):
-    """ROOT/MODEL, by the last part of the model's name; of a file, by its folder or its archive."""
-    path = Path(os.path.abspath(model))
-    if path.suffix == ".zip":
-        return Path(root) / path.stem
-    inside = path.is_file() or path.with_name(f"{path.name}.index").is_file()  # bert_model.ckpt
-    return Path(root) / (path.parent.name if inside else path.name)
-
-
-def task_folder(task):
-    """The name of a task's folder: of one's own file, its name without the ending."""
-    return Path(os.path.abspath(task)).stem
-
-
-def run_name(options):
-    """The name of a fine-tuning run's folder."""
-    ablation = f"-{options.ablation}" if options.ablation else ""
-    return f"{Path(options.ticket).stem}-{options.method}{ablation}-seed{options.seed}"
-
-
-def cache_folder():
-    """For what can be made again: $XDG_CACHE_HOME/orticket, or ~/.cache/orticket."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "orticket"
-
-
-def output_folder(root, model):
-    """`model_folder`, made and tried."""
-    return writable(model_folder(root, model))
-
-
-def writable(folder):
-    """The folder, made and tried at once: a run of minutes must not end at one that cannot be written."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()  # a name of its own in each of several processes
-    except OSError as error:
-        raise BadInput(f"cannot write {folder}: {error.strerror or error}") from None
-    return folder
-
-
 def sha256(path):
+    """The sha256 of a file's content, in hexadecimal."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(2**20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def model_folder(root, model):
+    """ROOT/MODEL, where MODEL is the last part of the model's name, or the folder or archive of a weights file."""
+    path = Path(os.path.abspath(model))
+    if path.suffix == ".zip":
+        return Path(root) / path.stem
+    is_file = path.is_file() or path.with_name(f"{path.name}.index").is_file()  # TensorFlow's bert_model.ckpt
+    return Path(root) / (path.parent.name if is_file else path.name)
+
+
+def task_folder(task):
+    """The name of a task's folder. For a custom file: its name without the suffix."""
+    return Path(os.path.abspath(task)).stem
+
+
+def run_name(options):
+    """The name of the folder of a fine-tuning run."""
+    ablation = f"-{options.ablation}" if options.ablation else ""
+    return f"{Path(options.ticket).stem}-{options.method}{ablation}-seed{options.seed}"
+
+
+def cache_folder():
+    """The folder of files that can be rebuilt: $XDG_CACHE_HOME/orticket, or ~/.cache/orticket."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "orticket"
+
+
+def output_folder(root, model):
+    """`model_folder`, created and checked to be writable."""
+    return writable(model_folder(root, model))
+
+
+def writable(folder):
+    """Create the folder and check that it can be written. Raises BadInput now rather than after minutes of work."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise BadInput(f"cannot write {folder}: {error.strerror or error}") from None
+    return folder

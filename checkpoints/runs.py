@@ -1,0 +1,156 @@
+"""What the two training loops, search.py's and finetune.py's, log, save and resume from."""
+
+import math
+import time
+
+import numpy as np
+import torch
+
+from checkpoints import safetensors
+from checkpoints.provenance import Checkpoint
+from runtime import cli, distributed, optim
+from runtime.cli import BadInput
+from runtime.device import peak_memory
+
+
+class SearchRun:
+    """The log and the checkpoints of Algorithm 1 (search.py), and the order of its examples.
+
+    trace: {name: [a tensor per mini-epoch]}: c_H, c_F, the two distances, the mean loss.
+    """
+
+    def __init__(self, options, examples, checkpoint):
+        self.options, self.examples, self.checkpoint = options, examples, checkpoint
+        self.steps_per_epoch = math.ceil(len(examples) / options.batch_size)
+        self.steps = options.epochs * self.steps_per_epoch
+        mini_epochs = math.ceil(options.epochs / options.mini_epoch - 1e-9)
+        ends = (math.ceil((i + 1) * options.mini_epoch * self.steps_per_epoch - 1e-9) for i in range(mini_epochs))
+        self.mini_epoch_ends = sorted({min(self.steps, end) for end in ends})
+        self.trace = {name: [] for name in ("trace.head", "trace.ffn", "trace.distances", "trace.loss")}
+        self.epoch, self.order, self.status = None, None, ""
+
+    def resume(self, optimizer, model, c, stopping):
+        """Load the checkpoint, if there is one. Returns the number of steps done."""
+        self.checkpoint.load(optimizer, model=model, c=c)
+        saved, step = self.checkpoint.tensors, 0
+        if saved:
+            self.trace = {name: list(saved[name].clone()) for name in self.trace}
+            for head, ffn in zip(self.trace["trace.head"], self.trace["trace.ffn"]):
+                stopping.update(head, ffn)
+            step = self.mini_epoch_ends[len(self.trace["trace.loss"]) - 1]
+        self.total, self.count = torch.zeros((), device=c.head.device), 0
+        self.bar = cli.progress(self.steps, step, "search")
+        return step
+
+    def chosen(self, step):
+        """The indices of the examples of a step."""
+        epoch, number = divmod(step, self.steps_per_epoch)
+        if epoch != self.epoch:
+            self.epoch = epoch
+            self.order = self.examples.epoch(self.options.batch_size, self.options.seed, epoch)
+        return self.order[number]
+
+    def log(self, loss):
+        self.total += loss
+        self.count += 1
+        if not self.bar.disable:
+            self.bar.set_postfix_str(f"loss {loss:.3f}{self.status}", refresh=False)
+        self.bar.update()
+
+    def end_mini_epoch(self, optimizer, model, c, distances):
+        """Add to the trace and save a checkpoint. Raises BadInput if the search has diverged."""
+        mean_loss = (distributed.all_reduce_sum(self.total) / self.count).cpu()
+        head, ffn = c.head.detach().cpu().clone(), c.ffn.detach().cpu().clone()
+        if not all(torch.isfinite(values).all() for values in (head, ffn, mean_loss)):
+            rates = cli.flags(self.options, "learning_rate_c") or f" --learning-rate {self.options.learning_rate:g}"
+            raise BadInput(f"the search diverged in mini-epoch {len(self.trace['trace.loss']) + 1}: lower{rates}")
+        for values, value in zip(self.trace.values(), (head, ffn, torch.tensor(distances), mean_loss)):
+            values.append(value)
+        self.total, self.count = torch.zeros_like(self.total), 0
+        self.checkpoint.save(optimizer, {"model": model, "c": c}, self.result())
+        self.status = f", distance heads {distances[0]:.3f}, neurons {distances[1]:.3f}"
+
+    def result(self):
+        """{name: tensor}: the trace, stacked over the mini-epochs."""
+        return {name: torch.stack(values) for name, values in self.trace.items()}
+
+    def write(self, path, stopping):
+        """Write the coefficients: the result of Algorithm 1."""
+        self.bar.close()
+        if distributed.is_main_process():
+            result = self.result()
+            final = {"head": result["trace.head"][-1], "ffn": result["trace.ffn"][-1]}
+            ended = {"stopped_early": stopping.should_stop, "mini_epochs_at_most": len(self.mini_epoch_ends)}
+            safetensors.write_safetensors(path, final | result, self.checkpoint.provenance | ended)
+
+
+class FinetuneRun:
+    """The log and the checkpoints of fine-tuning (finetune.py), and the model of the best epoch.
+
+    scores: the held-out accuracy of every epoch. seconds: of training. memory: peak memory in bytes.
+    """
+
+    def __init__(self, options, split, folder, provenance):
+        self.options, self.split, self.folder = options, split, folder
+        self.checkpoint = Checkpoint(folder / "finetune.state.safetensors", provenance, options.overwrite)
+        saved = self.checkpoint.metadata
+        self.scores, self.seconds = saved.get("scores", []), saved.get("seconds", 0.0)
+        self.memory = saved.get("peak_memory", 0)
+        self.steps_per_epoch = math.ceil(len(split) / options.batch_size)
+        self.steps = options.epochs * self.steps_per_epoch
+
+    def resume(self, optimizer, modules):
+        """Load the checkpoint, if there is one. Returns the number of epochs done."""
+        self.checkpoint.load(optimizer, **modules)
+        self.bar = cli.progress(self.steps, len(self.scores) * self.steps_per_epoch, "fine-tune")
+        return len(self.scores)
+
+    def batches(self, epoch):
+        """Yield (step, batch) for all training rows, in an order that depends on the seed and the epoch alone."""
+        start, self.total = time.perf_counter(), torch.zeros((), device=self.split.device)
+        generator = np.random.Generator(np.random.PCG64([self.options.seed, epoch]))
+        yield from enumerate(self.split.batches(self.options.batch_size, generator), epoch * self.steps_per_epoch)
+        self.seconds += time.perf_counter() - start
+
+    def log(self, loss):
+        self.total += loss
+        self.bar.update()
+
+    def best_path(self):
+        """The weights of the best epoch. Each epoch has its own file, so that a kill cannot mix two epochs."""
+        return self.folder / f"epoch{self.best_epoch}.state.safetensors"
+
+    @property
+    def best_epoch(self):
+        return self.scores.index(max(self.scores)) + 1
+
+    def end_epoch(self, optimizer, modules, score):
+        """Save a checkpoint, and the model if its score is the best. Raises BadInput if training has diverged."""
+        mean_loss = distributed.all_reduce_sum(self.total).item() / self.steps_per_epoch
+        if not math.isfinite(mean_loss):
+            epoch, rate = len(self.scores) + 1, self.options.learning_rate
+            raise BadInput(f"training diverged in epoch {epoch}: lower --learning-rate {rate:g}")
+        self.scores.append(score)
+        self.memory = max(self.memory, peak_memory(self.split.device))
+        if distributed.is_main_process():
+            if self.best_epoch == len(self.scores):
+                state = modules["model"].state_dict()
+                safetensors.write_safetensors(self.best_path(), state, self.checkpoint.provenance)
+            progress = {"scores": self.scores, "seconds": self.seconds, "peak_memory": self.memory}
+            self.checkpoint.save(optimizer, modules, metadata=progress)
+            for older in set(self.folder.glob("epoch*.state.safetensors")) - {self.best_path()}:
+                older.unlink()
+        self.bar.set_postfix_str(f"loss {mean_loss:.3f}, held-out accuracy {score:.2%}")
+
+    def load_best(self, model):
+        """Put the weights of the best epoch into the model."""
+        self.bar.close()
+        read = distributed.broadcast_from_main(lambda: dict(safetensors.read_safetensors(self.best_path())[0]))
+        model.load_state_dict(read)
+
+    def decay(self):
+        """The factor by which AdamW's weight decay has shrunk an embedding without gradients by the best epoch."""
+        options = self.options
+        steps = range(self.best_epoch * self.steps_per_epoch)
+        rates = (optim.learning_rate(options.learning_rate, step, self.steps, options.warmup) for step in steps)
+        return math.prod(1 - rate * options.weight_decay for rate in rates)

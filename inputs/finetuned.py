@@ -1,0 +1,31 @@
+"""Load a model that finetune.py wrote, and check that it belongs to the rows at hand."""
+
+import math
+
+import data
+from bert import Bert
+from checkpoints import safetensors
+from inputs.batches import rows_sha256
+from inputs.tokenizer import Tokenizer
+from runtime.cli import BadInput
+
+
+def load_finetuned(folder, task, splits, options, device):
+    """(model, tokenizer, tokens to which a text is truncated, metadata) of the fine-tuned model in `folder`.
+
+    splits: the rows of options.task. Raises BadInput if the model was fine-tuned on other rows: its accuracy would not
+    be theirs, and its training rows could be their test rows. A custom file may have changed, or have a namesake.
+    """
+    model, tokenizer = Bert.load(folder).to(device), Tokenizer(folder)
+    metadata = safetensors.read_with_metadata(folder / "model.safetensors")[1]
+    if metadata.get("script") != "finetune.py":
+        raise BadInput(f"{folder} was not written by finetune.py: give another --output")
+    max_length = min(metadata["settings"]["max_length"] or task.max_length, model.config.max_length)
+    count = min(metadata["settings"]["train_rows"] or math.inf, len(splits["train"]))
+    trained = splits | {"train": data.first_rows(splits["train"], count, options.task)}
+    if rows_sha256(tokenizer, max_length, *trained.values()) != metadata["task_sha256"]:
+        raise BadInput(
+            f"{folder} was fine-tuned on other rows than those of {options.task}: use the --text-columns, "
+            "--label-column and --data-revision of its fine-tuning, or fine-tune with --overwrite"
+        )
+    return model, tokenizer, max_length, metadata

@@ -1,0 +1,94 @@
+"""The MLM head of a model that was published without one, such as MiniLM: fitted with the encoder frozen.
+
+It is no part of Algorithm 1. search.py needs the head for its loss, BERT-Attack for its substitutes.
+"""
+
+from dataclasses import asdict, dataclass
+
+import filelock
+import torch
+
+import data
+from checkpoints import safetensors
+from checkpoints.provenance import is_up_to_date, versions
+from inputs.batches import Blocks, mask_tokens
+from runtime import cli, files, optim
+from runtime.device import autocast, pick_precision, precision_name
+
+
+@dataclass
+class Settings:
+    """What the fitted head depends on, with the defaults of search.py."""
+
+    seed: int = 0
+    block: int = 128
+    batch_size: int = 32
+    warmup: float = 0.1
+    mlm_head_steps: int = 200
+    mlm_head_learning_rate: float = 3e-3
+    precision: str = "auto"
+
+
+def fit_mlm_head(name, provenance, model, tokenizer, blocks, path, dtype):
+    """Fit the MLM head of `model` on the corpus `blocks`, and write it to `path`. Reuse `path` if it is up to date.
+
+    name: of the model, for the message. provenance: its "settings" hold at least those of `Settings`. The bias starts
+    at the log frequencies of the corpus's tokens, so that the head need not learn them.
+    """
+    settings = {key: provenance["settings"][key] for key in asdict(Settings())}
+    provenance = provenance | {"settings": settings}
+    head, device, options = model.mlm_head, model.mlm_head.bias.device, Settings(**settings)
+    if is_up_to_date(path, provenance, overwrite=True):
+        head.load_state_dict(safetensors.read_safetensors(path)[0])
+        return
+    print(f"{name} has no MLM head: fitting one with the encoder frozen, saved to {path}")
+    counts = blocks.frequencies(model.config.vocab_size) + 0.5
+    head.bias.data.copy_((counts / counts.sum()).log())
+    steps, rate = options.mlm_head_steps, options.mlm_head_learning_rate
+    optimizer = torch.optim.AdamW(head.parameters(), lr=rate, weight_decay=0.0, fused=True)
+    bar = cli.progress(steps, description="MLM head")
+    for step in range(steps):
+        optim.seed_step(options.seed, 3, step)
+        rows = torch.randint(len(blocks), (min(options.batch_size, len(blocks)),))
+        ids, positions, labels = (t.to(device) for t in mask_tokens(blocks.rows(rows), tokenizer))
+        with autocast(device, dtype):
+            with torch.no_grad():
+                states = model.eval()(ids, positions=positions)
+            loss = model.mlm_loss(states, labels)
+        loss.backward(inputs=list(head.parameters()))
+        optim.set_learning_rate(optimizer, rate, step, steps, options.warmup)
+        optimizer.step()
+        optimizer.zero_grad()
+        bar.update()
+        bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
+    bar.close()
+    safetensors.write_safetensors(path, head.state_dict(), provenance)
+
+
+def find_mlm_head(name, output, model, model_sha256, tokenizer, device):
+    """Give `model`, loaded as `name`, the head that search.py saved in OUTPUT/MODEL, or fit one with its defaults.
+
+    Returns the metadata of the head.
+    """
+    path = files.output_folder(output, name) / "mlm_head.safetensors"
+    with filelock.FileLock(f"{path}.lock"):  # one of several processes fits, the others wait
+        if path.is_file():
+            tensors, metadata = safetensors.read_with_metadata(path)
+            if metadata.get("model_sha256") == model_sha256:
+                model.mlm_head.load_state_dict(tensors)
+                return metadata
+        settings = Settings()
+        blocks = Blocks(tokenizer, *data.find_corpus("bbc"), settings.block)
+        dtype = pick_precision(device, settings.precision)
+        provenance = {
+            "script": "search.py",
+            "settings": asdict(settings) | {"precision": precision_name(dtype)},
+            "model_sha256": model_sha256,
+            "config": asdict(tokenizer.config),
+            "corpus_sha256": blocks.sha256,
+            "versions": versions(),
+        }
+        torch.manual_seed(settings.seed)
+        model.mlm_head.apply(model.initialize)
+        fit_mlm_head(name, provenance, model.to(device), tokenizer, blocks, path, dtype)
+    return safetensors.read_with_metadata(path)[1]

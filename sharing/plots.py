@@ -1,0 +1,77 @@
+"""The figures that search.py and draw.py write beside their results."""
+
+import math
+
+
+
+from runtime.files import atomic_write
+
+
+def save_figure(figure, path):
+    """Write the figure to `path` as a PNG."""
+    with atomic_write(path) as tmp_path:
+        figure.savefig(tmp_path, dpi=150, format="png")
+
+
+def new_figure(*grid, **settings):
+    """matplotlib's subplots, without a display. Imported here: it takes a second that --help need not wait for."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(*grid, **settings)
+    pyplot.close(figure)  # pyplot keeps no reference
+    return figure, axes
+
+
+def plot_search(trace, settings, path):
+    """The distances of every mini-epoch with the threshold gamma, and the loss.
+
+    trace: {"trace.distances": (mini-epochs, 2), "trace.loss": (mini-epochs,)}. settings: those of search.py.
+    """
+    distances = trace["trace.distances"].numpy()
+    x = range(1, len(distances) + 1)
+    figure, (above, below) = new_figure(2, 1, figsize=(7, 5.2), sharex=True, height_ratios=(3, 1.3))
+    above.plot(x, distances[:, 0], marker="o", label=f"heads, tau = {settings['tau_head']:.3g}")
+    above.plot(x, distances[:, 1], marker="s", label=f"neurons, tau = {settings['tau_ffn']:.3g}")
+    above.axhline(settings["gamma"], color="black", linestyle="--", linewidth=1, label=f"gamma = {settings['gamma']:g}")
+    above.set(ylabel="normalized Hamming distance", ylim=(0, None))
+    data = settings["corpus"] if settings["objective"] == "mlm" else settings["objective"]
+    above.set_title(f"Distance between the masks of consecutive mini-epochs: {settings['model']} on {data}", fontsize=10)
+    above.title.set_parse_math(False)
+    above.legend()
+    below.plot(x, trace["trace.loss"].numpy(), color="gray", marker=".")
+    below.set(xlabel=f"mini-epoch ({settings['mini_epoch']:g} epoch each)", ylabel="loss")
+    below.xaxis.get_major_locator().set_params(integer=True)
+    figure.tight_layout()
+    save_figure(figure, path)
+
+
+def plot_ticket(head, ffn, head_mask, ffn_mask, title, path):
+    """What a ticket keeps of each layer, as in Figure 1: each head with its coefficient, and the share of neurons.
+
+    head, head_mask: (layers, heads). ffn, ffn_mask: (layers, neurons).
+    """
+    layers, heads = head.shape
+    figure, (left, right) = new_figure(
+        1, 2, figsize=(10, 1.6 + 0.36 * layers), width_ratios=(heads, 8), layout="constrained"
+    )
+    image = left.imshow(head.masked_fill(~head_mask, math.nan).numpy(), cmap="viridis", aspect="auto", origin="lower")
+    for layer, number in (~head_mask).nonzero().tolist():
+        left.text(number, layer, "x", color="firebrick", ha="center", va="center")
+    left.set(xlabel="head (x: pruned)", ylabel="layer", title="attention heads: coefficient c_H")
+    left.set_xticks(range(heads), range(1, heads + 1))
+    figure.colorbar(image, ax=left, pad=0.02).formatter.set_useOffset(False)
+
+    kept = ffn_mask.float().mean(1).tolist()
+    right.barh(range(layers), 1, color="lightgray")
+    right.barh(range(layers), kept, color="steelblue")
+    for layer, share in enumerate(kept):
+        color = "white" if share > 0.3 else "black"
+        right.text(0.02, layer, f"{share:.0%} of {ffn.shape[1]:,}", va="center", color=color)
+    right.set(xlabel="share of the neurons kept", xlim=(0, 1), ylim=left.get_ylim(), title="FFN neurons")
+    for axes in (left, right):
+        axes.set_yticks(range(layers), range(1, layers + 1))
+    figure.suptitle(title, parse_math=False)
+    save_figure(figure, path)
