@@ -1,14 +1,13 @@
-"""Files from the Hugging Face hub: fetched once, verified, and kept where the hub's own libraries keep theirs.
+"""Files from the Hugging Face hub: fetched once, verified, and kept in the cache of the hub's own libraries.
 
-The cache is theirs, $HF_HOME/hub: blobs/ named by checksum, snapshots/COMMIT/FILE pointing to them, refs/ from a
-branch to its commit. What transformers or datasets have fetched is used, and what is fetched here they use. Honoured:
+The cache is $HF_HOME/hub: blobs/ named by checksum, snapshots/COMMIT/FILE linking to them, refs/ from a branch to its
+commit. Files fetched by transformers or datasets are used here, and the reverse. These variables are honoured:
 HF_ENDPOINT (a mirror), HF_HOME, HF_HUB_CACHE, HF_TOKEN, HF_HUB_OFFLINE.
 
-Left out: uploading, listing, Xet's chunks (the hub serves every file by plain HTTPS as well).
+Not here: uploading, listing, Xet's chunks (the hub also serves every file by plain HTTPS).
 """
 
 import contextlib
-import email.utils
 import hashlib
 import os
 import re
@@ -18,55 +17,62 @@ from pathlib import Path
 
 import filelock
 import requests
+import urllib3
 
 from checkpoints.huggingface import shards, weight_files
 from runtime.cli import BadInput, progress
 from runtime.files import atomic_write, sha256
 
-TIMEOUT = (5, 8)  # seconds to connect, and between two pieces of an answer
-ATTEMPTS = 5  # then the hub counts as gone: at most a minute, were every one of them to time out
-LONGEST_WAIT = 10  # seconds that a busy hub's Retry-After may ask for
-CHUNK = 2**14  # bytes; what is begun of one is lost when the connection breaks
+TIMEOUT = (5, 8)  # seconds to connect, and between two pieces of a response
+ATTEMPTS = 5  # at most about a minute in all, even if every attempt times out
+BACKOFF = 0.5  # seconds before the second attempt; twice as long before each later one
+RETRY_STATUSES = (408, 429, 500, 502, 503, 504)
+MAX_RETRY_AFTER = 10  # seconds
+CHUNK = 2**14  # bytes; an incomplete chunk is lost when the connection breaks
 
 
 class RetryableError(Exception):
-    """What may be better at the next attempt. `wait`: the seconds that the hub asks for before it."""
-
-    def __init__(self, reason, wait=None):
-        super().__init__(reason)
-        self.wait = wait
+    """A download that may succeed at the next attempt."""
 
 
 class NotOnHub(BadInput):
-    """The hub answers, and has no such file."""
+    """The hub responds, but does not have this file."""
+
+
+class HubRetry(urllib3.Retry):
+    """urllib3's retries of connections and statuses, except that a long Retry-After is an error."""
+
+    def parse_retry_after(self, retry_after):
+        seconds = super().parse_retry_after(retry_after)
+        if seconds > MAX_RETRY_AFTER:
+            raise BadInput(f"the hub is busy: try again in {seconds:.0f} seconds")
+        return seconds
 
 
 def fetch(repository, name, revision="main", dataset=False):
-    """The path of the file `name` of a repository OWNER/NAME, from the cache, else from the hub.
+    """Path of the file `name` of the repository OWNER/NAME, from the cache or else from the hub.
 
-    Raises Missing where the repository has no such file, BadInput where it cannot be had: no network, offline mode,
-    no permission, or an answer that is not the file. A broken download goes on from where it broke, also in another
-    run; a file counts as there only when its checksum is the hub's. Of two processes that ask at once, one fetches.
+    An interrupted download resumes, also in another run. A file is in the cache only if its checksum is the hub's. If
+    two processes need the same repository, one fetches and the other waits.
+    Raises NotOnHub if the repository has no such file, and BadInput if the file cannot be fetched: no network, offline
+    mode, no permission, or a response that is not the file.
     """
     folder = cache_folder(repository, dataset)
     path = in_cache(folder, name, revision)
-    if path is None:
-        what = f"{name} of {repository}"
-        if offline():
-            raise BadInput(f"{what} is not in the cache {folder}, and HF_HUB_OFFLINE forbids fetching it")
-        endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
-        kind = "datasets/" if dataset else ""
-        url = (
-            f"{endpoint}/{kind}{repository}/resolve/{urllib.parse.quote(revision, safe='')}/{urllib.parse.quote(name)}"
-        )
-        folder.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(folder / ".fetching"):
-            path = in_cache(folder, name, revision) or download(url, what, folder, name, revision)
-    return path
+    if path is not None:
+        return path
+    what = f"{name} of {repository}"
+    if offline():
+        raise BadInput(f"{what} is not in the cache {folder}, and HF_HUB_OFFLINE forbids fetching it")
+    kind = "datasets/" if dataset else ""
+    url = f"{endpoint()}/{kind}{repository}/resolve/{urllib.parse.quote(revision, safe='')}/{urllib.parse.quote(name)}"
+    folder.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(folder / ".fetching"):
+        return in_cache(folder, name, revision) or download(url, what, folder, name, revision)
 
 
 def offline():
-    """Whether the user forbids fetching."""
+    """Whether HF_HUB_OFFLINE forbids fetching."""
     return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
 
 
@@ -76,20 +82,20 @@ WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.b
 
 
 def fetch_model(repository, revision="main", alias=None):
-    """The folder with a model's configuration, vocabulary and weights, in whichever format it has them.
+    """Folder with a model's configuration, vocabulary and weights, all of one commit.
 
-    alias: another name under which the hub's libraries may have cached it. Raises BadInput as `fetch` does.
+    alias: another name under which the hub's libraries may have cached the model. Raises BadInput as `fetch` does.
     """
     for name in (repository, alias or repository):
         config = in_cache(cache_folder(name, False), "config.json", revision)
         if config and is_model(config.parent):
             return config.parent
     folder = fetch(repository, "config.json", revision).parent
-    revision = folder.name  # the commit, though the branch may move meanwhile
+    revision = folder.name  # the commit: the branch may move while the other files are fetched
     for name in (*VOCABULARY, *VOCABULARY_MORE):
         with contextlib.suppress(NotOnHub):
             fetch(repository, name, revision)
-    for name in WEIGHTS:  # last: where they are, the model is whole
+    for name in WEIGHTS:  # last: if they are there, the model is complete
         with contextlib.suppress(NotOnHub):
             path = fetch(repository, name, revision)
             for shard in sorted(set(shards(path).values())) if path.suffix == ".json" else ():
@@ -107,38 +113,58 @@ def is_model(folder):
 
 
 def cache_folder(repository, dataset):
+    """Folder of a repository in the hub's cache."""
     home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "huggingface"
     root = Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub").expanduser()
     return root / f"{'datasets' if dataset else 'models'}--{repository.replace('/', '--')}"
 
 
 def in_cache(folder, name, revision):
-    """The path in the newest snapshot of a branch, or in that of a commit; None where it is not there."""
-    reference = folder / "refs" / revision
-    commit = reference.read_text("utf8").strip() if reference.is_file() else revision
+    """Path of a file in the snapshot of a branch or commit; None if it is not there."""
+    ref = folder / "refs" / revision
+    commit = ref.read_text("utf8").strip() if ref.is_file() else revision
     path = folder / "snapshots" / commit / name
     return path if path.is_file() else None
 
 
 def download(url, what, folder, name, revision):
-    """Fetch `url` into the cache; the path of the snapshot's file."""
-    trouble = None
-    for attempt in range(ATTEMPTS):
-        if trouble is not None:
-            time.sleep(min(2.0**attempt / 4, 4) if trouble.wait is None else trouble.wait)
-        try:
-            place, checksum, size, commit = head(url, what)
-            blob = folder / "blobs" / checksum
-            if not blob.is_file():
-                download_to(place, url, blob, checksum, size, name)
-            break
-        except requests.RequestException as error:
-            trouble = RetryableError(what_broke(error))
-        except RetryableError as error:
-            trouble = error
-    else:
-        host = urllib.parse.urlsplit(url).netloc
-        raise BadInput(f"{what} cannot be had from {host}: {trouble}, {ATTEMPTS} times; try again, or set HF_ENDPOINT")
+    """Fetch `url` into the cache. Returns the path of the file in its snapshot.
+
+    urllib3 retries failed connections and busy servers. The loop here retries what is wrong with a response: a body
+    that breaks off, a wrong checksum, a location that has expired.
+    """
+    reason = None
+    with hub_session() as session:
+        for attempt in range(ATTEMPTS):
+            if attempt > 0:
+                time.sleep(BACKOFF * 2 ** (attempt - 1))
+            try:
+                location, checksum, size, commit = head(session, url, what)
+                blob = folder / "blobs" / checksum
+                if not blob.is_file():
+                    download_to(session, location, blob, checksum, size, name)
+                return link_snapshot(folder, commit, name, blob, revision)
+            except RetryableError as error:
+                reason = error
+            except requests.RequestException as error:  # urllib3 has made all attempts
+                reason = type(error).__name__ if error.response is None else f"status {error.response.status_code}"
+                break
+    host = urllib.parse.urlsplit(url).netloc
+    raise BadInput(f"cannot fetch {what} from {host}: {reason}, {ATTEMPTS} attempts; try again, or set HF_ENDPOINT")
+
+
+def hub_session():
+    """A session in which urllib3 makes up to ATTEMPTS attempts at each request."""
+    session = requests.Session()
+    session.headers["Accept-Encoding"] = "identity"
+    retry = HubRetry(ATTEMPTS - 1, backoff_factor=BACKOFF, status_forcelist=RETRY_STATUSES, raise_on_status=False)
+    for scheme in ("https://", "http://"):
+        session.mount(scheme, requests.adapters.HTTPAdapter(max_retries=retry))
+    return session
+
+
+def link_snapshot(folder, commit, name, blob, revision):
+    """Path of the commit's snapshot of a file, a link to its blob; `revision` then refers to the commit."""
     path = folder / "snapshots" / commit / name
     if not path.is_file():
         with atomic_write(path) as tmp_path:
@@ -150,101 +176,90 @@ def download(url, what, folder, name, revision):
     return path
 
 
-def head(url, what):
-    """(address, checksum, size, commit): the hub answers for a large file with where it is and its sha256."""
-    where, found = url, {}
+def head(session, url, what):
+    """(location, checksum, size in bytes, commit) of a file on the hub.
+
+    The hub responds for a large file with a redirect to its storage and the sha256 in X-Linked-Etag, for a small file
+    with git's sha1 in ETag.
+    """
+    location, headers = url, requests.structures.CaseInsensitiveDict()
     for _ in range(5):
-        headers = {"Accept-Encoding": "identity", **authorization()}
-        answer = requests.head(where, headers=headers, timeout=TIMEOUT, allow_redirects=False)
-        found |= {name.lower(): value for name, value in answer.headers.items()}
-        target = found.pop("location", "")
-        where = urllib.parse.urljoin(where, target)
-        if not re.match("/(?!/)", target):  # elsewhere, or nowhere: a path is a renamed repository, or the hub's cache
+        response = session.head(location, headers=authorization(location), timeout=TIMEOUT, allow_redirects=False)
+        headers.update(response.headers)
+        target = headers.pop("Location", "")
+        location = urllib.parse.urljoin(location, target)
+        if not re.match("/(?!/)", target):  # a path is followed: a renamed repository, or the hub's own cache
             break
-    if answer.status_code in (401, 403):
-        raise BadInput(f"{what}: the hub refuses it ({answer.status_code}); does the name exist, is HF_TOKEN set?")
-    if answer.status_code == 404:
+    if response.status_code in (401, 403):
+        raise BadInput(f"{what}: the hub refuses access ({response.status_code}); check the name and HF_TOKEN")
+    if response.status_code == 404:
         raise NotOnHub(f"the hub has no {what} ({url})")
-    raise_for_status(answer)
-    checksum = (found.get("x-linked-etag") or found.get("etag", "")).removeprefix("W/").strip('"')
-    size = found.get("x-linked-size") or found.get("content-length", "")
-    commit = found.get("x-repo-commit", "")
-    whole = re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", checksum) and re.fullmatch("[0-9a-f]{40}", commit)
-    if not whole or not size.isdecimal():
-        raise RetryableError("an answer without checksum, size and commit, as of a sign-in page")
-    return where, checksum, int(size), commit
+    raise_for_status(response)
+    checksum = headers.get("X-Linked-Etag", headers.get("ETag", "")).removeprefix("W/").strip('"')
+    size = headers.get("X-Linked-Size", headers.get("Content-Length", ""))
+    commit = headers.get("X-Repo-Commit", "")
+    is_file = re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", checksum) and re.fullmatch("[0-9a-f]{40}", commit)
+    if not is_file or not size.isdecimal():
+        raise RetryableError("a response without checksum, size and commit, such as a sign-in page")
+    return location, checksum, int(size), commit
 
 
-def raise_for_status(answer):
-    """Raise Trouble for a status that says that something is wrong."""
-    if answer.status_code < 400:
-        return
-    wait = seconds_of(answer.headers.get("Retry-After", ""))
-    if wait is not None and wait > LONGEST_WAIT:
-        raise BadInput(f"{urllib.parse.urlsplit(answer.url).netloc} is busy: try again in {wait:.0f} seconds")
-    raise RetryableError(f"status {answer.status_code}", wait)
+def raise_for_status(response):
+    """Raise for a status of 400 or more: requests.HTTPError if urllib3 has retried it, else RetryableError."""
+    if response.status_code in RETRY_STATUSES:
+        response.raise_for_status()
+    if response.status_code >= 400:
+        raise RetryableError(f"status {response.status_code}")
 
 
-def what_broke(error):
-    """An exception of requests in words."""
-    if isinstance(error, requests.Timeout) or "timed out" in str(error):
-        return "no answer in time"
-    if isinstance(error, requests.exceptions.ChunkedEncodingError):
-        return "the connection broke"
-    return "no connection" if isinstance(error, requests.ConnectionError) else type(error).__name__
-
-
-def seconds_of(retry_after):
-    """Retry-After is a number of seconds or a date; None for anything else."""
-    if retry_after.isdecimal():
-        return int(retry_after)
-    date = email.utils.parsedate_tz(retry_after)
-    return max(0, email.utils.mktime_tz(date) - time.time()) if date else None
-
-
-def download_to(place, url, blob, checksum, size, name):
-    """Fetch `place` to `blob`, going on from what an earlier attempt has left beside it."""
+def download_to(session, location, blob, checksum, size, name):
+    """Fetch `location` to the path `blob`, resuming what an earlier attempt has left beside it."""
     blob.parent.mkdir(parents=True, exist_ok=True)
     tmp_path = blob.with_name(f"{blob.name}.incomplete")
-    have = tmp_path.stat().st_size if tmp_path.is_file() else 0
-    if have >= size:
-        tmp_path.unlink()
-        have = 0
-    same_host = urllib.parse.urlsplit(place).netloc == urllib.parse.urlsplit(url).netloc
-    headers = {"Accept-Encoding": "identity", **(authorization() if same_host else {})}
-    headers |= {"Range": f"bytes={have}-"} if have else {}
-    with requests.get(place, headers=headers, timeout=TIMEOUT, stream=True) as answer:
-        raise_for_status(answer)
-        if answer.status_code != 206:
-            have = 0  # the whole file again
-        if answer.headers.get("Content-Length") not in (None, str(size - have)):
-            raise RetryableError(
-                f"{answer.headers['Content-Length']} bytes of {answer.headers.get('Content-Type')}, not the file"
-            )
-        bar = progress(size, have, name, "B")
-        with open(tmp_path, "ab" if have else "wb") as file, bar:
-            for chunk in answer.iter_content(CHUNK):
-                try:
+    start = tmp_path.stat().st_size if tmp_path.is_file() else 0
+    headers = authorization(location)
+    if 0 < start < size:
+        headers["Range"] = f"bytes={start}-"
+    with session.get(location, headers=headers, timeout=TIMEOUT, stream=True) as response:
+        raise_for_status(response)
+        if response.status_code != 206:  # the whole file
+            start = 0
+        length, kind = response.headers.get("Content-Length"), response.headers.get("Content-Type")
+        if length not in (None, str(size - start)):
+            raise RetryableError(f"{length} bytes of {kind}, not the file")
+        try:
+            with open(tmp_path, "ab" if start else "wb") as file, progress(size, start, name, "B") as bar:
+                for chunk in response.iter_content(CHUNK):
                     file.write(chunk)
-                except OSError as error:
-                    raise BadInput(f"cannot write {tmp_path}: {error.strerror or error}") from None
-                bar.update(len(chunk))
+                    bar.update(len(chunk))
+        except requests.RequestException:
+            pass  # the body broke off; what has arrived is kept
+        except OSError as error:
+            raise BadInput(f"cannot write {tmp_path}: {error.strerror or error}") from None
     found = tmp_path.stat().st_size
-    if found != size or digest(tmp_path, checksum) != checksum:
-        if found >= size:
-            tmp_path.unlink()
-        raise RetryableError(f"{found:,} of {size:,} bytes" if found != size else "a wrong checksum")
+    if found < size:
+        raise RetryableError(f"{found:,} of {size:,} bytes arrived")
+    if found > size or file_checksum(tmp_path, checksum) != checksum:
+        tmp_path.unlink()
+        raise RetryableError("a wrong checksum")
     os.replace(tmp_path, blob)
 
 
-def digest(path, like):
-    """The checksum of a file as the hub counts it: sha256 of large ones, git's sha1 of small ones."""
+def file_checksum(path, like):
+    """The checksum of a file as the hub computes it: sha256 for large files, git's sha1 for small ones."""
     if len(like) == 64:
         return sha256(path)
     content = path.read_bytes()
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
-def authorization():
+def endpoint():
+    """The hub's address, or that of a mirror."""
+    return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+
+
+def authorization(url):
+    """The header with HF_TOKEN, if it is set and `url` is on the hub itself."""
     token = os.environ.get("HF_TOKEN", "").strip()
-    return {"Authorization": f"Bearer {token}"} if token else {}
+    on_hub = urllib.parse.urlsplit(url).netloc == urllib.parse.urlsplit(endpoint()).netloc
+    return {"Authorization": f"Bearer {token}"} if token and on_hub else {}

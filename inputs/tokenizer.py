@@ -1,4 +1,4 @@
-"""The tokenizers of BERT and RoBERTa from a model's own files."""
+"""The tokenizers of BERT and RoBERTa, from a model's own files."""
 
 import hashlib
 import json
@@ -11,42 +11,43 @@ from tokenizers.processors import RobertaProcessing
 
 from bert import Config
 from runtime.cli import BadInput, one_line
-from runtime.files import atomic_write, write_json
+from runtime.files import atomic_write, read_json, write_json
 
-# the special tokens of each family: padding, unknown, before a text, after it, masked
-SPECIAL = {
+SPECIAL_TOKENS = {  # padding, unknown, before a text, after it, masked
     "bert": ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"),
     "roberta": ("<pad>", "<unk>", "<s>", "</s>", "<mask>"),
 }
-# transformers' classes that make of these files what is made of them here
-CLASSES = tuple(
+# classes of transformers that read vocab.txt, or vocab.json with merges.txt, as this file does
+SUPPORTED_CLASSES = tuple(
     f"{name}Tokenizer"
     for name in ("Bert", "DistilBert", "Electra", "ConvBert", "MobileBert", "LayoutLM", "Roberta", "Longformer", "Bart")
 )
 
 
 class Tokenizer:
-    """WordPiece or byte-level BPE from a model's own files: texts <-> token ids.
+    """WordPiece or byte-level BPE: texts <-> token ids.
 
-    `pad`, `cls`, `sep` and `mask` are the ids of the special tokens, `size` how many tokens there are. It takes what
-    is there of tokenizer.json, vocab.json with merges.txt (RoBERTa), vocab.txt (BERT), these two with the words that
-    added_tokens.json adds. `family`: whose special tokens it has; klue/roberta-base is a RoBERTa with BERT's.
-    Raises BadInput where there is none, it lacks a special token, or it knows more tokens than the model.
+    path: a model folder, or a file of its weights. The vocabulary is the first found of tokenizer.json, vocab.json with
+    merges.txt (RoBERTa) and vocab.txt (BERT); the last two are extended by added_tokens.json.
+    `pad`, `cls`, `sep` and `mask` are the ids of the special tokens, and `size` is the number of tokens. `family` says
+    which special tokens the vocabulary has: klue/roberta-base is a RoBERTa with those of BERT.
+    Raises BadInput if there is no vocabulary, if it lacks a special token or has more tokens than the model.
     """
 
     def __init__(self, path):
-        """path: of the model, its folder or a file of its weights."""
         self.folder, self.config = path if path.is_dir() else path.parent, Config.read(path)
-        self.library = self.read()
+        self.library = read_library(self.folder)
         self.size = self.library.get_vocab_size()
-        families = self.config.model_type, *SPECIAL
-        known = (of for of in families if self.library.token_to_id(SPECIAL[of][2]) is not None)
-        self.family = next(known, self.config.model_type)
-        special = SPECIAL[self.family]
-        for token in special:
+        self.family = self.config.model_type
+        for family in (self.config.model_type, *SPECIAL_TOKENS):
+            if self.library.token_to_id(SPECIAL_TOKENS[family][2]) is not None:
+                self.family = family
+                break
+        for token in SPECIAL_TOKENS[self.family]:
             if self.library.token_to_id(token) is None:
-                raise BadInput(f"the vocabulary in {self.folder} has no {token}: it is no {self.family}'s")
-        self.pad, _, self.cls, self.sep, self.mask = (self.library.token_to_id(token) for token in special)
+                raise BadInput(f"the vocabulary in {self.folder} has no {token}: it is not a {self.family} vocabulary")
+        ids = map(self.library.token_to_id, SPECIAL_TOKENS[self.family])
+        self.pad, _, self.cls, self.sep, self.mask = ids
         if self.size > self.config.vocab_size:
             raise BadInput(
                 f"the vocabulary in {self.folder} has {self.size} tokens, the model {self.config.vocab_size}: "
@@ -54,62 +55,60 @@ class Tokenizer:
             )
         self.library.no_padding()
         self.library.no_truncation()
-        self.digest = hashlib.sha256(self.library.to_str().encode()).hexdigest()  # tells what it makes of a text
-
-    def read(self):
-        """The tokenizers library's object."""
-        folder, library = self.folder, None
-        try:
-            if (folder / "tokenizer.json").is_file():
-                return tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-            settings, added = (read_json(folder / name) for name in ("tokenizer_config.json", "added_tokens.json"))
-            kind = (
-                settings.get("tokenizer_class")
-                or read_json(folder / "config.json").get("tokenizer_class")
-                or CLASSES[0]
-            )
-            kind = str(kind).removesuffix("Fast")
-            if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-                library = byte_level_bpe(folder, settings)
-            elif (folder / "vocab.txt").is_file():
-                library = word_piece(folder, settings)
-            if library and kind in CLASSES:
-                kinds = {of.pop("content"): of for of in settings.get("added_tokens_decoder", {}).values()}
-                words = [word for word in sorted(added, key=added.get) if library.token_to_id(word) is None]
-                library.add_tokens([AddedToken(word, **kinds.get(word, {})) for word in words])
-                return tokenizers.Tokenizer.from_str(library.to_str())
-        except Exception as error:  # the library raises bare Exception
-            raise BadInput(f"the vocabulary in {folder} cannot be read: {one_line(error)}") from None
-        if library:
-            raise BadInput(f"the vocabulary in {folder} is for a {kind}: without its tokenizer.json it cannot be read")
-        raise BadInput(f"{folder} has no vocabulary: tokenizer.json, vocab.txt or vocab.json with merges.txt")
+        self.digest = hashlib.sha256(self.library.to_str().encode()).hexdigest()  # identifies how texts are tokenized
 
     def save(self, folder):
-        """tokenizer.json, and tokenizer_config.json so that transformers makes the same of it."""
+        """Write tokenizer.json, and tokenizer_config.json so that transformers loads an equal tokenizer."""
         parts = json.loads(self.library.to_str())
-        settings = {"model_max_length": self.config.max_length}
         if self.family == "bert":
             normalizer = parts.get("normalizer") or {}
-            settings |= {"tokenizer_class": "BertTokenizer", "do_lower_case": normalizer.get("lowercase", True)}
-            settings |= {"strip_accents": normalizer.get("strip_accents")}
-            settings |= {"tokenize_chinese_chars": normalizer.get("handle_chinese_chars", True)}
+            settings = {
+                "tokenizer_class": "BertTokenizer",
+                "do_lower_case": normalizer.get("lowercase", True),
+                "strip_accents": normalizer.get("strip_accents"),
+                "tokenize_chinese_chars": normalizer.get("handle_chinese_chars", True),
+            }
         else:
-            splitter = parts.get("pre_tokenizer") or {}
-            settings |= {"tokenizer_class": "RobertaTokenizer"}
-            settings |= {"add_prefix_space": splitter.get("add_prefix_space", False)}
+            spaced = (parts.get("pre_tokenizer") or {}).get("add_prefix_space", False)
+            settings = {"tokenizer_class": "RobertaTokenizer", "add_prefix_space": spaced}
+        settings["model_max_length"] = self.config.max_length
         write_json(Path(folder) / "tokenizer_config.json", settings)
         with atomic_write(Path(folder) / "tokenizer.json") as tmp_path:
             Path(tmp_path).write_text(self.library.to_str(pretty=True), "utf8")
 
 
-def read_json(path):
-    """What a JSON file says, {} where it is not there."""
-    return dict(json.loads(path.read_text("utf8"))) if path.is_file() else {}
+def read_library(folder):
+    """The tokenizers library's object for the vocabulary in a model folder."""
+    library = None
+    try:
+        if (folder / "tokenizer.json").is_file():
+            return tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        names = ("config.json", "tokenizer_config.json", "added_tokens.json")
+        config, settings, added = (read_json(path) if path.is_file() else {} for path in map(folder.joinpath, names))
+        kind = settings.get("tokenizer_class") or config.get("tokenizer_class") or SUPPORTED_CLASSES[0]
+        kind = str(kind).removesuffix("Fast")
+        if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+            library = byte_level_bpe(folder, settings)
+        elif (folder / "vocab.txt").is_file():
+            library = word_piece(folder, settings)
+        if library and kind in SUPPORTED_CLASSES:
+            kinds = {entry.pop("content"): entry for entry in settings.get("added_tokens_decoder", {}).values()}
+            words = [word for word in sorted(added, key=added.get) if library.token_to_id(word) is None]
+            library.add_tokens([AddedToken(word, **kinds.get(word, {})) for word in words])
+            return tokenizers.Tokenizer.from_str(library.to_str())
+    except Exception as error:  # the library raises bare Exception
+        raise BadInput(f"the vocabulary in {folder} cannot be read: {one_line(error)}") from None
+    if library:
+        raise BadInput(f"the vocabulary in {folder} is for a {kind}: without its tokenizer.json it cannot be read")
+    raise BadInput(f"{folder} has no vocabulary: tokenizer.json, vocab.txt or vocab.json with merges.txt")
 
 
 def word_piece(folder, settings):
-    """BERT's tokenizer from vocab.txt. Where no tokenizer_config.json says whether it is cased, as in Google's own
-    archives, the vocabulary does: an uncased one has no capital letter outside its special tokens, [CLS] or <S>."""
+    """BERT's tokenizer from vocab.txt.
+
+    Google's archives have no tokenizer_config.json that says whether the vocabulary is cased. An uncased one has no
+    capital letter except in its special tokens, such as [CLS] and <S>.
+    """
     vocabulary = WordPiece.read_file(str(folder / "vocab.txt"))
     uncased = all(token == token.lower() for token in vocabulary if token[:1] not in ("[", "<"))
     return tokenizers.BertWordPieceTokenizer(
@@ -125,7 +124,7 @@ def byte_level_bpe(folder, settings):
     spaced = settings.get("add_prefix_space", False)
     files = str(folder / "vocab.json"), str(folder / "merges.txt")
     tokenizer = tokenizers.ByteLevelBPETokenizer.from_file(*files, add_prefix_space=spaced, trim_offsets=True)
-    *plain, mask = SPECIAL["roberta"]
+    *plain, mask = SPECIAL_TOKENS["roberta"]
     tokenizer.add_special_tokens([*plain, AddedToken(mask, lstrip=True)])
     cls, sep = ((token, tokenizer.token_to_id(token)) for token in ("<s>", "</s>"))
     tokenizer.post_processor = RobertaProcessing(sep, cls, trim_offsets=True, add_prefix_space=spaced)

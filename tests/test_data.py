@@ -186,7 +186,7 @@ def test_nothing_is_dropped_silently(tmp_path, capsys, tiny):
     assert "the header comes again in line 4: 1 such lines are left out" in printed
     everything = splits["test"] + splits["validation"] + splits["train"]
     encoded = TokenizedSplit(Tokenizer(tiny), everything, 16, torch.device("cpu"))
-    assert sorted(encoded.lengths.tolist()) == [2, 2, 3, 4, 16] and encoded.cut == 1
+    assert sorted(encoded.lengths.tolist()) == [2, 2, 3, 4, 16] and encoded.num_truncated == 1
     (tmp_path / "half.jsonl").write_text("".join('{"text": "cut \\ud83d", "label": %d}\n' % (i % 2) for i in range(20)))
     assert data.find_task(str(tmp_path / "half.jsonl")).load(None)["test"][0][0] == ("cut \ufffd",)
     (tmp_path / "text.txt").write_bytes(b"\xef\xbb\xbfone \xff\ntwo \xef\xbf\xbd\n\n \n")

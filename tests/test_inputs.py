@@ -179,5 +179,5 @@ def test_batches_of_pairs_equal_transformers_padding_and_segments(tmp_path, fami
     chosen = [pairs[i] for i in (2, 0, 1, 3)]
     expected = reference(*map(list, zip(*chosen)), truncation=True, max_length=24, padding=True, return_tensors="pt")
     assert torch.equal(ids, expected["input_ids"]) and torch.equal(mask.long(), expected["attention_mask"])
-    assert labels.tolist() == [2, 0, 1, 3] and rows.cut == 1
+    assert labels.tolist() == [2, 0, 1, 3] and rows.num_truncated == 1
     assert segments is None if family == "roberta" else torch.equal(segments, expected["token_type_ids"])
