@@ -16,6 +16,7 @@ import torch
 from bert import Bert, Config
 from checkpoints import safetensors
 from checkpoints.provenance import versions
+from checkpoints.tickets import read_coefficients
 from gates import draw_masks
 from runtime import cli, files
 from runtime.cli import BadInput, option
@@ -81,28 +82,6 @@ def main():
     print(title)
     report(head_mask, ffn_mask, Config(**metadata["config"] | {"num_labels": classes}))
     print(f"ticket: {ticket}, heat map: {plot}")
-
-
-def read_coefficients(path):
-    """(c_H (layers, heads), c_F (layers, neurons), metadata) of a file that search.py wrote.
-
-    Raises BadInput if it is another file, or if its shapes are not those of its model.
-    """
-    tensors, metadata = safetensors.read_with_metadata(path)
-    try:
-        config = Config(**metadata["config"])
-        known = metadata["script"] == "search.py" and isinstance(metadata["settings"]["model"], str)
-        known = known and {"head", "ffn"} <= tensors.keys()
-        known = known and {"model_sha256", "corpus_sha256", "versions"} <= metadata.keys()
-    except (KeyError, TypeError):
-        known = False
-    if not known:
-        raise BadInput(f"{path} holds no coefficients: give a file that search.py wrote")
-    for name, width in (("head", config.num_attention_heads), ("ffn", config.intermediate_size)):
-        expected, found = (config.num_hidden_layers, width), tensors[name]
-        if found.shape != expected or found.dtype != torch.float32 or not torch.isfinite(found).all():
-            raise BadInput(f"{path}: {name} is not a finite float32 tensor of shape {expected}: search again")
-    return tensors["head"], tensors["ffn"], metadata
 
 
 def report(head_mask, ffn_mask, config):

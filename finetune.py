@@ -12,7 +12,6 @@ The epoch with the best accuracy on held-out training rows is kept, and only it 
 rerun, from the last epoch.
 """
 
-import shlex
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -23,11 +22,11 @@ from torch import nn
 import data
 from baselines.infobert import Anchor, InfoBERT
 from bert import Bert, Config, pruning_slices
-from checkpoints import huggingface, safetensors
+from checkpoints import huggingface
 from checkpoints.provenance import is_up_to_date, versions
 from checkpoints.runs import FinetuneRun
+from checkpoints.tickets import find_ticket
 from freelb import ADVERSARIES, freelb, initial_delta
-from gates import draw_masks
 from inputs.batches import TokenizedSplit, rows_sha256
 from inputs.tokenizer import Tokenizer
 from runtime import cli, distributed, files, optim
@@ -121,7 +120,7 @@ def main():
         splits = {name: TokenizedSplit(tokenizer, part, max_length, device) for name, part in rows.items()}
     del rows  # the texts are no longer needed
     print(f"task {options.task}: {', '.join(f'{len(of):,} {name}' for name, of in splits.items())} rows; {task.note}")
-    truncated = sum(int(split.cut) for split in splits.values())
+    truncated = sum(split.num_truncated for split in splits.values())
     print(
         f"ticket: {options.ticket}" + (f"; {truncated:,} texts truncated to {max_length} tokens" if truncated else "")
     )
@@ -266,47 +265,6 @@ def accuracy(model, split, batch_size, dtype):
             logits = model.class_logits(batch.ids, batch.attention_mask, batch.segments)
             correct += (logits.argmax(1) == batch.labels).sum()
     return distributed.all_reduce_sum(correct).item() / len(split)
-
-
-def find_ticket(options, drawn, model_sha256, config):
-    """((head mask, FFN mask), sha256 of the file) of --ticket; (None, None) for the full model; for a ticket of
-    robustt.py ({name: mask of a weight}, sha256). drawn: the path of draw.py's ticket.
-
-    Raises BadInput if the ticket does not exist, is not a ticket, or belongs to another model or task.
-    """
-    if options.ticket == "none":
-        if options.ablation:
-            raise BadInput(f"--ablation {options.ablation} needs a ticket, not --ticket none")
-        return None, None
-    path = drawn if options.ticket in ("drawn", "random") else Path(options.ticket)
-    command = f"python draw.py --task {shlex.quote(options.task)}{cli.flags(options, 'model', 'output')}"
-    if not path.is_file():
-        remedy = f"run {command} first" if path == drawn else "give drawn, random, none or a file"
-        raise BadInput(f"there is no ticket {path}: {remedy}")
-    tensors, metadata = safetensors.read_with_metadata(path)
-    is_robustt = metadata.get("script") == "robustt.py"
-    if not is_robustt and (metadata.get("script") != "draw.py" or not {"head", "ffn"} <= tensors.keys()):
-        raise BadInput(f"{path} is not a ticket: give a file that draw.py or robustt.py wrote")
-    drawn_for = metadata["settings"].get("task", options.task)
-    if (drawn_for in data.TASKS) != (options.task in data.TASKS) and path == drawn:  # imdb and a custom imdb.csv
-        raise BadInput(f"{path} was drawn for {drawn_for}: run {command} again")
-    if metadata.get("model_sha256") != model_sha256:
-        raise BadInput(f"{path} was drawn for another model than {options.model}")
-    if is_robustt:
-        if options.ablation:
-            raise BadInput(f"--ablation {options.ablation} needs a ticket of heads and neurons, not of single weights")
-        return tensors, files.sha256(path)
-    masks = tensors["head"], tensors["ffn"]
-    for mask, width in zip(masks, (config.num_attention_heads, config.intermediate_size)):
-        if mask.dtype != torch.bool or mask.shape != (config.num_hidden_layers, width):
-            raise BadInput(f"{path} has a mask that does not fit the model: run {command} again")
-    if not masks[0].any(1).all():
-        raise BadInput(f"{path} leaves a layer without a head: run {command} again")
-    if options.ticket == "random":
-        torch.manual_seed(options.seed)
-        ratios = metadata["settings"]["tau_head"], metadata["settings"]["tau_ffn"]
-        masks = draw_masks(*(torch.rand(mask.shape) for mask in masks), *ratios)
-    return masks, files.sha256(path)
 
 
 def effective_settings(options):

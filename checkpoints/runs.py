@@ -3,7 +3,6 @@
 import math
 import time
 
-import numpy as np
 import torch
 
 from checkpoints import safetensors
@@ -108,8 +107,8 @@ class FinetuneRun:
     def batches(self, epoch):
         """Yield (step, batch) for all training rows, in an order that depends on the seed and the epoch alone."""
         start, self.total = time.perf_counter(), torch.zeros((), device=self.split.device)
-        generator = np.random.Generator(np.random.PCG64([self.options.seed, epoch]))
-        yield from enumerate(self.split.batches(self.options.batch_size, generator), epoch * self.steps_per_epoch)
+        order = self.split.epoch(self.options.batch_size, self.options.seed, epoch)
+        yield from enumerate(map(self.split.batch, order), epoch * self.steps_per_epoch)
         self.seconds += time.perf_counter() - start
 
     def log(self, loss):

@@ -16,6 +16,7 @@ import torch
 from checkpoints import safetensors
 from runtime.cli import BadInput, progress
 from runtime.files import atomic_write, cache_folder, sha256
+from runtime.optim import seed_step
 
 CHUNK = 1000  # texts tokenized at a time: the library's encodings take a hundred times the memory of their ids
 
@@ -37,6 +38,28 @@ class Batch(NamedTuple):
     def rows(self, chosen):
         """The rows in the slice `chosen`."""
         return Batch(*(part if part is None else part[chosen] for part in self))
+
+
+class MaskedBatch(NamedTuple):
+    """Blocks of a corpus with masked tokens, all of the same length."""
+
+    ids: torch.Tensor  # (B, T) token ids, some replaced
+    positions: torch.Tensor  # (n,) of the tokens to predict, indices into the B T tokens, ascending
+    labels: torch.Tensor  # (n,) their original ids
+
+    @property
+    def token_mask(self):
+        """(B, T) ones: there is no padding."""
+        return torch.ones_like(self.ids)
+
+    def rows(self, chosen):
+        """The rows in the slice `chosen`, their positions counted from its first token."""
+        if chosen == slice(0, len(self.ids)):
+            return self
+        length = self.ids.shape[1]
+        start, stop = (torch.searchsorted(self.positions, row * length) for row in (chosen.start, chosen.stop))
+        positions = self.positions[start:stop] - chosen.start * length
+        return MaskedBatch(self.ids[chosen], positions, self.labels[start:stop])
 
 
 class TokenizedSplit:
@@ -68,6 +91,11 @@ class TokenizedSplit:
         """Yield a `Batch` at a time, in the order of `length_sorted_batches`."""
         for chosen in length_sorted_batches(self.lengths.numpy(), batch_size, generator):
             yield self.batch(torch.from_numpy(chosen))
+
+    def epoch(self, batch_size, seed, epoch):
+        """The rows of each step of an epoch, in an order that depends on the seed and the epoch alone."""
+        generator = np.random.Generator(np.random.PCG64([seed, epoch]))
+        return list(map(torch.from_numpy, length_sorted_batches(self.lengths.numpy(), batch_size, generator)))
 
     def batch(self, chosen):
         """The rows numbered `chosen` (B,), padded to the longest of them."""
@@ -178,8 +206,8 @@ class Blocks:
     The last tokens, fewer than a block, are left out. Raises BadInput if there are too few tokens for one block.
     """
 
-    def __init__(self, tokenizer, documents, size, key, block):
-        self.tokenizer, self.block = tokenizer, block
+    def __init__(self, tokenizer, documents, size, key, block, device="cpu"):
+        self.tokenizer, self.block, self.device = tokenizer, block, device
         key = hashlib.sha256(f"{tokenizer.digest} {key}".encode()).hexdigest()
         path = cache_folder() / "tokens" / f"{key}.int32"
         with build_once(path) as is_missing:
@@ -205,6 +233,15 @@ class Blocks:
             row[1:-1] = np.fromfile(self.file, np.int32, self.block - 2)
         ids[:, -1] = self.tokenizer.sep
         return torch.from_numpy(ids)
+
+    def epoch(self, batch_size, seed, epoch):
+        """The blocks of each step of an epoch, in an order that depends on the seed and the epoch alone."""
+        seed_step(seed, 1, epoch)
+        return torch.randperm(len(self)).split(batch_size)
+
+    def batch(self, chosen):
+        """The blocks numbered `chosen` (B,), masked at random in every call."""
+        return MaskedBatch(*(part.to(self.device) for part in mask_tokens(self.rows(chosen), self.tokenizer)))
 
     def frequencies(self, size):
         """How often each of `size` tokens occurs, (size,)."""
@@ -240,7 +277,7 @@ def mask_tokens(ids, tokenizer, share=0.15):
     """BERT's masking (Devlin et al. 2019, section 3.1) of ids (B, T). Draws from torch's random numbers.
 
     Of the tokens that are not special, `share` are to be predicted. Of these, 80 % become [MASK], 10 % become a random
-    token and 10 % stay. Returns (masked ids (B, T), positions (n,) among the B T tokens, sorted, labels (n,)).
+    token and 10 % stay. Returns a `MaskedBatch`.
     """
     special = torch.tensor([tokenizer.cls, tokenizer.sep, tokenizer.pad, tokenizer.mask])
     draws = torch.rand(ids.shape).masked_fill_(torch.isin(ids, special), 2).flatten()
@@ -252,4 +289,4 @@ def mask_tokens(ids, tokenizer, share=0.15):
     random_tokens = torch.randint(tokenizer.size, labels.shape)
     masked = ids.flatten().clone()
     masked[positions] = torch.where(fate < 0.8, tokenizer.mask, torch.where(fate < 0.9, random_tokens, labels))
-    return masked.view(ids.shape), positions, labels
+    return MaskedBatch(masked.view(ids.shape), positions, labels)

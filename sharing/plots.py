@@ -3,7 +3,6 @@
 import math
 
 
-
 from runtime.files import atomic_write
 
 
@@ -38,7 +37,9 @@ def plot_search(trace, settings, path):
     above.axhline(settings["gamma"], color="black", linestyle="--", linewidth=1, label=f"gamma = {settings['gamma']:g}")
     above.set(ylabel="normalized Hamming distance", ylim=(0, None))
     data = settings["corpus"] if settings["objective"] == "mlm" else settings["objective"]
-    above.set_title(f"Distance between the masks of consecutive mini-epochs: {settings['model']} on {data}", fontsize=10)
+    above.set_title(
+        f"Distance between the masks of consecutive mini-epochs: {settings['model']} on {data}", fontsize=10
+    )
     above.title.set_parse_math(False)
     above.legend()
     below.plot(x, trace["trace.loss"].numpy(), color="gray", marker=".")

@@ -1,0 +1,76 @@
+"""Read what search.py and draw.py wrote, coefficients and tickets, and check that they fit the model."""
+
+import shlex
+from pathlib import Path
+
+import torch
+
+import data
+from bert import Config
+from checkpoints import safetensors
+from gates import draw_masks
+from runtime import cli, files
+from runtime.cli import BadInput
+
+
+def read_coefficients(path):
+    """(c_H (layers, heads), c_F (layers, neurons), metadata) of a file that search.py wrote.
+
+    Raises BadInput if it is another file, or if its shapes are not those of its model.
+    """
+    tensors, metadata = safetensors.read_with_metadata(path)
+    try:
+        config = Config(**metadata["config"])
+        known = metadata["script"] == "search.py" and isinstance(metadata["settings"]["model"], str)
+        known = known and {"head", "ffn"} <= tensors.keys()
+        known = known and {"model_sha256", "corpus_sha256", "versions"} <= metadata.keys()
+    except (KeyError, TypeError):
+        known = False
+    if not known:
+        raise BadInput(f"{path} holds no coefficients: give a file that search.py wrote")
+    for name, width in (("head", config.num_attention_heads), ("ffn", config.intermediate_size)):
+        expected, found = (config.num_hidden_layers, width), tensors[name]
+        if found.shape != expected or found.dtype != torch.float32 or not torch.isfinite(found).all():
+            raise BadInput(f"{path}: {name} is not a finite float32 tensor of shape {expected}: search again")
+    return tensors["head"], tensors["ffn"], metadata
+
+
+def find_ticket(options, drawn, model_sha256, config):
+    """((head mask, FFN mask), sha256 of the file) of --ticket; (None, None) for the full model; for a ticket of
+    robustt.py ({name: mask of a weight}, sha256). drawn: the path of draw.py's ticket.
+
+    Raises BadInput if the ticket does not exist, is not a ticket, or belongs to another model or task.
+    """
+    if options.ticket == "none":
+        if options.ablation:
+            raise BadInput(f"--ablation {options.ablation} needs a ticket, not --ticket none")
+        return None, None
+    path = drawn if options.ticket in ("drawn", "random") else Path(options.ticket)
+    command = f"python draw.py --task {shlex.quote(options.task)}{cli.flags(options, 'model', 'output')}"
+    if not path.is_file():
+        remedy = f"run {command} first" if path == drawn else "give drawn, random, none or a file"
+        raise BadInput(f"there is no ticket {path}: {remedy}")
+    tensors, metadata = safetensors.read_with_metadata(path)
+    is_robustt = metadata.get("script") == "robustt.py"
+    if not is_robustt and (metadata.get("script") != "draw.py" or not {"head", "ffn"} <= tensors.keys()):
+        raise BadInput(f"{path} is not a ticket: give a file that draw.py or robustt.py wrote")
+    drawn_for = metadata["settings"].get("task", options.task)
+    if (drawn_for in data.TASKS) != (options.task in data.TASKS) and path == drawn:  # imdb and a custom imdb.csv
+        raise BadInput(f"{path} was drawn for {drawn_for}: run {command} again")
+    if metadata.get("model_sha256") != model_sha256:
+        raise BadInput(f"{path} was drawn for another model than {options.model}")
+    if is_robustt:
+        if options.ablation:
+            raise BadInput(f"--ablation {options.ablation} needs a ticket of heads and neurons, not of single weights")
+        return tensors, files.sha256(path)
+    masks = tensors["head"], tensors["ffn"]
+    for mask, width in zip(masks, (config.num_attention_heads, config.intermediate_size)):
+        if mask.dtype != torch.bool or mask.shape != (config.num_hidden_layers, width):
+            raise BadInput(f"{path} has a mask that does not fit the model: run {command} again")
+    if not masks[0].any(1).all():
+        raise BadInput(f"{path} leaves a layer without a head: run {command} again")
+    if options.ticket == "random":
+        torch.manual_seed(options.seed)
+        ratios = metadata["settings"]["tau_head"], metadata["settings"]["tau_ffn"]
+        masks = draw_masks(*(torch.rand(mask.shape) for mask in masks), *ratios)
+    return masks, files.sha256(path)
