@@ -31,7 +31,7 @@ import attack
 import data
 import finetune
 from attacks import recipes
-from benchmarks import peers, scale
+from benchmarks import libraries, scale
 from bert import Bert, Config
 from checkpoints.huggingface import read_weights
 from freelb import freelb
@@ -159,14 +159,14 @@ def time_training(options, side, precision, folder):
         ids = torch.randint(1000, 30000, (options.batch_size, options.block), device=device)
         positions = (torch.rand(ids.shape, device=device) < 0.15).flatten().nonzero().flatten()
         given = (ids, positions, ids.flatten()[positions]), ADVERSARY | {"steps": options.adv_steps}, device
-        work = peers.search_work(folder, PEERS[side], *given) if side in PEERS else search_work(folder, *given)
+        work = libraries.search_work(folder, PEERS[side], *given) if side in PEERS else search_work(folder, *given)
     else:
         task = data.find_task(options.task)
         splits = task.load(None)
         rows = data.first_rows(splits["train"], options.rows, options.task)
         given = rows, splits["test"], options.batch_size, task.max_length, device
         if side in PEERS:
-            work = peers.finetune_work(folder, PEERS[side], *given)
+            work = libraries.finetune_work(folder, PEERS[side], *given)
         else:
             work = finetune_work(folder, side, dtype, splits["train"], *given)
     modules = torch.nn.ModuleList(work.modules)
@@ -266,7 +266,7 @@ def bench_load(options, folder):
     tensors = read_weights(folder / "safetensors")
     size = (folder / "safetensors" / "model.safetensors").stat().st_size
     torch.save(dict(tensors), folder / "bin" / "pytorch_model.bin")
-    peers.write_tensorflow(folder / "tensorflow" / "bert_model.ckpt", tensors)
+    libraries.write_tensorflow(folder / "tensorflow" / "bert_model.ckpt", tensors)
     for kind in ("bin", "tensorflow"):
         (folder / kind / "model.safetensors").unlink()
     sides = ("orticket", "transformers")
@@ -392,7 +392,7 @@ def attack_of(textattack, nltk_data, options):
 def unwrapped(textattack, nltk_data, options):
     """The same as TextAttack's users run it."""
     recipe, examples = attack_of(textattack, nltk_data, options)
-    peers.unwrap(recipe, textattack, options)
+    libraries.unwrap(recipe, textattack, options)
     return recipe, examples
 
 
