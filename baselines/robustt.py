@@ -1,15 +1,14 @@
-"""Robust lottery tickets (Zheng et al. 2022), RobustT: which single weights of a fine-tuned model resist an adversary.
+"""RobustT, robust lottery tickets (Zheng et al. 2022): which single weights of a fine-tuned model resist an adversary.
 
-    python finetune.py --task rt --ticket none                          fine-tune
-    python robustt.py --task rt                                         learn masks, the weights frozen; draw the ticket
+    python finetune.py --task rt --ticket none        fine-tune the full model
+    python -m baselines.robustt --task rt             learn masks with the weights frozen, then draw the ticket
     python finetune.py --task rt --ticket runs/minilm/rt/robustt-seed0.safetensors      retrain from theta_0
 
-Every weight w of the encoder's matrices and of the pooler becomes w z, with z a hard concrete gate (Louizos et al.
-2018) whose score is all that is trained, on FreeLB's loss plus lambda times the expected share of open gates (the mean
-of the matrices' shares, whatever their sizes). The weights with the smallest scores, of all matrices together, are
-pruned. Unlike ORTicket's, such a ticket belongs to its task, and saves neither time nor memory: it is a mask over the
-dense model. Defaults are those of the authors' scripts. Killed and typed again, the command goes on after the last
-whole epoch.
+Every weight w of the encoder's matrices and of the pooler becomes w z, where z is a hard concrete gate (Louizos et al.
+2018). Only the scores of the gates are trained, on FreeLB's loss + lambda x the expected share of open gates (the mean
+of the matrices' shares). The weights with the smallest scores over all matrices are pruned. Unlike ORTicket's, such a
+ticket belongs to one task, and saves neither time nor memory: it is a mask over the dense model. Defaults are those of
+the authors' scripts. Interrupted runs resume after the last whole epoch when rerun.
 """
 
 import math
@@ -22,54 +21,53 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import data
-import finetune
 from checkpoints import safetensors
 from checkpoints.provenance import is_up_to_date, load_checkpoint, restore_state, training_state, versions
 from freelb import freelb
 from gates import draw_mask
 from inputs.batches import TokenizedSplit, rows_sha256
+from inputs.finetuned import load_finetuned
 from runtime import cli, distributed, files, optim
 from runtime.cli import BadInput, option
 from runtime.cpu import keep_memory
 from runtime.device import DEFAULT_MODEL, autocast, pick_device, pick_precision, precision_name, run_banner
 
-RETRAINED = (  # options of finetune.py with which the ticket is retrained as the full model was trained
-    *("model", "revision", "output", "text_columns", "label_column", "data_revision", "seed", "epochs", "train_rows"),
-    *("batch_size", "max_length", "learning_rate", "warmup", "weight_decay", "clip_norm"),
-    "precision",
-)
 LEFT, RIGHT, TEMPERATURE = -0.1, 1.1, 2 / 3  # the stretched interval and the temperature of hard concrete gates
+RETRAINED = (  # settings of the fine-tuned model with which its ticket is retrained
+    *("revision", "text_columns", "label_column", "data_revision", "seed", "epochs", "train_rows", "batch_size"),
+    *("max_length", "learning_rate", "warmup", "weight_decay", "clip_norm", "precision"),
+)
 
 
 @dataclass
 class Options:
-    task: str = option("rt", f"{', '.join(data.TASKS)}; or a file of one's own: .csv, .tsv, .jsonl")
-    text_columns: tuple = option(("text",), "of one's own file: the column with the text, or two for pairs")
-    label_column: str = option("label", "of one's own file")
-    data_revision: str = option(None, "branch or commit of the task on the hub, instead of the pinned one")
-    model: str = option(DEFAULT_MODEL, "the model that finetune.py --ticket none fine-tuned")
-    output: str = option("runs", "folder that finetune.py wrote to; the ticket goes to OUTPUT/MODEL/TASK")
-    seed: int = option(0, "of the fine-tuned model, and of all that is random", at_least=0, below=2**63)
-    sparsity: float = option(0.3, "share of the weights that are pruned", at_least=0, below=1)
-    epochs: int = option(20, "passes over the training rows", at_least=1)
-    train_rows: int = option(None, "as of finetune.py", at_least=1)
-    batch_size: int = option(32, "rows a step", at_least=1)
-    learning_rate: float = option(0.1, "of the scores, at its peak", above=0)
-    warmup: float = option(0.1, "share of all steps in which the learning rate rises", at_least=0, below=1)
-    weight_decay: float = option(1e-6, "AdamW's", at_least=0)
-    regularization: float = option(0.5, "lambda at last: 0 for a tenth of all steps, then rising for three", at_least=0)
-    initial: float = option(0.9, "value of the gates at first", above=0, below=1)
-    adv_steps: int = option(5, "K, FreeLB's ascent steps", at_least=1)
-    adv_lr: float = option(0.03, "size of an ascent step", at_least=0)
-    adv_init_mag: float = option(0.05, "magnitude of the initial perturbation", at_least=0)
-    adv_max_norm: float = option(0.0, "the perturbation's largest L2 norm per example, 0: no bound", at_least=0)
-    clip_norm: float = option(1.0, "largest norm of the loss's gradient", above=0)
-    precision: str = option("auto", "of matrix products; auto: bf16 where it is fast", choices=("auto", "bf16", "fp32"))
-    overwrite: bool = option(False, "replace a ticket that other settings made")
+    task: str = option("rt", f"{', '.join(data.TASKS)}; or a custom file: .csv, .tsv, .jsonl", group="data")
+    text_columns: tuple = option(("text",), "of a custom file: column with the text, two for pairs", group="data")
+    label_column: str = option("label", "of a custom file: column with the label", group="data")
+    data_revision: str = option(None, "branch or commit of the task on the hub, default: pinned", group="data")
+    train_rows: int = option(None, "number of training rows, same as in finetune.py", at_least=1, group="data")
+    model: str = option(DEFAULT_MODEL, "the model that finetune.py --ticket none fine-tuned", group="model")
+    seed: int = option(0, "seed of the fine-tuned model and of the gates", at_least=0, below=2**63, group="model")
+    sparsity: float = option(0.3, "share of the weights that is pruned", at_least=0, below=1, group="gates")
+    initial: float = option(0.9, "initial value of the gates", above=0, below=1, group="gates")
+    regularization: float = option(0.5, "lambda after its linear ramp", at_least=0, group="gates")
+    adv_steps: int = option(5, "K, FreeLB's ascent steps", at_least=1, group="adversary")
+    adv_lr: float = option(0.03, "size of an ascent step", at_least=0, group="adversary")
+    adv_init_mag: float = option(0.05, "magnitude of the initial perturbation", at_least=0, group="adversary")
+    adv_max_norm: float = option(0.0, "epsilon, an L2 norm per example; 0: no bound", at_least=0, group="adversary")
+    epochs: int = option(20, "passes over the training rows", at_least=1, group="optimization")
+    batch_size: int = option(32, "rows per step", at_least=1, group="optimization")
+    learning_rate: float = option(0.1, "peak learning rate of the scores", above=0, group="optimization")
+    warmup: float = option(0.1, "share of all steps with warm-up", at_least=0, below=1, group="optimization")
+    weight_decay: float = option(1e-6, "weight decay of AdamW", at_least=0, group="optimization")
+    clip_norm: float = option(1.0, "largest norm of the loss's gradient", above=0, group="optimization")
+    precision: str = option("auto", "auto: bf16 where it is fast", choices=("auto", "bf16", "fp32"), group="machine")
+    output: str = option("runs", "folder of finetune.py; the ticket is written to OUTPUT/MODEL/TASK", group="output")
+    overwrite: bool = option(False, "replace a ticket that was made with other settings", group="output")
 
 
 class Gates(nn.Module):
-    """Hard concrete gates over a weight: `scores` of its shape are what is learned."""
+    """Hard concrete gates over a weight matrix. The learned `scores` have the shape of the weight."""
 
     def __init__(self, shape, initial):
         super().__init__()
@@ -84,7 +82,7 @@ class Gates(nn.Module):
         return weight * (s.sigmoid() * (RIGHT - LEFT) + LEFT).clamp(0, 1)
 
     def open_share(self):
-        """The expected share of gates above 0: the L0 norm."""
+        """The expected share of gates above 0, the L0 norm (Louizos et al. 2018, eq. 12)."""
         return (self.scores - TEMPERATURE * math.log(-LEFT / RIGHT)).sigmoid().mean()
 
 
@@ -99,104 +97,117 @@ def main():
     task = data.find_task(options.task, tuple(options.text_columns), options.label_column)
     folder = files.output_folder(options.output, options.model) / files.task_folder(options.task)
     source = folder / f"none-vanilla-seed{options.seed}"
-    command = f"python finetune.py --task {shlex.quote(options.task)}"
     if not (source / "model.safetensors").is_file():
         same = ("model", "output", "seed", "text_columns", "label_column", "data_revision", "train_rows")
-        raise BadInput(f"{source} is not there: {command}{cli.flags(options, *same)} --ticket none makes it")
+        command = f"python finetune.py --task {shlex.quote(options.task)}{cli.flags(options, *same)} --ticket none"
+        raise BadInput(f"there is no fine-tuned model in {source}: run {command}")
     splits = task.load(options.data_revision)
-    model, tokenizer, length, metadata = finetune.reload(source, task, splits, options, device)
+    model, tokenizer, max_length, metadata = load_finetuned(source, task, splits, options, device)
     train = data.first_rows(splits["train"], options.train_rows, options.task)
-    rows = TokenizedSplit(tokenizer, train, length, device)
-    print(f"task {options.task}: {len(rows):,} training rows; the weights of {source} stay as they are")
+    rows = TokenizedSplit(tokenizer, train, max_length, device)
+    print(f"task {options.task}: {len(rows):,} training rows; the weights of {source} are not changed")
     settings = {key: value for key, value in asdict(options).items() if key not in ("output", "overwrite")}
     provenance = {
         "script": "robustt.py",
         "settings": settings | {"precision": precision_name(dtype)},
         "model_sha256": metadata["model_sha256"],
         "finetuned_sha256": files.sha256(source / "model.safetensors"),
-        "task_sha256": rows_sha256(tokenizer, length, train),
+        "task_sha256": rows_sha256(tokenizer, max_length, train),
         "versions": versions(),
     }
     path = folder / f"robustt-seed{options.seed}.safetensors"
     state = path.with_suffix(".state.safetensors")
     with distributed.file_lock(state):
         if not is_up_to_date(path, provenance, options.overwrite):
-            search(options, provenance, model, rows, path, state, dtype)
+            scores = learn_scores(options, provenance, model, rows, state, dtype)
+            safetensors.write_safetensors(path, draw(scores, options.sparsity), provenance)
         state.unlink(missing_ok=True)
-    kept = safetensors.read_with_metadata(path)[0]
-    total = sum(mask.numel() for mask in kept.values())
-    left = sum(mask.sum().item() for mask in kept.values())
-    print(f"{left:,} of {total:,} weights are left; ticket: {path}")
-    given = metadata["settings"] | {"model": options.model, "output": options.output}
-    given |= {"text_columns": tuple(given["text_columns"])}
-    if given["precision"] == precision_name(pick_precision(device, "auto")):
-        given["precision"] = "auto"
-    before = finetune.Options(**given)
-    print(f"next: {command}{cli.flags(before, *RETRAINED)} --ticket {shlex.quote(str(path))}")
+    masks = torch.cat([mask.flatten() for mask in safetensors.read_with_metadata(path)[0].values()])
+    print(f"{masks.sum():,} of {len(masks):,} weights are left; ticket: {path}")
+    print(f"next: {retrain_command(options, metadata['settings'], path)}")
 
 
-def search(options, provenance, model, rows, path, state, dtype):
-    """Learn the gates, draw the ticket: {name of a weight: bool of its shape, false where pruned}, to `path`."""
+def retrain_command(options, settings, ticket):
+    """The command that retrains the ticket with the `settings` of the fine-tuned model."""
+    flags = {"task": options.task, "model": options.model, "output": options.output}
+    flags |= {name: settings[name] for name in RETRAINED} | {"ticket": ticket}
+    flags = {name: value if isinstance(value, list) else [value] for name, value in flags.items() if value is not None}
+    words = [f"--{name.replace('_', '-')} {shlex.join(map(str, values))}" for name, values in flags.items()]
+    return " ".join(["python finetune.py", *words])
+
+
+def learn_scores(options, provenance, model, rows, state, dtype):
+    """Learn the scores of all gates: {name of a weight: scores of its shape}."""
     torch.manual_seed(options.seed)
-    model.requires_grad_(False)
-    gated = {name: model.get_submodule(name) for name in matrices(model)}
+    model.requires_grad_(False)  # only the scores are trained
+    gated = {name: model.get_submodule(name) for name in gated_modules(model)}
     gates = nn.ModuleList(Gates(of.weight.shape, options.initial).to(of.weight.device) for of in gated.values())
     for module, gate in zip(gated.values(), gates):
-        parametrize.register_parametrization(module, "weight", gate)
+        parametrize.register_parametrization(module, "weight", gate)  # w -> w z
     optimizer = torch.optim.AdamW(
         gates.parameters(), options.learning_rate, weight_decay=options.weight_decay, fused=True
     )
     adversary = {"steps": options.adv_steps, "lr": options.adv_lr}
     adversary |= {"init_mag": options.adv_init_mag, "max_norm": options.adv_max_norm}
-    steps_per_epoch = -(-len(rows) // options.batch_size)
-    steps, first = options.epochs * steps_per_epoch, 0
-    tensors, metadata = load_checkpoint(state, provenance, options.overwrite)
-    if tensors:
-        restore_state(tensors, optimizer, gates=gates)
-        first = metadata["epochs_done"]
-    step = first * steps_per_epoch
+    steps_per_epoch = math.ceil(len(rows) / options.batch_size)
+    steps = options.epochs * steps_per_epoch
+    first_epoch = resume(state, provenance, options.overwrite, optimizer, gates)
+    step = first_epoch * steps_per_epoch
     bar = cli.progress(steps, step, "masks")
     model.train()
-    for epoch in range(first, options.epochs):
+    for epoch in range(first_epoch, options.epochs):
         generator = np.random.Generator(np.random.PCG64([options.seed, epoch]))
         for batch in rows.batches(options.batch_size, generator):
             optim.seed_step(options.seed, step)
-            with autocast(batch[0].device, dtype):
-                loss = freelb(
-                    lambda delta: model.class_loss(*batch, delta=delta),
-                    batch.token_mask,
-                    model.config.hidden_size,
-                    **adversary,
-                )
+
+            def loss_of(delta):  # with the weights w z; all K passes draw the same z
+                return model.class_loss(*batch, delta=delta)
+
+            # 1. the gradient of FreeLB's loss
+            with autocast(batch.ids.device, dtype):
+                loss = freelb(loss_of, batch.token_mask, model.config.hidden_size, **adversary)
             nn.utils.clip_grad_norm_(gates.parameters(), options.clip_norm)
+            # 2. the gradient of lambda x the expected share of open gates; lambda rises from a tenth to four tenths
             ramp = min(1.0, max(0.0, (step / steps - 0.1) / 0.3))
-            share = torch.stack([gate.open_share() for gate in gates]).mean()
-            (options.regularization * ramp * share).backward()
+            open_share = torch.stack([gate.open_share() for gate in gates]).mean()
+            (options.regularization * ramp * open_share).backward()
+            # 3. the step of the optimizer
             optim.set_learning_rate(optimizer, options.learning_rate, step, steps, options.warmup)
             optimizer.step()
             optimizer.zero_grad()
             step += 1
             bar.update()
             if not bar.disable:
-                bar.set_postfix_str(f"loss {loss:.3f}, open {share:.1%}", refresh=False)
+                bar.set_postfix_str(f"loss {loss:.3f}, open {open_share:.1%}", refresh=False)
         if not math.isfinite(loss):
             raise BadInput(f"training diverged in epoch {epoch + 1}: lower --learning-rate {options.learning_rate:g}")
         metadata = provenance | {"epochs_done": epoch + 1}
         safetensors.write_safetensors(state, training_state(optimizer, gates=gates), metadata)
     bar.close()
-    scores = {f"{name}.weight": gate.scores.detach().cpu() for name, gate in zip(gated, gates)}
-    safetensors.write_safetensors(path, draw(scores, options.sparsity), provenance)
+    return {f"{name}.weight": gate.scores.detach().cpu() for name, gate in zip(gated, gates)}
 
 
-def matrices(model):
-    """Names of the modules whose weights are gated: those of the layers, and the pooler."""
+def resume(state, provenance, overwrite, optimizer, gates):
+    """Restore the state of an interrupted run, if there is one. Returns the number of finished epochs."""
+    tensors, metadata = load_checkpoint(state, provenance, overwrite)
+    if not tensors:
+        return 0
+    restore_state(tensors, optimizer, gates=gates)
+    return metadata["epochs_done"]
+
+
+def gated_modules(model):
+    """Names of the modules with gated weights: the matrices of every layer, and the pooler."""
     kinds = ("query_key_value", "attention_output", "intermediate", "output")
     return [f"layers.{i}.{kind}" for i in range(len(model.layers)) for kind in kinds] + ["pooler"]
 
 
 def draw(scores, sparsity):
-    """{name: scores} -> {name: bool}: exactly ceil(sparsity N) false, those with the smallest scores of all together,
-    the earlier first among equals."""
+    """{name: scores} -> {name: bool mask, False where pruned}.
+
+    Prunes exactly ceil(sparsity N) of the N weights: those with the smallest scores over all matrices together. Among
+    equal scores the earlier weight is pruned first.
+    """
     kept = draw_mask(torch.cat([score.flatten() for score in scores.values()])[None], sparsity)[0]
     parts = kept.split([score.numel() for score in scores.values()])
     return {name: part.view(score.shape) for (name, score), part in zip(scores.items(), parts)}

@@ -1,4 +1,4 @@
-"""test_baselines."""
+"""Tests of baselines/: InfoBERT and RobustT, and a search on a task's own loss."""
 
 import json
 import math
@@ -20,7 +20,7 @@ from runtime import distributed
 from tests.conftest import FAMILIES, call, inputs, saved
 
 
-def test_the_bottleneck_is_half_the_mean_squared_distance_of_drawn_pairs_of_real_tokens(monkeypatch):
+def test_bottleneck_is_half_the_mean_squared_distance_of_sampled_token_pairs(monkeypatch):
     embeddings = torch.randn(2, 3, 4, requires_grad=True)
     present = torch.tensor([[1, 1, 0], [1, 1, 1]])
     drawn = torch.tensor([3, 0, 0, 4, 2])
@@ -31,19 +31,19 @@ def test_the_bottleneck_is_half_the_mean_squared_distance_of_drawn_pairs_of_real
 
 
 @pytest.mark.parametrize("low, high", [(0.5, 0.9), (0.0, 1.0), (0.3, 0.3)])
-def test_robust_tokens_are_the_middle_ranks_of_the_gradients_norm(low, high):
+def test_robust_tokens_are_the_middle_ranks_of_the_gradient_norm(low, high):
     lengths = [1, 2, 7, 10]
     gradient = torch.randn(4, 10, 3)
     present = torch.arange(10) < torch.tensor(lengths)[:, None]
     found = set(zip(*(part.tolist() for part in infobert.robust_tokens(gradient, present, low, high))))
     expected = set()
-    for row, n in enumerate(lengths):  # as the authors' code goes about it
+    for row, n in enumerate(lengths):  # same loop as the authors' code
         order = sorted(range(n), key=lambda i: gradient[row, i].norm().item())
         expected |= {(row, order[i]) for i in range(math.ceil(n * low), math.ceil(n * high))}
     assert found == expected
 
 
-def test_the_anchor_is_infonce_over_all_pairs():
+def test_anchor_is_infonce_over_all_pairs():
     anchor, n = infobert.Anchor(4, width=5), 6
     tokens_, sentences = torch.randn(n, 4), torch.randn(n, 4)
 
@@ -56,7 +56,7 @@ def test_the_anchor_is_infonce_over_all_pairs():
     torch.testing.assert_close(anchor(tokens_, sentences), (together - others).squeeze())
 
 
-def test_infobert_without_its_weights_is_freelb_and_its_anchor_never_moves_delta(tmp_path):
+def test_infobert_with_zero_weights_is_freelb_and_the_anchor_never_moves_delta(tmp_path):
     saved(tmp_path, FAMILIES["bert"]["classes"], num_labels=2)
     model = Bert.load(tmp_path).train()
     anchor = infobert.Anchor(24)
@@ -65,22 +65,20 @@ def test_infobert_without_its_weights_is_freelb_and_its_anchor_never_moves_delta
     found = {}
     for alpha, beta in ((None, None), (0.0, 0.0), (1.0, 0.0), (0.0, 1.0)):
         model.zero_grad()
-        extra_loss, deltas = None, []
+        if alpha is None:
+            extra_loss = None
+            loss_of = lambda delta: F.cross_entropy(model.class_logits(ids, mask, None, delta=delta), labels)  # noqa: E731
+        else:
+            loss_of, extra_loss = infobert.InfoBERT(model, anchor, alpha, beta, 4).losses(ids, mask, None, labels)
+        deltas = []
 
-        def loss_of(delta):
+        def recorded(delta, loss_of=loss_of, deltas=deltas):
             deltas.append(delta.detach().clone())
-            return F.cross_entropy(model.class_logits(ids, mask, None, delta=delta), labels)
-
-        if alpha is not None:
-            loss, extra_loss = infobert.InfoBERT(model, anchor, alpha, beta, 4).losses(ids, mask, None, labels)
-
-            def loss_of(delta, loss=loss):
-                deltas.append(delta.detach().clone())
-                return loss(delta)
+            return loss_of(delta)
 
         model.eval()  # no dropout, and the same delta
         torch.manual_seed(3)
-        freelb.freelb(loss_of, mask, 24, **adversary, extra_loss=extra_loss)
+        freelb.freelb(recorded, mask, 24, **adversary, extra_loss=extra_loss)
         found[alpha, beta] = (
             torch.stack(deltas),
             torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]),
@@ -92,7 +90,7 @@ def test_infobert_without_its_weights_is_freelb_and_its_anchor_never_moves_delta
     assert (found[0.0, 1.0][0] - found[None, None][0])[2].abs().max() > 1e-4  # the bottleneck does move it
 
 
-def test_a_gate_is_a_hard_concrete_variable():
+def test_gates_are_hard_concrete_variables():
     gate = robustt.Gates((200_000,), 0.9)
     weight = torch.full((200_000,), 2.0)
     torch.testing.assert_close(gate.eval()(weight).detach(), weight * 0.9)
@@ -104,7 +102,7 @@ def test_a_gate_is_a_hard_concrete_variable():
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.5])
-def test_exactly_the_smallest_scores_of_all_matrices_are_pruned(sparsity):
+def test_exactly_the_smallest_scores_over_all_matrices_are_pruned(sparsity):
     scores = {"a": torch.randn(7, 3), "b": torch.randn(4, 5).round()}
     masks = robustt.draw(scores, sparsity)
     flat = torch.cat([scores[name].flatten() for name in scores])
@@ -114,7 +112,7 @@ def test_exactly_the_smallest_scores_of_all_matrices_are_pruned(sparsity):
         assert flat[~kept].max() <= flat[kept].min() and masks["b"].shape == (4, 5)
 
 
-def test_robust_tickets_are_searched_drawn_and_retrained_with_the_pruned_weights_at_zero(tiny, tmp_path, capsys):
+def test_robustt_tickets_are_learned_resumed_and_retrained_with_pruned_weights_at_zero(tiny, tmp_path, capsys):
     flags = ["--task", "bbc", "--model", tiny, "--output", tmp_path, "--precision", "fp32", "--train-rows", "64"]
     assert call(robustt, *flags) == 2 and "--ticket none" in capsys.readouterr().err
     assert call(finetune, *flags, "--ticket", "none", "--epochs", "1", "--max-length", "16") == 0
@@ -140,7 +138,7 @@ def test_robust_tickets_are_searched_drawn_and_retrained_with_the_pruned_weights
     assert metrics["parameters"] == sum(p.numel() for p in model.parameters()) - zeros
 
 
-def test_masks_are_learned_only_for_the_task_that_the_model_was_fine_tuned_on(tiny, tmp_path, capsys, monkeypatch):
+def test_robustt_refuses_other_rows_and_prints_the_retraining_command(tiny, tmp_path, capsys, monkeypatch):
     for folder, labels in (("a", "xy"), ("b", "yx")):
         (tmp_path / folder).mkdir()
         lines = "".join(f"word {i},{labels[i % 2]}\n" for i in range(40))
@@ -152,7 +150,7 @@ def test_masks_are_learned_only_for_the_task_that_the_model_was_fine_tuned_on(ti
     assert "was fine-tuned on other rows than those of" in capsys.readouterr().err
     assert call(robustt, *flags, tmp_path / "a" / "mine.csv") == 0
     line = capsys.readouterr().out.splitlines()[-1].removeprefix("next: python finetune.py ")
-    assert call(finetune, *shlex.split(line)) == 0  # as it is printed
+    assert call(finetune, *shlex.split(line)) == 0  # exactly as printed
     metadata = [
         our_safetensors.read_with_metadata(tmp_path / "tiny" / "mine" / f"{run}-vanilla-seed1" / "model.safetensors")[
             1
@@ -165,9 +163,9 @@ def test_masks_are_learned_only_for_the_task_that_the_model_was_fine_tuned_on(ti
     assert call(robustt, *flags, tmp_path / "a" / "mine.csv") == 2 and "without torchrun" in capsys.readouterr().err
 
 
-def test_a_search_on_a_tasks_own_loss_gives_coefficients_of_its_own(tiny, tmp_path, capsys):
+def test_search_on_a_task_loss_writes_separate_coefficients(tiny, tmp_path, capsys):
     lines = "".join(f"a b,{'cd'[i % 2]} e,{i % 2}\n" for i in range(90))
-    (tmp_path / "m$_$.csv").write_text("a,b,y\n" + lines)  # a name that TeX would stumble upon, in the pictures' titles
+    (tmp_path / "m$_$.csv").write_text("a,b,y\n" + lines)  # a name that the plots must not set as TeX
     flags = ["--model", tiny, "--objective", tmp_path / "m$_$.csv", "--output", tmp_path, "--batch-size", "8"]
     flags += ["--text-columns", "a", "b", "--label-column", "y", "--mini-epoch", "0.25", "--precision", "fp32"]
     flags += ["--seeds", "2", "--learning-rate", "1e-3"]

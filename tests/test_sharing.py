@@ -1,4 +1,4 @@
-"""test_sharing."""
+"""Tests of sharing/: exports to transformers and TextAttack."""
 
 import json
 import os
@@ -21,7 +21,7 @@ from tests.conftest import FAMILIES, HERE, MASKS, call, quick_search, saved, spa
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_is_exported_is_loaded_by_transformers_unchanged(tmp_path, corpus, family, capsys):
+def test_transformers_loads_an_export_with_equal_logits_and_tokens(tmp_path, corpus, family, capsys):
     saved(tmp_path / "model", family=family)
     model = tmp_path / "model"
     assert call(search, *quick_search(model, corpus, tmp_path)[1:], "--gamma", "0.9", "--patience", "2") == 0
@@ -55,7 +55,7 @@ def test_what_is_exported_is_loaded_by_transformers_unchanged(tmp_path, corpus, 
         assert json.loads((folder / "metrics.json").read_text())["model_sha256"] in card and "| task | rt:" in card
 
 
-def test_an_export_replaces_nothing_that_is_not_its_own(tiny, tmp_path, capsys):
+def test_export_refuses_to_replace_a_model_that_is_no_export(tiny, tmp_path, capsys):
     flags = ["--task", "rt", "--model", tiny, "--output", tmp_path, "--epochs", "1", "--max-length", "8"]
     other = shutil.copytree(tiny, tmp_path / "other")
     original = (other / "model.safetensors").read_bytes()
@@ -64,14 +64,14 @@ def test_an_export_replaces_nothing_that_is_not_its_own(tiny, tmp_path, capsys):
     assert (other / "model.safetensors").read_bytes() == original
 
 
-def test_an_export_replaces_no_other_files_and_no_model_that_it_is_made_of(tiny, tmp_path, capsys):
+def test_export_replaces_only_exports_and_never_the_model_itself(tiny, tmp_path, capsys):
     flags = ["--task", "rt", "--model", tiny, "--output", tmp_path, "--epochs", "1", "--max-length", "8"]
     flags += ["--ticket", "none", "--train-rows", "32", "--export-hf"]
     target, run = tmp_path / "mine", tmp_path / "tiny" / "rt" / "none-vanilla-seed0"
     target.mkdir()
     (target / "README.md").write_text("my own")
     assert call(finetune, *flags, target) == 2 and not run.exists()
-    assert f"{target}: no export wrote its README.md; give another folder" in capsys.readouterr().err
+    assert f"{target}: its README.md was not written by an export: give another folder" in capsys.readouterr().err
     assert (target / "README.md").read_text() == "my own"
     assert call(finetune, *flags, tiny.parent / "tiny" / ".", "--overwrite") == 2
     assert "is the folder of the model itself" in capsys.readouterr().err
@@ -80,17 +80,17 @@ def test_an_export_replaces_no_other_files_and_no_model_that_it_is_made_of(tiny,
     with unittest.mock.patch.object(our_safetensors, "write_safetensors", interrupt), pytest.raises(ZeroDivisionError):
         call(finetune, *flags, target, "--overwrite")
     assert not (target / "model.safetensors").exists()
-    assert call(finetune, *flags, target) == 0  # what an interrupted export left is an export's
+    assert call(finetune, *flags, target) == 0  # a partial export may be replaced
     model = (run / "model.safetensors").read_bytes()
     assert call(finetune, *flags, run) == 2 and (run / "model.safetensors").read_bytes() == model
     (target / "README.md").write_text("edited")
     assert call(finetune, *flags, target) == 0 and (target / "README.md").read_text() == "edited"
-    assert call(finetune, *flags, shutil.copytree(run, tmp_path / "copy")) == 2  # which would be narrow with a ticket
+    assert call(finetune, *flags, shutil.copytree(run, tmp_path / "copy")) == 2  # a run's folder is no export: with a ticket its layers are narrow
     assert "(export None, not 'dense'): --overwrite, or another --export-hf" in capsys.readouterr().err
 
 
-def test_what_cannot_be_exported_is_refused_before_training_and_after_it(tiny, corpus, tmp_path, capsys):
-    """A folder that is a file, and a model pruned elsewhere, whose masks nobody knows."""
+def test_impossible_exports_are_refused_before_and_after_training(tiny, corpus, tmp_path, capsys):
+    """A target folder that is a file, and a model that was pruned elsewhere with unknown masks."""
     flags = ["--task", "rt", "--output", tmp_path, "--ticket", "none", "--epochs", "1", "--max-length", "8"]
     (tmp_path / "file").write_text("")
     assert call(finetune, *flags, "--model", tiny, "--export-hf", tmp_path / "file") == 2
@@ -107,10 +107,10 @@ def test_what_cannot_be_exported_is_refused_before_training_and_after_it(tiny, c
 
 
 @pytest.mark.slow
-def test_what_is_exported_is_loaded_by_textattack_unchanged(tmp_path):
+def test_textattack_loads_an_export_with_equal_logits(tmp_path):
     resources = HERE.parent / "shared" / "resources" / "nltk_data"
     if not resources.is_dir():
-        pytest.skip("TextAttack cannot be imported without NLTK's data, which is not here")
+        pytest.skip("TextAttack needs NLTK's data, which is not installed")
     flags = ["--task", "rt", "--output", tmp_path, "--epochs", "1", "--max-length", "8", "--ticket", "none"]
     assert call(finetune, *flags, "--export-hf", tmp_path / "hf") == 0
     script = """
