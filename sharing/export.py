@@ -1,7 +1,7 @@
-"""A fine-tuned model as users of transformers know one, `finetune.py --export-hf FOLDER`: dense, with zeros where the
-ticket pruned, its tokenizer and a model card beside it.
+"""Export of a fine-tuned model for transformers users: `finetune.py --export-hf FOLDER`.
 
-transformers cannot load layers of uneven width; what is exported computes the same and saves nothing.
+transformers cannot load layers of uneven width, so the export is dense, with zeros where the ticket pruned. It gives
+the same logits, but is neither smaller nor faster. Its tokenizer and a model card are written beside it.
 """
 
 from pathlib import Path
@@ -11,43 +11,46 @@ from checkpoints.provenance import is_up_to_date
 from runtime import files
 from runtime.cli import BadInput
 
-MADE_BY = "Made by orticket's `finetune.py`"  # how an export is known, also one that was interrupted
+SIGNATURE = "Made by orticket's `finetune.py`"  # identifies an export by its model card, also a partial one
 
 
-def find(options, source, folder, provenance):
-    """Whether --export-hf has what these settings make. Raises BadInput where it cannot be written, is the folder of
-    the model before or after fine-tuning, or has files that no export wrote and that --overwrite does not give up."""
-    target, provenance = files.writable(Path(options.export_hf)), as_dense(provenance)
+def is_exported(options, source, folder, provenance):
+    """Whether --export-hf already contains the export of the run with this provenance.
+
+    source, folder: the model before and after fine-tuning. Raises BadInput where the target cannot be written, is the
+    folder of one of these two, or has files that no export wrote and that --overwrite does not allow to replace.
+    """
+    target = files.writable(Path(options.export_hf))
     if target.resolve() in (folder.resolve(), (source if source.is_dir() else source.parent).resolve()):
         raise BadInput(f"--export-hf {target} is the folder of the model itself: give another")
-    whole = is_up_to_date(target / "model.safetensors", provenance, options.overwrite, "another --export-hf")
-    written = ("README.md", "config.json", "tokenizer.json", "tokenizer_config.json")
-    there = [name for name in written if (target / name).is_file()]
-    card = target / "README.md"
-    ours = whole or (card.is_file() and MADE_BY in card.read_text("utf8", errors="replace"))
-    if there and not (ours or options.overwrite):
-        raise BadInput(f"--export-hf {target}: no export wrote its {there[0]}; give another folder, or --overwrite")
-    return whole
+    path, card = target / "model.safetensors", target / "README.md"
+    if is_up_to_date(path, dense_provenance(provenance), options.overwrite, "another --export-hf"):
+        return True
+    is_partial = card.is_file() and SIGNATURE in card.read_text("utf8", errors="replace")
+    for name in ("README.md", "config.json", "tokenizer.json", "tokenizer_config.json"):
+        if (target / name).is_file() and not is_partial and not options.overwrite:
+            raise BadInput(f"--export-hf {target}: no export wrote its {name}; give another folder, or --overwrite")
+    return False
 
 
-def write(target, folder, masks, tokenizer, task, provenance):
-    """Write the model in `folder` to `target`, dense where it was pruned by `masks`, and what belongs beside it."""
+def export(target, folder, masks, tokenizer, task, provenance):
+    """Write the model in `folder` to `target`, dense where it was pruned by `masks`, with tokenizer and model card."""
     model = Bert.load(folder)
     if masks is not None:
         model = model.dense(*masks)
     with files.atomic_write(target / "README.md") as tmp_path:
         Path(tmp_path).write_text(model_card(files.read_json(folder / "metrics.json"), task), "utf8")
     tokenizer.save(target)
-    model.save(target, task.labels, as_dense(provenance))
+    model.save(target, task.labels, dense_provenance(provenance))
 
 
-def as_dense(provenance):
-    """How an export was made; what finetune.py leaves in the folder of a run is none, and may be narrow."""
+def dense_provenance(provenance):
+    """Tells an export from the model in a run's folder, which may be narrow."""
     return provenance | {"settings": provenance["settings"] | {"export": "dense"}}
 
 
 def model_card(metrics, task):
-    """How the model was made, for whoever finds it on the hub."""
+    """The README.md of an export: how the model was trained."""
     settings = metrics["settings"]
     rows = {
         "task": f"{settings['task']}: {', '.join(task.labels)}",
@@ -62,7 +65,7 @@ def model_card(metrics, task):
     return (
         "---\nlibrary_name: transformers\npipeline_tag: text-classification\n---\n\n"
         f"# {Path(settings['model']).name} fine-tuned on {settings['task']}\n\n"
-        f"{MADE_BY}, after *ORTicket: Let One Robust BERT Ticket Transfer across Different\n"
-        "Tasks* (LREC-COLING 2024). The weights are dense: what the ticket pruned is zero, and stays in the sizes.\n\n"
+        f"{SIGNATURE}, after *ORTicket: Let One Robust BERT Ticket Transfer across Different Tasks*\n"
+        "(LREC-COLING 2024). The weights are dense: pruned weights are zeros.\n\n"
         f"| | |\n|---|---|\n{table}\n\nAll settings are in the header of `model.safetensors`.\n"
     )

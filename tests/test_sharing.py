@@ -71,7 +71,7 @@ def test_export_replaces_only_exports_and_never_the_model_itself(tiny, tmp_path,
     target.mkdir()
     (target / "README.md").write_text("my own")
     assert call(finetune, *flags, target) == 2 and not run.exists()
-    assert f"{target}: its README.md was not written by an export: give another folder" in capsys.readouterr().err
+    assert f"{target}: no export wrote its README.md; give another folder" in capsys.readouterr().err
     assert (target / "README.md").read_text() == "my own"
     assert call(finetune, *flags, tiny.parent / "tiny" / ".", "--overwrite") == 2
     assert "is the folder of the model itself" in capsys.readouterr().err
@@ -85,7 +85,9 @@ def test_export_replaces_only_exports_and_never_the_model_itself(tiny, tmp_path,
     assert call(finetune, *flags, run) == 2 and (run / "model.safetensors").read_bytes() == model
     (target / "README.md").write_text("edited")
     assert call(finetune, *flags, target) == 0 and (target / "README.md").read_text() == "edited"
-    assert call(finetune, *flags, shutil.copytree(run, tmp_path / "copy")) == 2  # a run's folder is no export: with a ticket its layers are narrow
+    assert (
+        call(finetune, *flags, shutil.copytree(run, tmp_path / "copy")) == 2
+    )  # a run's folder is no export: with a ticket its layers are narrow
     assert "(export None, not 'dense'): --overwrite, or another --export-hf" in capsys.readouterr().err
 
 
