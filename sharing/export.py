@@ -1,7 +1,7 @@
 """Export of a fine-tuned model for transformers users: `finetune.py --export-hf FOLDER`.
 
-transformers cannot load layers of uneven width, so the export is dense, with zeros where the ticket pruned. It gives
-the same logits, but is neither smaller nor faster. Its tokenizer and a model card are written beside it.
+transformers cannot load layers of uneven width. So an export is dense, with zeros where the ticket pruned: the logits
+are the same, the size is that of the full model. Its tokenizer and a model card are written beside it.
 """
 
 from pathlib import Path
@@ -15,29 +15,25 @@ SIGNATURE = "Made by orticket's `finetune.py`"  # identifies an export by its mo
 
 
 def is_exported(options, source, folder, provenance):
-    """Whether --export-hf already contains the export of the run with this provenance.
-
-    source, folder: the model before and after fine-tuning. Raises BadInput where the target cannot be written, is the
-    folder of one of these two, or has files that no export wrote and that --overwrite does not allow to replace.
-    """
+    """Whether --export-hf already contains the export of the run with this provenance. source, folder: the model before
+    and after fine-tuning. Raises BadInput where the target cannot be written, is the folder of one of these two, or has
+    files that no export wrote and that --overwrite does not allow to replace."""
     target = files.writable(Path(options.export_hf))
     if target.resolve() in (folder.resolve(), (source if source.is_dir() else source.parent).resolve()):
         raise BadInput(f"--export-hf {target} is the folder of the model itself: give another")
-    path, card = target / "model.safetensors", target / "README.md"
-    if is_up_to_date(path, dense_provenance(provenance), options.overwrite, "another --export-hf"):
+    provenance, card = dense_provenance(provenance), target / "README.md"
+    if is_up_to_date(target / "model.safetensors", provenance, options.overwrite, "another --export-hf"):
         return True
-    is_partial = card.is_file() and SIGNATURE in card.read_text("utf8", errors="replace")
+    may_replace = options.overwrite or (card.is_file() and SIGNATURE in card.read_text("utf8", errors="replace"))
     for name in ("README.md", "config.json", "tokenizer.json", "tokenizer_config.json"):
-        if (target / name).is_file() and not is_partial and not options.overwrite:
+        if (target / name).is_file() and not may_replace:
             raise BadInput(f"--export-hf {target}: no export wrote its {name}; give another folder, or --overwrite")
     return False
 
 
 def export(target, folder, masks, tokenizer, task, provenance):
     """Write the model in `folder` to `target`, dense where it was pruned by `masks`, with tokenizer and model card."""
-    model = Bert.load(folder)
-    if masks is not None:
-        model = model.dense(*masks)
+    model = Bert.load(folder) if masks is None else Bert.load(folder).dense(*masks)
     with files.atomic_write(target / "README.md") as tmp_path:
         Path(tmp_path).write_text(model_card(files.read_json(folder / "metrics.json"), task), "utf8")
     tokenizer.save(target)

@@ -1,10 +1,10 @@
 """Tests of sharing/: exports to transformers and TextAttack."""
 
 import json
-import os
 import shutil
 import unittest.mock
 
+import nltk
 import pytest
 import torch
 import transformers
@@ -17,7 +17,7 @@ from bert import Bert
 from checkpoints import safetensors as our_safetensors
 from inputs.batches import TokenizedSplit
 from inputs.tokenizer import Tokenizer
-from tests.conftest import FAMILIES, HERE, MASKS, call, quick_search, saved, spawn, token_ids
+from tests.conftest import FAMILIES, MASKS, call, quick_search, saved, spawn, token_ids
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -110,8 +110,9 @@ def test_impossible_exports_are_refused_before_and_after_training(tiny, corpus, 
 
 @pytest.mark.slow
 def test_textattack_loads_an_export_with_equal_logits(tmp_path):
-    resources = HERE.parent / "shared" / "resources" / "nltk_data"
-    if not resources.is_dir():
+    try:
+        nltk.data.find("corpora/stopwords")
+    except LookupError:
         pytest.skip("TextAttack needs NLTK's data, which is not installed")
     flags = ["--task", "rt", "--output", tmp_path, "--epochs", "1", "--max-length", "8", "--ticket", "none"]
     assert call(finetune, *flags, "--export-hf", tmp_path / "hf") == 0
@@ -122,7 +123,7 @@ model = transformers.AutoModelForSequenceClassification.from_pretrained(sys.argv
 wrapper = HuggingFaceModelWrapper(model.eval(), transformers.AutoTokenizer.from_pretrained(sys.argv[1]))
 print(wrapper(["a fine film", "a dull, long one"]).tolist())
 """
-    process = spawn(["-c", script, tmp_path / "hf"], env=os.environ | {"NLTK_DATA": str(resources)})
+    process = spawn(["-c", script, tmp_path / "hf"])
     out, err = process.communicate()
     assert process.returncode == 0, err
     folder = tmp_path / "minilm" / "rt" / "none-vanilla-seed0"
