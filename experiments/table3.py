@@ -1,0 +1,16 @@
+"""Table 3: tickets of a search with and without an adversary, each fine-tuned with and without FreeLB.
+
+python -m experiments.table3 --tasks imdb agnews qqp
+"""
+
+from experiments.tables import make_table
+from runtime import cli
+
+
+def main():
+    rows = ["Vanilla ticket", "Vanilla ticket + FreeLB", "ORTicket", "ORTicket + FreeLB"]
+    make_table("table3", rows, __doc__)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,16 @@
+"""Table 6: ablation of what a ticket keeps, its pre-trained initialization and its structure.
+
+python -m experiments.table6 --tasks sst2
+"""
+
+from experiments.tables import make_table
+from runtime import cli
+
+
+def main():
+    rows = ["ORTicket", "w/o initialization", "w/o structure"]
+    make_table("table6", rows, __doc__)
+
+
+if __name__ == "__main__":
+    cli.run(main)
