@@ -1,4 +1,9 @@
-"""The specification."""
+"""The specification: what holds for every model, mask and batch. tests/ holds the rest, a file per room.
+
+In the order of the paper: BERT and its gates (eq. 1 to 4), drawing and early stopping (section 2.2.2 and 2.3), the
+adversary (eq. 6), one step of Algorithm 1, Algorithms 1 and 2 in a chain. References are transformers, PyTorch's own
+autograd, the published formulas and the paper's numbers.
+"""
 
 import json
 import math
@@ -12,7 +17,6 @@ import transformers
 import data
 import draw
 import finetune
-import freelb
 import gates
 import search
 from bert import Bert, Config
@@ -24,6 +28,7 @@ from runtime.cli import BadInput
 from tests.conftest import (
     BALL,
     MASKS,
+    adversarial,
     adversarial_case,
     call,
     gradients,
@@ -113,7 +118,7 @@ def test_the_mlm_loss_over_gathered_positions_equals_the_loss_over_all_logits(tm
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_parameter_counts_are_the_papers():
+def test_parameter_counts_equal_those_of_the_paper():
     config = Config(num_labels=2)
     c = gates.Coefficients(12, 12, 3072)
     assert draw.count_parameters(config) == 109_483_778
@@ -123,20 +128,20 @@ def test_parameter_counts_are_the_papers():
 
 @pytest.mark.parametrize("tau", [0, 0.1, 1 / 6, 0.2, 0.3, 0.5, 0.9])
 @pytest.mark.parametrize("ties", ["none", "some", "all"])
-def test_exactly_the_ceiling_of_tau_n_is_pruned_whatever_the_ties(tau, ties):
+def test_exactly_ceil_tau_n_are_pruned_whatever_the_ties(tau, ties):
     c = {"none": torch.randn(5, 30), "some": torch.randint(0, 4, (5, 30)).float(), "all": torch.ones(5, 30)}[ties]
     for at_least_one in (False, True):
         mask = gates.draw_mask(c, tau, at_least_one)
         assert (~mask).sum() == math.ceil(Fraction(tau).limit_denominator(1000) * 150)
-        if not at_least_one:  # nothing kept is smaller than anything pruned; among equals the earlier go
+        if not at_least_one:  # no kept value is smaller than a pruned one; of equal values the earlier is pruned
             kept = sorted((value, i) for i, value in enumerate(c.flatten().tolist()) if mask.flatten()[i])
             gone = sorted((value, i) for i, value in enumerate(c.flatten().tolist()) if not mask.flatten()[i])
             assert not gone or gone[-1] < kept[0]
 
 
-def test_every_layer_keeps_its_best_head_and_the_next_smallest_goes_instead():
+def test_every_layer_keeps_its_best_head_and_the_next_smallest_is_pruned_instead():
     c = torch.tensor([[0.1, 0.2, 0.3], [4.0, 5.0, 6.0], [1.0, 2.0, 3.0]])
-    mask = gates.draw_mask(c, 4 / 9, at_least_one=True)  # 0.1 0.2 0.3 1 would be the smallest four
+    mask = gates.draw_mask(c, 4 / 9, at_least_one=True)  # the four smallest are 0.1, 0.2, 0.3 and 1
     assert mask.tolist() == [[False, False, True], [True, True, True], [False, False, True]]
     assert gates.draw_mask(c, 6 / 9, at_least_one=True).sum(1).tolist() == [1, 1, 1]
     assert gates.draw_mask(torch.ones(3, 3), 6 / 9, at_least_one=True).sum(1).tolist() == [1, 1, 1]
@@ -158,7 +163,7 @@ def test_the_penalty_is_equation_5():
     assert c.head.grad[0].tolist() == pytest.approx([-0.1, 0.1, 0.1])
 
 
-def test_the_search_ends_when_both_masks_settle_five_times_in_a_row():
+def test_the_search_stops_when_both_masks_are_stable_five_times_in_a_row():
     still = torch.arange(20.0).view(2, 10), torch.arange(200.0).view(2, 100)
     turned = still[0].flip(1), still[1]
     stopping = gates.EarlyStopping(0.3, 0.3, gamma=0.1, patience=5)
@@ -169,15 +174,15 @@ def test_the_search_ends_when_both_masks_settle_five_times_in_a_row():
             assert all(math.isnan(distance) for distance in distances)
         if number == 4:
             assert stopping.streak == 4 and distances == [0.0, 0.0]
-        if number == 5:  # the heads' mask alone changes: the 6 smallest from the front of row 0 to its end
+        if number == 5:  # only the mask of the heads changes
             assert stopping.streak == 0 and distances == pytest.approx([8 / 20, 0.0])
     assert stopping.streak == 4
     stopping.update(*still)
     assert stopping.should_stop
 
 
-@pytest.mark.parametrize("adversary", [freelb.freelb, freelb.pgd])
-def test_one_step_without_perturbation_is_an_ordinary_training_step(tiny, adversary):
+@pytest.mark.parametrize("only_last", [False, True], ids=["freelb", "pgd"])
+def test_one_step_without_perturbation_is_an_ordinary_training_step(tiny, only_last):
     model, ids, mask, labels = adversarial_case(tiny)
     torch.manual_seed(1)
     loss = F.cross_entropy(model.train().class_logits(ids, mask), labels)
@@ -185,31 +190,31 @@ def test_one_step_without_perturbation_is_an_ordinary_training_step(tiny, advers
     expected = gradients(model)
     torch.manual_seed(1)
     loss_of = recorded(model, ids, mask, labels, [])
-    assert adversary(loss_of, mask, 24, steps=1, lr=1.0, init_mag=0.0, max_norm=0.0) == loss
+    assert adversarial(loss_of, mask, 1, lr=1.0, init_mag=0.0, max_norm=0.0, only_last=only_last) == loss
     found = gradients(model)
     assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
 
 
-@pytest.mark.parametrize("adversary", [freelb.freelb, freelb.pgd])
-def test_delta_is_zero_on_padding_and_never_leaves_its_ball(tiny, adversary):
+@pytest.mark.parametrize("only_last", [False, True], ids=["freelb", "pgd"])
+def test_delta_is_zero_on_padding_and_never_leaves_its_ball(tiny, only_last):
     model, ids, mask, labels = adversarial_case(tiny)
     seen = []
-    adversary(recorded(model, ids, mask, labels, seen), mask, 24, **BALL)
+    adversarial(recorded(model, ids, mask, labels, seen), mask, **BALL, only_last=only_last)
     assert len(seen) == 4
     for delta in seen:
         assert (delta[~mask] == 0).all() and (delta[mask].abs().sum(-1) > 0).all()
         assert (delta.flatten(1).norm(dim=1) <= 0.7 + 1e-6).all()
-    assert (seen[-1].flatten(1).norm(dim=1) > 0.69).all()  # four steps of 0.5 would have left it
+    assert (seen[-1].flatten(1).norm(dim=1) > 0.69).all()  # without projection four steps of 0.5 leave it
 
 
 def test_freelb_follows_the_formula_step_by_step(tiny):
-    """The deltas and the parameters' gradient against a plain transcription of Zhu et al., Algorithm 1, one example
-    at a time, on transformers' model."""
+    """Deltas and gradients equal a plain transcription of Algorithm 1 of Zhu et al., one example at a time, with
+    transformers."""
     reference = saved(tiny.parent / "reference", transformers.BertForSequenceClassification, num_labels=2)
     model = Bert.load(tiny.parent / "reference").eval()
     ids, mask, _ = inputs(model.config, 3, 10)
     labels, seen = torch.tensor([0, 1, 1]), []
-    freelb.freelb(recorded(model, ids, mask, labels, seen), mask, 24, **BALL)
+    adversarial(recorded(model, ids, mask, labels, seen), mask, **BALL)
     found = huggingface.to_huggingface(gradients(model), "bert")
 
     for row in range(3):
@@ -228,12 +233,12 @@ def test_freelb_follows_the_formula_step_by_step(tiny):
     assert len(found) > 30
 
 
-def test_pgd_takes_the_parameters_gradient_from_the_last_delta_alone(tiny):
+def test_pgd_takes_the_gradient_of_the_parameters_from_the_last_delta_only(tiny):
     model, ids, mask, labels = adversarial_case(tiny)
     model.eval()
     seen = []
     loss_of = recorded(model, ids, mask, labels, seen)
-    freelb.pgd(loss_of, mask, 24, **BALL)
+    adversarial(loss_of, mask, **BALL, only_last=True)
     found = gradients(model)
     loss_of(seen[3]).backward()
     expected = gradients(model)
@@ -242,7 +247,7 @@ def test_pgd_takes_the_parameters_gradient_from_the_last_delta_alone(tiny):
         torch.testing.assert_close(found[name], expected[name], atol=1e-6, rtol=1e-5)
 
 
-def test_a_search_killed_and_started_again_ends_with_the_same_bytes(tmp_path, corpus):
+def test_a_killed_search_resumes_and_ends_with_the_same_bytes(tmp_path, corpus):
     model = tmp_path / "headless"
     saved(model, transformers.BertModel)
     command = [quick_search(model, corpus, tmp_path / name, "--gamma", "1e-9") for name in ("whole", "killed")]
@@ -259,8 +264,8 @@ def test_a_search_killed_and_started_again_ends_with_the_same_bytes(tmp_path, co
         ),
     )
     out, err = spawn(command[1]).communicate()
-    assert "searched 10 of 10 mini-epochs: that was all of them" in out and err == ""
-    assert "comes without an MLM head" in whole.communicate()[0]
+    assert "searched 10 of 10 mini-epochs: the limit" in out and err == ""
+    assert "has no MLM head" in whole.communicate()[0]
     for name in ("coefficients.safetensors", "mlm_head.safetensors", "search.png"):
         assert (folder / name).read_bytes() == (tmp_path / "whole" / "headless" / name).read_bytes()
     assert not list(folder.glob("*state*")) and not list(folder.glob("*.part"))
@@ -302,15 +307,15 @@ def test_search_draw_and_finetune_chain(tiny, corpus, tmp_path, capsys):
         assert metrics["test_accuracy"] == pytest.approx(again, abs=0.01) and len(rows) == metrics["test_rows"]
     assert counts == {"drawn-vanilla-seed0": (5, 64), "random-freelb-seed0": (5, 64), "none-vanilla-seed0": (6, 80)}
     capsys.readouterr()
-    assert call(finetune, *flags, "--adv-steps", "5") == 0  # at once: it is done already
+    assert call(finetune, *flags, "--adv-steps", "5") == 0  # up to date: nothing is trained
     printed = capsys.readouterr().out
     assert "best of 1 epochs" in printed and "--adv-steps 5 has no effect with --method vanilla" in printed
     assert call(finetune, *flags, "--alpha", "1") == 0 and "--alpha 1.0 has no effect" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("strength", [0.0, 1e-4, 0.003, 10.0])
-def test_one_step_of_a_search_without_adversary_follows_transformers_gradient(corpus, tmp_path, strength):
-    """The gradient is that of the MLM loss, all logits, by transformers, with its own head mask and a hook on the
+def test_one_step_of_a_search_without_adversary_follows_the_gradient_of_transformers(corpus, tmp_path, strength):
+    """The gradient of c is that of the MLM loss over all logits in transformers, with its head mask and a hook on the
     neurons, plus lambda."""
     reference = saved(tmp_path / "model", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     flags = ["--adv-steps", 1, "--adv-init-mag", 0, "--lambda-head", strength, "--lambda-ffn", strength]

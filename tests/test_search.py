@@ -1,22 +1,23 @@
-"""test_search."""
+"""search.py beyond the specification: the MLM head, the adversary, learning rates, overwriting, divergence."""
 
 import unittest.mock
+from dataclasses import replace
 
 import pytest
 import torch
 import transformers
 
 import data
-import freelb
 import gates
 import search
 from bert import Bert
 from checkpoints import safetensors as our_safetensors
+from inputs import mlm_head
 from inputs.tokenizer import Tokenizer
-from tests.conftest import call, interrupted_at, moved_against, one_step, quick_search, saved
+from tests.conftest import adversarial, call, interrupted_at, moved_against, one_step, quick_search, saved
 
 
-def test_a_search_that_is_refused_leaves_the_head_that_another_fitted(tmp_path, corpus, capsys):
+def test_a_refused_search_leaves_the_mlm_head_of_another(tmp_path, corpus, capsys):
     saved(tmp_path / "headless", transformers.BertModel)
     command = quick_search(tmp_path / "headless", corpus, tmp_path, "--mlm-head-steps", 3)[1:]
     original = our_safetensors.write_safetensors
@@ -30,22 +31,24 @@ def test_a_search_that_is_refused_leaves_the_head_that_another_fitted(tmp_path, 
     assert (tmp_path / "headless" / "mlm_head.safetensors").read_bytes() == head
 
 
-def test_the_head_that_an_attack_fits_is_the_one_that_a_search_would_to_the_byte(tmp_path, corpus, monkeypatch):
+def test_an_attack_fits_the_same_mlm_head_as_a_search(tmp_path, corpus, monkeypatch):
     saved(tmp_path / "headless", transformers.BertModel)
     assert call(search, *quick_search(tmp_path / "headless", corpus, tmp_path / "one", "--mlm-head-steps", 3)[1:]) == 0
-    settings = {"corpus": str(corpus), "block": 16, "batch_size": 4, "mlm_head_steps": 3, "precision": "fp32"}
-    monkeypatch.setattr(search, "Options", lambda original=search.Options, **more: original(**settings, **more))
+    settings = mlm_head.Settings(block=16, batch_size=4, mlm_head_steps=3, precision="fp32")
+    monkeypatch.setattr(mlm_head, "Settings", lambda **given: replace(settings, **given))
+    find_corpus = data.find_corpus
+    monkeypatch.setattr(data, "find_corpus", lambda name: find_corpus(str(corpus)))
     path, sha256 = data.find_model(str(tmp_path / "headless"))
     model, tokenizer = Bert.load(path, mlm=True), Tokenizer(path)
     torch.manual_seed(1)
     heads = [tmp_path / name / "headless" / "mlm_head.safetensors" for name in ("one", "two")]
-    found = search.find_mlm_head(str(path), str(tmp_path / "two"), model, sha256, tokenizer, torch.device("cpu"))
+    found = mlm_head.find_mlm_head(str(path), str(tmp_path / "two"), model, sha256, tokenizer, torch.device("cpu"))
     assert heads[0].read_bytes() == heads[1].read_bytes()
     assert our_safetensors.read_with_metadata(heads[0])[1] == found
 
 
-def test_one_step_of_a_search_uses_the_adversary_that_its_options_describe(corpus, tmp_path):
-    """With steps so large that they turn gradients around, c follows the K-step gradient, not the ordinary one."""
+def test_one_step_of_a_search_uses_the_adversary_of_its_options(corpus, tmp_path):
+    """With ascent steps large enough to reverse gradients, c follows the K-step gradient."""
     saved(tmp_path / "model", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     flags = ["--adv-steps", 3, "--adv-lr", 8, "--adv-init-mag", 2, "--adv-max-norm", 9]
     found, (ids, positions, labels) = one_step(tmp_path / "model", corpus, tmp_path, *flags)
@@ -56,15 +59,15 @@ def test_one_step_of_a_search_uses_the_adversary_that_its_options_describe(corpu
         return model.mlm_loss(model(ids, positions=positions, gates=c.gates, delta=delta), labels)
 
     torch.set_rng_state(state)
-    freelb.freelb(loss_of, torch.ones_like(ids), 24, steps=3, lr=8.0, init_mag=2.0, max_norm=9.0)
+    adversarial(loss_of, torch.ones_like(ids), steps=3, lr=8.0, init_mag=2.0, max_norm=9.0)
     moved_against(found, (c.head.grad + 1e-4, c.ffn.grad + 1e-4))
     adversarial, c.ffn.grad = c.ffn.grad.clone(), None
-    freelb.freelb(loss_of, torch.ones_like(ids), 24, steps=1, lr=0.0, init_mag=0.0, max_norm=0.0)
+    adversarial(loss_of, torch.ones_like(ids), steps=1, lr=0.0, init_mag=0.0, max_norm=0.0)
     assert (adversarial.sign() != c.ffn.grad.sign()).any()
 
 
-def test_c_may_have_a_learning_rate_of_its_own(corpus, tmp_path):
-    """What c finds in one step is the same, at another distance from 1."""
+def test_c_can_have_its_own_learning_rate(corpus, tmp_path):
+    """One step moves c in the same direction, by another distance."""
     saved(tmp_path / "model", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     alike, _ = one_step(tmp_path / "model", corpus, tmp_path / "alike")
     apart, _ = one_step(tmp_path / "model", corpus, tmp_path / "apart", "--learning-rate-c", 0.05)
@@ -73,15 +76,15 @@ def test_c_may_have_a_learning_rate_of_its_own(corpus, tmp_path):
         assert (apart[name] - 1).abs().median() > 0.04
 
 
-def test_a_diverged_search_is_an_error_not_a_ticket(tiny, corpus, tmp_path, capsys):
+def test_a_diverged_search_is_an_error(tiny, corpus, tmp_path, capsys):
     command = quick_search(tiny, corpus, tmp_path, "--learning-rate", "1e30", "--clip-norm", "1e30")[1:]
     assert call(search, *command) == 2
-    assert "the search diverged by step" in capsys.readouterr().err
+    assert "the search diverged in mini-epoch 1" in capsys.readouterr().err
     assert not (tmp_path / "tiny" / "coefficients.safetensors").exists()
 
 
-def test_overwriting_starts_anew_and_leaves_nothing_of_the_old(tiny, corpus, tmp_path, capsys):
-    """A finished; B overwrites it and is interrupted; A is then no longer there, and B's state is not thrown away."""
+def test_overwriting_restarts_and_removes_the_old_result(tiny, corpus, tmp_path, capsys):
+    """A is complete, B overwrites it and is interrupted: A is gone, and A's command does not remove the state of B."""
     command = quick_search(tiny, corpus, tmp_path, "--mini-epoch", "0.5")[1:]
     state, done = (tmp_path / "tiny" / name for name in ("search.state.safetensors", "coefficients.safetensors"))
     assert call(search, *command) == 0 and done.exists()
