@@ -25,6 +25,7 @@ from checkpoints import safetensors as our_safetensors
 from inputs.batches import TokenizedSplit
 from inputs.tokenizer import Tokenizer
 from runtime.cli import BadInput
+from tests.conftest import corpus, own_caches, seeded, tiny  # noqa: F401, fixtures
 from tests.conftest import (
     BALL,
     MASKS,

@@ -1,4 +1,4 @@
-"""test_bert."""
+"""bert.py beyond the specification: random configurations, MiniLM, padding, single positions, saving."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from tests.conftest import FAMILIES, MINILM, inputs, saved, states_equal
 
 
 def random_sizes(family, generator):
-    """Some configuration of a family, and a length that it takes."""
+    """(length of a text, random configuration of a family)."""
     heads, longest = int(generator.integers(1, 6)), int(generator.integers(3, 90))
     offset = 2 if family == "roberta" else 0
     return longest, {
@@ -29,7 +29,7 @@ def random_sizes(family, generator):
 
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("family", FAMILIES)
-def test_configurations_chosen_at_random_equal_transformers(tmp_path, family, seed):
+def test_random_configurations_equal_transformers(tmp_path, family, seed):
     longest, sizes = random_sizes(family, np.random.Generator(np.random.PCG64(seed)))
     for kind in ("mlm", "classes"):
         reference = saved(tmp_path / kind, FAMILIES[family][kind], family, num_labels=2 + seed, **sizes)
@@ -56,7 +56,7 @@ def test_the_real_minilm_equals_transformers(length):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_states_and_gradients_of_the_first_tokens_alone_are_those_among_all(tiny, checkpointing):
+def test_states_and_gradients_of_the_first_tokens_equal_those_among_all(tiny, checkpointing):
     model = Bert.load(tiny).eval()
     model.checkpointing = checkpointing
     ids, mask, segments = inputs(model.config, 3, 9)

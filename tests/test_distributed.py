@@ -1,4 +1,4 @@
-"""test_distributed."""
+"""Several processes, micro-batches and checkpointing compute what one process computes at once."""
 
 import json
 
@@ -24,10 +24,10 @@ def torchrun(processes, *arguments):
 
 @pytest.fixture(scope="module")
 def without_dropout(tmp_path_factory):
-    """A random model; each process draws dropout for itself, and without any the processes must agree with one."""
+    """A random model without dropout, which differs between processes."""
     folder = tmp_path_factory.mktemp("models") / "model"
     saved(folder, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    Bert.load(folder, mlm=True, num_labels=2).save(folder, ("early", "late"), {})  # a search leaves the classifier out
+    Bert.load(folder, mlm=True, num_labels=2).save(folder, ("early", "late"), {})  # a search ignores the classifier
     return folder
 
 
@@ -41,8 +41,8 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
         pick_device()
 
 
-def test_two_processes_go_on_where_one_was_interrupted_and_find_what_one_finds(without_dropout, corpus, tmp_path):
-    """Of a batch of 43 blocks the processes have 21 and 22; of the last, of 1 block, one of them has none."""
+def test_two_processes_resume_the_search_of_one_and_find_what_one_finds(without_dropout, corpus, tmp_path):
+    """The processes compute 21 and 22 blocks of a batch of 43. The last batch has 1 block: one process has none."""
     command = {
         name: quick_search(without_dropout, corpus, tmp_path / name, "--batch-size", 43, "--gamma", 1e-9)
         for name in ("one", "two")
@@ -65,7 +65,7 @@ def test_two_processes_go_on_where_one_was_interrupted_and_find_what_one_finds(w
 
 
 @pytest.mark.parametrize("more", [["--checkpointing"], ["--grad-accum-steps", 2], ["--grad-accum-steps", 5]])
-def test_saving_memory_does_not_change_what_a_search_finds(without_dropout, corpus, tmp_path, more):
+def test_saving_memory_does_not_change_a_search(without_dropout, corpus, tmp_path, more):
     command = quick_search(without_dropout, corpus, tmp_path / "plain", "--batch-size", 43, "--mini-epoch", 1)[1:]
     assert call(search, *command) == 0
     command[command.index("--output") + 1] = tmp_path / "saving"
@@ -78,8 +78,8 @@ def test_saving_memory_does_not_change_what_a_search_finds(without_dropout, corp
         torch.testing.assert_close(found[name], expected[name], atol=1e-5, rtol=1e-5, equal_nan=True)
 
 
-def test_checkpointing_repeats_the_dropout_of_the_first_time(tiny):
-    """With dropout, the gradients are the same to the last bit."""
+def test_checkpointing_repeats_the_dropout_masks(tiny):
+    """With dropout, the gradients are equal to the bit."""
     model, found = Bert.load(tiny, num_labels=2).train(), []
     ids, mask, segments = inputs(model.config, 3, 10)
     for model.checkpointing in (False, True):
@@ -110,12 +110,12 @@ def same_models(*folders):
     assert one["test_accuracy"] == other["test_accuracy"]
     one, other = (our_safetensors.read_with_metadata(folder / "model.safetensors")[0] for folder in folders)
     for name in one:
-        if not name.endswith("key.bias"):  # softmax takes no notice of it: its gradient is rounding, scaled by Adam
+        if not name.endswith("key.bias"):  # softmax is invariant to it: Adam scales the rounding error of its gradient
             torch.testing.assert_close(one[name], other[name], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("method", ["pgd", "freelb"])
-def test_accumulating_does_not_change_what_is_fine_tuned(without_dropout, sentences, tmp_path, method):
+def test_gradient_accumulation_does_not_change_fine_tuning(without_dropout, sentences, tmp_path, method):
     folders = []
     for accumulate in (1, 4):
         command = few_epochs(without_dropout, sentences, tmp_path / str(accumulate), "--method", method)
@@ -124,29 +124,29 @@ def test_accumulating_does_not_change_what_is_fine_tuned(without_dropout, senten
     same_models(*folders)
 
 
-def test_infobert_runs_in_parts(without_dropout, sentences, tmp_path):
-    """Its regularizers are of the rows of a part, not of the joint batch: the model is another one, but a model."""
+def test_infobert_trains_in_micro_batches(without_dropout, sentences, tmp_path):
+    """Its regularizers compare the rows of a part only, so that the model differs from that of one batch."""
     command = few_epochs(without_dropout, sentences, tmp_path, "--method", "infobert", "--grad-accum-steps", 2)
     assert call(finetune, *command[1:]) == 0
     metrics = json.loads(next(tmp_path.rglob("metrics.json")).read_text())
     assert 0 < metrics["test_accuracy"] <= 1
 
 
-def test_processes_that_all_fail_show_one_line(without_dropout, corpus, tmp_path):
+def test_processes_that_all_fail_print_one_line(without_dropout, corpus, tmp_path):
     code, _, err = torchrun(2, *quick_search(without_dropout, corpus, tmp_path, "--tau-head", 0.99))
     assert code != 0 and err.count("search.py: error:") == 1
 
 
-def test_where_one_process_fails_it_says_why_and_the_others_that_they_end(tmp_path):
+def test_the_process_that_fails_prints_why_and_the_others_end(tmp_path):
     (tmp_path / "some.py").write_text(
-        f"""import sys, torch; sys.path.insert(0, {str(HERE)!r}); import processes, runtime
+        f"""import sys, torch; sys.path.insert(0, {str(HERE)!r}); from runtime import cli, distributed
 def main():
-    processes.join(torch.device("cpu"))
-    if processes.RANK:
-        raise runtime.BadInput("of the second process")
-    processes.total(torch.ones(1))
-runtime.run(main)"""
+    distributed.init_distributed(torch.device("cpu"))
+    if distributed.RANK:
+        raise cli.BadInput("of the second process")
+    distributed.all_reduce_sum(torch.ones(1))
+cli.run(main)"""
     )
     code, _, err = torchrun(2, tmp_path / "some.py")
     assert code != 0 and err.count("some.py: error: of the second process") == 1, err
-    assert "[rank0]" not in err, err  # which torch puts before each line of a traceback
+    assert "[rank0]" not in err, err  # torch's prefix of tracebacks

@@ -1,4 +1,4 @@
-"""test_finetune."""
+"""finetune.py: tickets, the best epoch, resuming, ablations, the restricted vocabulary."""
 
 import contextlib
 import json
@@ -12,28 +12,18 @@ import data
 import finetune
 import gates
 from bert import Bert, Config
+from checkpoints import runs
 from checkpoints import safetensors as our_safetensors
+from checkpoints.tickets import find_ticket
 from runtime import files
 from runtime.cli import BadInput
 from runtime.embeddings import restrict_vocabulary
 from tests.conftest import MINILM, call, change, kill_when, spawn
 
 
-def test_a_finetuning_killed_and_started_again_ends_with_the_same_bytes(tiny, tmp_path):
-    flags = [
-        "--task",
-        "bbc",
-        "--model",
-        tiny,
-        "--ticket",
-        "none",
-        "--epochs",
-        3,
-        "--max-length",
-        12,
-        "--precision",
-        "fp32",
-    ]
+def test_killed_fine_tuning_resumes_and_ends_with_the_same_bytes(tiny, tmp_path):
+    flags = ["--task", "bbc", "--model", tiny, "--ticket", "none", "--epochs", 3, "--max-length", 12]
+    flags += ["--precision", "fp32"]
     command = [["finetune.py", *flags, "--output", tmp_path / name] for name in ("whole", "killed")]
     whole, folder = spawn(command[0]), tmp_path / "killed" / "tiny" / "bbc" / "none-vanilla-seed0"
     kill_when(spawn(command[1]), (folder / "finetune.state.safetensors").exists)
@@ -45,7 +35,7 @@ def test_a_finetuning_killed_and_started_again_ends_with_the_same_bytes(tiny, tm
     assert {path.name for path in folder.iterdir()} == {path.name for path in other.iterdir()}
 
 
-def test_the_random_ticket_has_the_drawn_tickets_size_and_follows_the_seed(tmp_path):
+def test_a_random_ticket_has_the_size_of_the_drawn_one_and_depends_on_the_seed(tmp_path):
     path, config = tmp_path / "ticket.safetensors", Config.read(MINILM / "config.json")
     drawn = gates.draw_masks(torch.randn(6, 12), torch.randn(6, 1536), 1 / 6, 0.2)
     metadata = {"script": "draw.py", "model_sha256": "f00", "settings": {"tau_head": 1 / 6, "tau_ffn": 0.2}}
@@ -53,7 +43,7 @@ def test_the_random_ticket_has_the_drawn_tickets_size_and_follows_the_seed(tmp_p
     tickets = {}
     for name, seed in (("drawn", 0), ("random", 0), ("random", 1), ("random", 0)):
         options = finetune.Options(ticket=name, seed=seed)
-        tickets.setdefault((name, seed), []).append(finetune.find_ticket(options, path, "f00", config)[0])
+        tickets.setdefault((name, seed), []).append(find_ticket(options, path, "f00", config)[0])
     first, again = tickets["random", 0]
     other, same = tickets["random", 1][0], tickets["drawn", 0][0]
     for part in (0, 1):
@@ -62,7 +52,7 @@ def test_the_random_ticket_has_the_drawn_tickets_size_and_follows_the_seed(tmp_p
         assert not torch.equal(first[part], other[part]) and not torch.equal(first[part], drawn[part])
 
 
-def test_a_ticket_drawn_for_ones_own_imdb_is_not_that_of_the_papers(tiny, tmp_path):
+def test_a_ticket_of_a_custom_imdb_file_is_not_that_of_the_task_imdb(tiny, tmp_path):
     config, path = Config.read(tiny), tmp_path / "ticket.safetensors"
     masks = dict(zip(("head", "ffn"), gates.draw_masks(torch.rand(2, 3), torch.rand(2, 40), 1 / 6, 0.2)))
     for drawn_for, task in (("imdb", "imdb"), ("mine", "mine.csv"), ("a/imdb.csv", "imdb")):
@@ -70,12 +60,12 @@ def test_a_ticket_drawn_for_ones_own_imdb_is_not_that_of_the_papers(tiny, tmp_pa
         metadata = {"script": "draw.py", "model_sha256": "f00", "settings": {"task": drawn_for}}
         our_safetensors.write_safetensors(path, masks, metadata)
         with pytest.raises(BadInput, match="was drawn for a/imdb.csv") if refused else contextlib.nullcontext():
-            finetune.find_ticket(finetune.Options(task=task), path, "f00", config)
+            find_ticket(finetune.Options(task=task), path, "f00", config)
 
 
-def test_the_best_epoch_is_kept_and_each_method_trains_its_own_model(tiny, tmp_path, monkeypatch):
-    """With held-out accuracies made up, the model that is saved is the one that had the highest, the earliest of
-    equals; FreeLB's differs from the ordinary one after the same number of epochs."""
+def test_the_best_epoch_is_kept_and_methods_differ(tiny, tmp_path, monkeypatch):
+    """With made-up held-out accuracies, the saved model is the one of the highest, the earliest of equals. FreeLB
+    trains another model than ordinary training."""
     flags = ["--task", "bbc", "--model", tiny, "--ticket", "none", "--max-length", 8, "--precision", "fp32"]
     seen = []
 
@@ -96,8 +86,8 @@ def test_the_best_epoch_is_kept_and_each_method_trains_its_own_model(tiny, tmp_p
     assert not torch.equal(kept["vanilla"], kept["freelb"])
 
 
-def test_training_only_the_words_that_occur_equals_training_all(tiny, tmp_path, monkeypatch):
-    """The second of three epochs is the best: words that do not occur have decayed in two."""
+def test_training_only_the_words_that_occur_equals_training_all_words(tiny, tmp_path, monkeypatch):
+    """The second epoch is the best: words that do not occur have decayed in two epochs."""
     flags = ["--task", "bbc", "--model", tiny, "--ticket", "none", "--max-length", 8, "--train-rows", 64]
     flags += ["--precision", "fp32", "--epochs", 3, "--weight-decay", 0.5, "--learning-rate", 0.01]
     narrow, made, left_out = restrict_vocabulary, {}, []
@@ -123,8 +113,8 @@ def test_training_only_the_words_that_occur_equals_training_all(tiny, tmp_path, 
     assert left_out and ((after / before)[left_out] < 0.99).all()
 
 
-def test_a_kill_between_the_files_of_an_epoch_parts_no_accuracy_from_its_model(tiny, tmp_path, monkeypatch):
-    """The third epoch is the best, its weights are written and its state is not; done again it is not the best."""
+def test_a_kill_between_the_files_of_an_epoch_does_not_mix_two_epochs(tiny, tmp_path, monkeypatch):
+    """The weights of the third epoch, the best, are written and its state is not. Run again, it is not the best."""
     flags = ["--task", "bbc", "--model", tiny, "--ticket", "none", "--max-length", 8, "--train-rows", 64]
     flags += ["--output", tmp_path, "--epochs", 3]
     accuracies, write, seen = iter([0.4, 0.6, 0.9, 0.5, 0.1]), our_safetensors.write_safetensors, []
@@ -141,7 +131,7 @@ def test_a_kill_between_the_files_of_an_epoch_parts_no_accuracy_from_its_model(t
     monkeypatch.setattr(finetune, "accuracy", made_up)
     with monkeypatch.context() as patched:
         patched.setattr(our_safetensors, "write_safetensors", killed)
-        patched.setattr(finetune, "peak_memory", lambda device: 1e15)
+        patched.setattr(runs, "peak_memory", lambda device: 1e15)
         assert call(finetune, *flags) == 130
     assert call(finetune, *flags) == 0
     folder = tmp_path / "tiny" / "bbc" / "none-vanilla-seed0"
@@ -151,7 +141,7 @@ def test_a_kill_between_the_files_of_an_epoch_parts_no_accuracy_from_its_model(t
     assert {path.name for path in folder.iterdir() if "state" in path.name} <= {"finetune.state.safetensors.lock"}
 
 
-def test_what_a_run_is_made_of_is_its_contents_not_how_they_are_spelled(tiny, tmp_path, capsys, monkeypatch):
+def test_files_are_identified_by_content_not_by_path(tiny, tmp_path, capsys, monkeypatch):
     model = shutil.copytree(tiny, tmp_path / "model")
     c = {"head": torch.rand(2, 3), "ffn": torch.rand(2, 40)}
     masks = dict(zip(("head", "ffn"), gates.draw_masks(*c.values(), 1 / 6, 0.2)))
@@ -168,11 +158,11 @@ def test_what_a_run_is_made_of_is_its_contents_not_how_they_are_spelled(tiny, tm
     assert files.task_folder("out/..") == tmp_path.name and files.task_folder("imdb") == "imdb"
 
 
-def test_the_ablations_keep_the_structure_or_the_weights_of_the_ticket(tiny, tmp_path, capsys):
+def test_the_ablations_keep_the_structure_or_the_weights(tiny, tmp_path, capsys):
     c = {"head": torch.randn(2, 3), "ffn": torch.randn(2, 40)}
     masks = gates.draw_masks(c["head"], c["ffn"], 1 / 6, 0.3)
     model = Bert.load(tiny, num_labels=5)
-    redrawn = finetune.without_structure(model, *masks)
+    redrawn = finetune.reinitialize_pruned(model, *masks)
     kept = model.pruned(*masks), redrawn.pruned(*masks)
     for a, b in zip(*(part.state_dict().values() for part in kept)):
         assert torch.equal(a, b)
@@ -199,11 +189,11 @@ def test_the_ablations_keep_the_structure_or_the_weights_of_the_ticket(tiny, tmp
         sizes["no-structure"].word_embeddings.weight, full.word_embeddings.weight, atol=1e-4, rtol=0
     )
     assert call(finetune, *flags[:-4], "--ticket", "none", "--ablation", "no-structure") == 2
-    assert "--ticket none has none" in capsys.readouterr().err
+    assert "needs a ticket, not --ticket none" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("method", ["pgd", "infobert"])
-def test_every_method_trains_resumes_and_says_what_it_cost(tiny, tmp_path, method):
+def test_every_method_trains_resumes_and_reports_its_cost(tiny, tmp_path, method):
     flags = ["--task", "bbc", "--model", tiny, "--ticket", "none", "--max-length", "8", "--epochs", "2"]
     flags += ["--precision", "fp32", "--train-rows", "100", "--method", method]
     assert call(finetune, *flags, "--output", tmp_path / "whole") == 0

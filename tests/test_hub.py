@@ -79,7 +79,9 @@ def test_the_cache_is_shared_with_the_hubs_own_library(server, monkeypatch, data
 
 def test_two_processes_that_ask_at_once_fetch_once(server):
     server.files["large.bin"], server.faults = LARGE, ["stall"]
-    script = "from inputs import hub; hub.TIMEOUT = (1, 1); print(len(hub.fetch('owner/name', 'large.bin').read_bytes()))"
+    script = (
+        "from inputs import hub; hub.TIMEOUT = (1, 1); print(len(hub.fetch('owner/name', 'large.bin').read_bytes()))"
+    )
     both = [spawn(["-c", script]) for _ in range(2)]
     assert [process.communicate()[0] for process in both] == [f"{len(LARGE)}\n"] * 2
     gets = [path for command, path, _ in server.seen if command == "GET"]

@@ -1,4 +1,4 @@
-"""test_runtime."""
+"""runtime/: dropout and products on a CPU, locks, the learning rate, the errors of every script."""
 
 import math
 import subprocess
@@ -33,7 +33,7 @@ def test_dropout_is_unbiased_and_drops_its_share(dtype):
 @pytest.mark.parametrize(
     "rows, width, neurons", [((7, 5), 24, 33), ((1,), 3, 1), ((0, 5), 3, 4), ((6,), 0, 4), ((6,), 3, 0)]
 )
-def test_a_product_is_the_same_with_and_without_gradients_whatever_the_sizes(rows, width, neurons, has_bias):
+def test_a_product_is_the_same_with_and_without_gradients_for_all_sizes(rows, width, neurons, has_bias):
     x, weight, bias = torch.randn(*rows, width), torch.randn(neurons, width), torch.randn(neurons) if has_bias else None
     expected = x.double().numpy() @ weight.double().numpy().T + (bias.double().numpy() if has_bias else 0)
     expected = torch.from_numpy(expected).float()
@@ -45,7 +45,7 @@ def test_a_product_is_the_same_with_and_without_gradients_whatever_the_sizes(row
     assert torch.autograd.functional.jacobian(lambda x: linear(x, weight, bias).sum(), x).shape == x.shape
 
 
-def test_of_two_commands_that_write_the_same_the_second_waits(tmp_path, capsys):
+def test_of_two_commands_that_write_the_same_file_the_second_waits(tmp_path, capsys):
     seen, path = [], tmp_path / "some.state"
 
     with pytest.raises(BadInput), distributed.file_lock(path):
@@ -64,7 +64,7 @@ def test_of_two_commands_that_write_the_same_the_second_waits(tmp_path, capsys):
     for thread in threads:
         thread.join()
     assert sorted([seen[:2], seen[2:]]) == [["a begins", "a ends"], ["b begins", "b ends"]]
-    assert capsys.readouterr().err == f"another command is at work on {path}: waiting until it ends\n"
+    assert capsys.readouterr().err == f"another command is writing {path}: waiting until it ends\n"
     assert not list(tmp_path.iterdir())
 
 
@@ -83,7 +83,7 @@ BAD = {
     "unknown corpus": (search, ["--corpus", "nowhere.txt"], "unknown corpus 'nowhere.txt'"),
     "ratio of 1": (search, ["--tau-ffn", "1"], "--tau-ffn: 1 must be below 1"),
     "negative ratio": (draw, ["--tau-head", "-0.1"], "--tau-head: -0.1 must be at least 0"),
-    "not a number": (search, ["--gamma", "nan"], "--gamma: nan must be above 0"),
+    "not a number": (search, ["--gamma", "nan"], "--gamma: 'nan' is not a number"),
     "infinite": (search, ["--learning-rate", "inf"], "--learning-rate: 'inf' is not a number"),
     "no integer": (search, ["--adv-steps", "2.5"], "--adv-steps: '2.5' is not an integer"),
     "no ascent step": (search, ["--adv-steps", "0"], "--adv-steps: 0 must be at least 1"),
@@ -91,13 +91,17 @@ BAD = {
     "unknown precision": (finetune, ["--precision", "fp8"], "invalid choice: 'fp8'"),
     "unknown task": (finetune, ["--task", "mnli"], "unknown task 'mnli'"),
     "task without ratio": (draw, ["--task", "mine"], "unknown task 'mine'"),
-    "no coefficients": (draw, ["--output", "{tmp}/new"], "coefficients.safetensors is not there: python search.py"),
-    "no ticket": (finetune, ["--output", "{tmp}/new"], "ticket.safetensors is not there: python draw.py --task rt"),
+    "no coefficients": (draw, ["--output", "{tmp}/new"], "coefficients.safetensors: run python search.py"),
+    "no ticket": (finetune, ["--output", "{tmp}/new"], "ticket.safetensors: run python draw.py --task rt"),
     "a folder that is a file": (search, ["--output", "{tmp}/file"], "cannot write"),
     "too many heads": (draw, ["--tau-head", "0.99", "--output", "{tmp}", "--model", "tiny"], "choose at most 2/3"),
-    "another model's coefficients": (draw, ["--output", "{tmp}", "--model", "other"], "of model tiny: --model tiny"),
+    "another model's coefficients": (
+        draw,
+        ["--output", "{tmp}", "--model", "other"],
+        "of model tiny: add --model tiny",
+    ),
     "no coefficients at all": (draw, ["--coefficients", "{tmp}/ticket.safetensors"], "holds no coefficients"),
-    "notes that nobody wrote": (draw, ["--coefficients", "{tmp}/notes.safetensors"], "holds no coefficients"),
+    "metadata of no script": (draw, ["--coefficients", "{tmp}/notes.safetensors"], "holds no coefficients"),
     "a truncated file": (
         draw,
         ["--model", "tiny", "--coefficients", "{tmp}/cut.safetensors"],
@@ -110,10 +114,10 @@ BAD = {
     "three texts": (finetune, ["--task", "mine.csv", "--text-columns", *"abc"], "--text-columns a b c: BERT reads"),
     "columns of a task that has its own": (finetune, ["--text-columns", "a"], "rt has columns of its own"),
     "a revision of what is here": (search, ["--model", "minilm", "--revision", "v1"], "--revision v1 is of a model on"),
-    "columns of a corpus": (search, ["--label-column", "y"], "--label-column y is of a --objective of one's own"),
+    "columns of a corpus": (search, ["--label-column", "y"], "--label-column y needs a custom task as --objective"),
     "too long": (finetune, ["--max-length", "999", "--ticket", "none"], "--max-length 999: minilm reads at most 512"),
     "another model's ticket": (finetune, ["--ticket", "{tmp}/ticket.safetensors"], "drawn for another model"),
-    "coefficients as ticket": (finetune, ["--ticket", "{tmp}/nan.safetensors"], "is no ticket"),
+    "coefficients as ticket": (finetune, ["--ticket", "{tmp}/nan.safetensors"], "is not a ticket"),
     "a model without weights": (finetune, ["--model", "{tmp}", "--ticket", "none"], "has several weights"),
     "an empty model folder": (finetune, ["--model", "{tmp}/empty", "--ticket", "none"], "empty has no weights"),
 }
@@ -151,8 +155,8 @@ def test_bad_input_gets_one_line_and_exit_code_2(case, tmp_path, capsys, monkeyp
     assert message in error and error.count("\n") == 1 and error.startswith(f"{script.__name__}.py: error: ")
 
 
-def test_a_full_disk_is_one_line_and_leaves_no_half_file(tiny, corpus, tmp_path):
-    """A limit on the size of files stands in for the full disk: the write fails half way in the same manner."""
+def test_a_full_disk_ends_in_one_line_and_leaves_no_partial_file(tiny, corpus, tmp_path):
+    """A limit on file sizes replaces the full disk: the write fails part way in the same manner."""
     script = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096)); sys.argv.pop(0);"
     script += "runpy.run_path(sys.argv[0], run_name='__main__')"
     command = [sys.executable, "-c", script, *quick_search(tiny, corpus, tmp_path)]

@@ -61,9 +61,9 @@ def test_one_step_of_a_search_uses_the_adversary_of_its_options(corpus, tmp_path
     torch.set_rng_state(state)
     adversarial(loss_of, torch.ones_like(ids), steps=3, lr=8.0, init_mag=2.0, max_norm=9.0)
     moved_against(found, (c.head.grad + 1e-4, c.ffn.grad + 1e-4))
-    adversarial, c.ffn.grad = c.ffn.grad.clone(), None
+    gradient, c.ffn.grad = c.ffn.grad.clone(), None
     adversarial(loss_of, torch.ones_like(ids), steps=1, lr=0.0, init_mag=0.0, max_norm=0.0)
-    assert (adversarial.sign() != c.ffn.grad.sign()).any()
+    assert (gradient.sign() != c.ffn.grad.sign()).any()
 
 
 def test_c_can_have_its_own_learning_rate(corpus, tmp_path):
