@@ -5,7 +5,7 @@ import json
 import os
 import platform
 
-from checkpoints.safetensors import read_with_metadata, write_safetensors
+from checkpoints import safetensors
 from runtime import distributed
 from runtime.cli import BadInput
 from runtime.files import read_json
@@ -20,7 +20,7 @@ def is_up_to_date(path, provenance, overwrite, elsewhere="another --output"):
     if not os.path.exists(path):
         return False
     try:
-        metadata = read_json(path) if str(path).endswith(".json") else read_with_metadata(path)[1]
+        metadata = read_json(path) if str(path).endswith(".json") else safetensors.read_with_metadata(path)[1]
         if not isinstance(metadata, dict) or not isinstance(metadata.get("settings"), dict):
             raise BadInput(f"{path} has no provenance")
     except BadInput as error:
@@ -56,7 +56,7 @@ class Checkpoint:
     def read(self, overwrite):
         if not is_up_to_date(self.path, self.provenance, overwrite):
             return {}, {}
-        tensors, metadata = read_with_metadata(self.path)
+        tensors, metadata = safetensors.read_with_metadata(self.path)
         return dict(tensors), metadata
 
     def load(self, optimizer, **modules):
@@ -77,7 +77,7 @@ class Checkpoint:
             states = {f"{name}.{key}": t for name, module in modules.items() for key, t in module.state_dict().items()}
             for number, state in optimizer.state_dict()["state"].items():
                 states |= {f"optimizer.{number}.{key}": tensor for key, tensor in state.items()}
-            write_safetensors(self.path, states | tensors, self.provenance | metadata)
+            safetensors.write_safetensors(self.path, states | tensors, self.provenance | metadata)
 
 
 def versions():
