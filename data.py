@@ -89,6 +89,8 @@ def fetch_model(name, revision):
 
 @dataclass(frozen=True)
 class Task:
+    """A classification task."""
+
     labels: tuple  # names, in the order of the label numbers
     max_length: int  # tokens, including the special ones
     load: object  # (revision) -> {"train", "validation", "test": [(texts, label number)]}, in a fixed order
@@ -104,6 +106,7 @@ def hold_out(rows):
 def split_tenths(rows):
     """Split rows that have no splits: every tenth is a test row, and every tenth of the others is for validation. Rows
     are sorted by label, so that each split has every class in the same proportion."""
+    rows = list(rows)
     return hold_out([row for i, row in enumerate(rows) if i % 10]) | {"test": rows[::10]}
 
 
@@ -142,11 +145,6 @@ def reviews(source):
                 yield (row["text"].replace("<br />", " "),), int(row["label"])
 
 
-def bundled_task(labels, max_length, rows):
-    """A Task from a package of requirements.txt; rows() yields its rows."""
-    return Task(labels, max_length, lambda revision: split_tenths(list(rows())), "the test rows are a fixed tenth")
-
-
 def parquet_file(repository, folder, split, revision):
     """The path of the parquet file of a split on the hub, fetched into the cache."""
     try:
@@ -158,9 +156,7 @@ def parquet_file(repository, folder, split, revision):
 
 def hub_task(labels, max_length, repository, folder, columns, test="test"):
     """A Task from the hub; `test` is the split of the test rows."""
-    note = (
-        "its own test split" if test == "test" else "the test rows are GLUE's validation split, whose labels are public"
-    )
+    note = "the test rows are the hub's test split" if test == "test" else "the test rows are GLUE's validation split"
 
     def read(split, revision):
         path = parquet_file(repository, folder, split, revision)
@@ -179,17 +175,16 @@ def hub_task(labels, max_length, repository, folder, columns, test="test"):
 SENTIMENT = ("negative", "positive")
 ENTAILMENT = ("entailment", "not_entailment")
 DUPLICATE = ("not_duplicate", "duplicate")
-TOPICS = ("business", "entertainment", "politics", "sports", "tech")
-NEWS = ("World", "Sports", "Business", "Sci/Tech")
+TENTH = "the test rows are a fixed tenth"
 TASKS = {
     "sst2": hub_task(SENTIMENT, 128, "nyu-mll/glue", "sst2", ("sentence",), "validation"),
     "qnli": hub_task(ENTAILMENT, 256, "nyu-mll/glue", "qnli", ("question", "sentence"), "validation"),
     "qqp": hub_task(DUPLICATE, 256, "nyu-mll/glue", "qqp", ("question1", "question2"), "validation"),
     "imdb": hub_task(SENTIMENT, 256, "stanfordnlp/imdb", "plain_text", ("text",)),
-    "agnews": hub_task(NEWS, 256, "fancyzhx/ag_news", "data", ("text",)),
-    "rt": bundled_task(SENTIMENT, 128, lambda: reviews("rotten_tomatoes")),
-    "bbc": bundled_task(TOPICS, 256, bbc),
-    "imdb-bundled": bundled_task(SENTIMENT, 256, lambda: reviews("imdb")),
+    "agnews": hub_task(("World", "Sports", "Business", "Sci/Tech"), 256, "fancyzhx/ag_news", "data", ("text",)),
+    "rt": Task(SENTIMENT, 128, lambda _: split_tenths(reviews("rotten_tomatoes")), TENTH),
+    "bbc": Task(("business", "entertainment", "politics", "sports", "tech"), 256, lambda _: split_tenths(bbc()), TENTH),
+    "imdb-bundled": Task(SENTIMENT, 256, lambda _: split_tenths(reviews("imdb")), TENTH),
 }
 
 
@@ -225,7 +220,7 @@ def custom_task(path, files, text_columns, label_column):
             if label not in labels:
                 raise BadInput(f"{files[split]} line {line} has label {label!r}, which no training row has")
         splits[split] = [(texts, labels.index(label)) for _, texts, label in table]
-    note = "its own test file"
+    note = "the test rows are its test file"
     if "test" not in splits:
         splits, note = split_tenths(sort_by_label(splits["train"])), "the test rows are a tenth of the file"
     elif "validation" not in splits:
