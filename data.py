@@ -89,8 +89,6 @@ def fetch_model(name, revision):
 
 @dataclass(frozen=True)
 class Task:
-    """A classification task."""
-
     labels: tuple  # names, in the order of the label numbers
     max_length: int  # tokens, including the special ones
     load: object  # (revision) -> {"train", "validation", "test": [(texts, label number)]}, in a fixed order
