@@ -12,10 +12,11 @@ from runtime.files import read_json
 
 
 def is_up_to_date(path, provenance, overwrite, elsewhere="another --output"):
-    """Whether the file at `path` was made with this provenance, so that it need not be made again.
+    """Whether the file at `path` exists and has this provenance, so that it need not be made again.
 
-    Models, corpora and tasks are compared by sha256, not by name. A file that was made with other settings, or cannot
-    be read, is removed if `overwrite`. Otherwise raises BadInput, with `elsewhere` as the other remedy.
+    A file with a different provenance, or one that cannot be read, is removed if `overwrite` is set. Otherwise raises
+    BadInput, with `elsewhere` as an alternative to --overwrite. Models, corpora and tasks are compared by their sha256,
+    not by their paths.
     """
     if not os.path.exists(path):
         return False
@@ -25,19 +26,19 @@ def is_up_to_date(path, provenance, overwrite, elsewhere="another --output"):
             raise BadInput(f"{path} has no provenance")
     except BadInput as error:
         if not overwrite:
-            raise BadInput(f"{error}: --overwrite, or {elsewhere}") from None
+            raise BadInput(f"{error}: use --overwrite or {elsewhere}") from None
         metadata = {"settings": {}}
     provenance = json.loads(json.dumps(provenance))
-    counts = [key for key in provenance if key.endswith("sha256") or key == "config"]
-    differs = [f"another {key}" for key in counts if metadata.get(key) != provenance[key]]
+    contents = [key for key in provenance if key.endswith("sha256") or key == "config"]
+    differs = [f"another {key}" for key in contents if metadata.get(key) != provenance[key]]
     old, new = metadata["settings"], provenance["settings"]
-    named = ("model", "corpus", "objective", "task", "revision", "data_revision")
-    compared = [key for key in new if key not in named]
+    names = ("model", "corpus", "objective", "task", "revision", "data_revision")  # their contents are compared above
+    compared = [key for key in new if key not in names]
     differs += [f"{key} {old.get(key)!r}, not {new[key]!r}" for key in compared if old.get(key) != new[key]]
     if not differs:
         return True
     if not overwrite:
-        raise BadInput(f"{path} was made with other settings ({', '.join(differs)}): --overwrite, or {elsewhere}")
+        raise BadInput(f"{path} was made with other settings ({', '.join(differs)}): use --overwrite or {elsewhere}")
     os.remove(path)
     return False
 

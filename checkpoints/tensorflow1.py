@@ -1,18 +1,18 @@
 """Google's TensorFlow 1 checkpoints, read without TensorFlow.
 
-NAME.data-00000-of-00001 holds the variables' numbers, little endian, one variable after another. NAME.index says what
-lies where: a table of LevelDB's, sorted keys and their values in blocks.
+NAME.data-00000-of-00001 holds the values of the variables, little endian, one variable after another. NAME.index says
+where each variable is. It is a LevelDB table: sorted keys and their values, in blocks.
 
     file    block block ... block | index block | footer
-    footer  where the metaindex block is (it is empty), where the index block is, zeros up to 40 bytes, 8 bytes of MAGIC
-            "where": offset and length as two varints, seven bits a byte, the lowest first; the top bit: more to come
+    footer  handle of the metaindex block (empty) | handle of the index block | zeros up to 40 bytes | MAGIC, 8 bytes
+    handle  offset and length as varints: seven bits a byte, the lowest first; the top bit is set if more follow
     block   entry entry ... | restart points, 4 bytes each, and their number | compression, 1 byte | CRC-32C, 4 bytes
-    entry   three varints: how many bytes of the last key are kept, how many new ones come, how long the value is;
+    entry   three varints: the bytes kept of the previous key, the new bytes of the key, the bytes of the value;
             the new bytes of the key; the value
 
-The index block's values say where the other blocks are. Their keys are the variables' names, their values protocol
-buffers, BundleEntryProto {1: dtype, 2: shape {2: dimension {1: size}}, 3: data file, 4: offset, 5: length, 7: slices}.
-The first key is empty, its value a BundleHeaderProto {1: number of data files, 2: 1 if big endian}.
+The values of the index block are the handles of the other blocks. Their keys are the variables' names, and their values
+are protocol buffers, BundleEntryProto {1: dtype, 2: shape {2: dimension {1: size}}, 3: data file, 4: offset, 5: length,
+7: slices}. The first key is empty: its value is a BundleHeaderProto {1: number of data files, 2: 1 if big endian}.
 """
 
 import math
@@ -35,10 +35,10 @@ for remainder in range(256):
 
 
 def read_tensorflow(index):
-    """Mapped {name: tensor} of a checkpoint, given its .index; the names are those of the same model in PyTorch.
+    """MappedTensors of a checkpoint, given its .index, by the names of the same model in PyTorch.
 
-    Variables of an optimizer are left out. The index's checksums are verified, those of the numbers are not: it would
-    take Python minutes. Raises BadInput for anything but a whole checkpoint.
+    An optimizer's variables are left out. The checksums of the index are verified, those of the values are not: that
+    would take minutes in Python. Raises BadInput for a checkpoint that is damaged or incomplete.
     """
     tensors, stem = MappedTensors(), str(index).removesuffix(".index")
     try:
@@ -48,7 +48,7 @@ def read_tensorflow(index):
         count = header[1][0]
         for path in (f"{stem}.data-{i:05}-of-{count:05}" for i in range(count)):
             if not os.path.isfile(path):
-                raise BadInput(f"{path} is not there: {index} needs it")
+                raise BadInput(f"{path} is missing: {index} needs it")
             tensors.files.append(map_file(path))
         for name, entry in variables.items():
             dtype = DTYPES.get(entry[1][0])
@@ -57,11 +57,11 @@ def read_tensorflow(index):
             shape = [protobuf(size).get(1, [0])[0] for size in protobuf(entry.get(2, [b""])[0]).get(2, [])]
             file, offset, length = tensors.files[entry.get(3, [0])[0]], entry.get(4, [0])[0], entry[5][0]
             if 2 in header or 7 in entry or length != math.prod(shape) * dtype.itemsize or offset + length > len(file):
-                raise ValueError(f"{name} of shape {shape} cannot be at {offset} of {len(file)} bytes")
+                raise ValueError(f"{name} of shape {shape} does not fit at {offset} of {len(file)} bytes")
             tensor = torch.frombuffer(file, dtype=dtype, count=math.prod(shape), offset=offset).view(shape)
             tensors[in_pytorch(name)] = tensor.t() if name.endswith("/kernel") else tensor
     except (ValueError, IndexError, KeyError, TypeError, RuntimeError) as error:
-        raise BadInput(f"{index} is not a whole TensorFlow checkpoint: {one_line(error)}") from None
+        raise BadInput(f"{index} is not a valid TensorFlow checkpoint: {one_line(error)}") from None
     return tensors
 
 
@@ -71,13 +71,13 @@ def in_pytorch(name):
     if last.endswith("_embeddings"):
         scopes, last = [*scopes, last], "weight"
     last = {"kernel": "weight", "output_weights": "weight", "output_bias": "bias"}.get(last, last)
-    return ".".join([*(scopes or ["classifier"]), last])  # run_classifier.py's own variables are in no scope
+    return ".".join([*(scopes or ["classifier"]), last])  # the variables of run_classifier.py have no scope
 
 
 def table(data):
     """{key: value} of a LevelDB table."""
     if int.from_bytes(data[-8:], "little") != MAGIC:
-        raise ValueError("it does not end as a table does")
+        raise ValueError("no table: its last bytes are not the magic number")
     _, at = varints(data[-48:], 0, 2)
     where, _ = varints(data[-48:], at, 2)
     blocks = [block(data, *varints(handle, 0, 2)[0]) for handle in block(data, *where).values()]
@@ -114,7 +114,7 @@ def varints(data, at, count):
 
 
 def protobuf(data):
-    """{field number: [values]} of a protocol buffer: integers as they are, everything else as bytes."""
+    """{field number: [values]} of a protocol buffer: varints as integers, everything else as bytes."""
     fields, at = {}, 0
     while at < len(data):
         (tag,), at = varints(data, at, 1)

@@ -1,40 +1,59 @@
-"""One's own rows: CSV, TSV and JSON-lines files, read whole or refused with the number of the line that is wrong."""
+"""Files of rows: custom tasks (CSV, TSV, JSON lines), the hub's parquet files, and the lines of a text corpus.
+
+A custom file is read completely, or refused with the number of the line that is wrong.
+"""
 
 import csv
 import io
 import json
 import re
-from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
 
 from runtime.cli import BadInput
 
-FILES = (".csv", ".tsv", ".jsonl", ".json")
+SUFFIXES = (".csv", ".tsv", ".jsonl", ".json")
+
+
+def table_files(path):
+    """{split: file} of a folder with train.csv, test.csv and optionally validation.csv (or .tsv, .jsonl, .json).
+
+    Raises BadInput if train or test is missing, or if a split has two files.
+    """
+    files = {}
+    for file in sorted(path.iterdir()):
+        if file.suffix.lower() in SUFFIXES and file.stem in ("train", "validation", "test"):
+            if file.stem in files:
+                raise BadInput(f"{path} is not a task: it has both {files[file.stem].name} and {file.name}")
+            files[file.stem] = file
+    if not {"train", "test"} <= files.keys():
+        raise BadInput(f"{path} is not a task: it has no train.csv and test.csv (or {', '.join(SUFFIXES[1:])})")
+    return files
 
 
 def read_table(path, text_columns, label_column):
     """[(line, tuple of texts, label as text)] of a CSV, TSV or JSON-lines file with these columns.
 
-    Raises BadInput, with the line's number, for what is not UTF-8, for a line with too many or too few fields, and for
-    a row without a label or whose text is no text. A header that comes again is left out, and that is printed.
+    Raises BadInput, with the line's number, for bytes that are not UTF-8, a line with too many or too few fields, and a
+    row without a text or a label. Prints how many repeated headers are left out, and how many texts are empty.
     """
-    raw, kind = Path(path).read_bytes(), path.suffix.lower()
+    raw, suffix = path.read_bytes(), path.suffix.lower()
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw[: error.start].count(b"\n") + 1
         raise BadInput(f"{path} line {line} is not UTF-8: save the file as UTF-8") from None
-    records = json_lines(path, text) if kind in (".jsonl", ".json") else separated(path, text, kind)
+    records = json_lines(path, text) if suffix in (".jsonl", ".json") else separated(path, text, suffix)
     rows, empty = [], []
     for line, record in records:
         for column in (*text_columns, label_column):
             if column not in record:
-                raise BadInput(f"{path} line {line} has no column {column!r}, but {', '.join(map(repr, record))}")
+                raise BadInput(f"{path} line {line} has no column {column!r}, only {', '.join(map(repr, record))}")
         texts, label = tuple(record[column] for column in text_columns), record[label_column]
-        if kind in (".jsonl", ".json"):  # which may name half of a surrogate pair, as texts cut at a length have
-            texts = tuple(re.sub("[\ud800-\udfff]", "\ufffd", of) if isinstance(of, str) else of for of in texts)
         if label is None or isinstance(label, (dict, list, float)) or not str(label).strip():
-            wanted = "a word or an integer is wanted"
-            raise BadInput(f"{path} line {line} has no label in column {label_column!r}: {label!r}; {wanted}")
+            expected = "a word or an integer is expected"
+            raise BadInput(f"{path} line {line} has no label in column {label_column!r}: {label!r}; {expected}")
         if not all(isinstance(text, str) for text in texts):
             raise BadInput(f"{path} line {line} has no text in column {text_columns[0]!r}: {texts!r}"[:200])
         if not all(text.strip() for text in texts):
@@ -43,28 +62,27 @@ def read_table(path, text_columns, label_column):
     if not rows:
         raise BadInput(f"{path} has no rows")
     if empty:
-        print(f"{path}: {len(empty):,} rows with an empty text (the first in line {empty[0]}); they are kept")
+        print(f"{path}: {len(empty):,} rows with an empty text (the first in line {empty[0]}) are kept")
     return rows
 
 
-def separated(path, text, kind):
-    """(line, {column: field}) of each row of a CSV or TSV file; what a quote is in the one is a letter in the other, as
-    in GLUE's."""
+def separated(path, text, suffix):
+    """Yield (line, {column: field}) for each row of a CSV or TSV file. In a TSV file, as in GLUE's, quotes are text."""
     csv.field_size_limit(2**30)
-    dialect = {} if kind == ".csv" else {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+    dialect = {} if suffix == ".csv" else {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
     if "\0" in text:
         line = text[: text.index("\0")].count("\n") + 1
-        raise BadInput(f"{path} line {line} has a NUL character: save the file as UTF-8, without any")
+        raise BadInput(f"{path} line {line} has a NUL character: save the file as UTF-8")
     reader = csv.reader(io.StringIO(text, newline=""), strict=True, **dialect)
-    header, repeated, begins = None, [], 1
+    header, repeated, row_start = None, [], 1
     try:
         for fields in reader:
-            begins = reader.line_num + 1  # of the next row
+            row_start = reader.line_num + 1  # of the next row
             if header is None:
                 header = fields
-                twice = {column for column in header if column and header.count(column) > 1}
-                if twice:
-                    raise BadInput(f"{path} has the column {min(twice)!r} twice: rename one")
+                for column in header:
+                    if column and header.count(column) > 1:
+                        raise BadInput(f"{path} has the column {column!r} twice: rename one")
             elif fields == header:
                 repeated.append(reader.line_num)
             elif fields and len(fields) != len(header):
@@ -72,22 +90,49 @@ def separated(path, text, kind):
             elif fields:
                 yield reader.line_num, dict(zip(header, fields))
     except csv.Error as error:
-        remedy = "a quote within a quoted field is written twice, and nothing follows the closing one"
-        raise BadInput(f"{path}, the row that begins in line {begins}: {error}; {remedy}") from None
+        remedy = "write quotes inside a quoted field twice, and nothing after the closing quote"
+        raise BadInput(f"{path}, the row that starts in line {row_start}: {error}; {remedy}") from None
     if repeated:
-        print(f"{path}: the header comes again in line {repeated[0]}: {len(repeated)} such lines are left out")
+        print(f"{path}: the header is repeated in line {repeated[0]}; {len(repeated)} such lines are left out")
 
 
 def json_lines(path, text):
-    """(line, record) of each line of a JSON-lines file that is not blank."""
+    """Yield (line, record) for each line of a JSON-lines file that is not blank."""
     if text.lstrip().startswith("["):
-        raise BadInput(f"{path} is one JSON list: JSON lines are wanted, an object a line")
+        raise BadInput(f"{path} is one JSON list: write JSON lines, one object a line")
     for line, content in enumerate(text.split("\n"), 1):
-        if content.strip():
-            try:
-                record = json.loads(content)
-            except (ValueError, RecursionError) as error:
-                raise BadInput(f"{path} line {line} is not JSON: {error}") from None
-            if not isinstance(record, dict):
-                raise BadInput(f"{path} line {line} is no JSON object with columns")
-            yield line, record
+        if not content.strip():
+            continue
+        try:
+            record = json.loads(content)
+        except (ValueError, RecursionError) as error:
+            raise BadInput(f"{path} line {line} is not JSON: {error}") from None
+        if not isinstance(record, dict):
+            raise BadInput(f"{path} line {line} is not a JSON object with columns")
+        for column, value in record.items():
+            if isinstance(value, str):  # truncated texts may end in half a surrogate pair
+                record[column] = re.sub("[\ud800-\udfff]", "\ufffd", value)
+        yield line, record
+
+
+def read_parquet(path, *columns):
+    """The values of these columns, one list each; null becomes an empty text."""
+    try:
+        table = pyarrow.parquet.read_table(path, columns=list(columns))
+        return [["" if value is None else value for value in table[column].to_pylist()] for column in columns]
+    except (pyarrow.ArrowException, OSError, KeyError, UnicodeDecodeError) as error:
+        raise BadInput(f"{path} is not a parquet file with {', '.join(columns)}: {error}; delete it") from None
+
+
+def read_lines(files):
+    """Yield the lines of text files that are not blank. A line longer than a megabyte comes in pieces."""
+    replaced = 0
+    for path in files:
+        with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
+            while line := file.readline(2**20):
+                line, count = re.subn("[\udc80-\udcff]", "\ufffd", line)
+                replaced += count
+                if line.strip():
+                    yield line
+    if replaced:
+        print(f"{replaced:,} bytes of the corpus are not UTF-8; each is replaced by U+FFFD")

@@ -1,4 +1,4 @@
-"""test_data."""
+"""data.py and inputs/tables.py: bundled and hub tasks, custom files, corpora, and what identifies rows."""
 
 import io
 import json
@@ -18,7 +18,7 @@ from runtime.cli import BadInput
 from tests.conftest import LARGE
 
 
-@pytest.mark.parametrize("name, rows", [("rt", 8530), ("bbc", 2225), ("imdb-embedded", 25000)])
+@pytest.mark.parametrize("name, rows", [("rt", 8530), ("bbc", 2225), ("imdb-bundled", 25000)])
 def test_splits_are_fixed_disjoint_tenths(name, rows):
     first, second = (data.TASKS[name].load(None) for _ in range(2))
     assert first == second and sum(map(len, first.values())) == rows
@@ -27,8 +27,8 @@ def test_splits_are_fixed_disjoint_tenths(name, rows):
     assert {label for _, label in first["train"]} == set(range(len(data.TASKS[name].labels)))
 
 
-def test_the_embedded_weights_must_have_the_published_sha256(tmp_path, monkeypatch):
-    assert data.find_model("minilm")[1] == data.EMBEDDED["minilm"][2]
+def test_bundled_weights_must_have_the_published_sha256(tmp_path, monkeypatch):
+    assert data.find_model("minilm")[1] == data.BUNDLED["minilm"][2]
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "model.safetensors").write_bytes(b"something else")
     monkeypatch.setattr(data, "package_folder", lambda package: tmp_path)
@@ -55,7 +55,7 @@ def serve_task(server, name, rows=30, **changed):
 
 
 @pytest.mark.parametrize("name", COLUMNS)
-def test_the_papers_tasks_come_from_the_hub_at_their_pinned_commits(server, name):
+def test_tasks_of_the_paper_come_from_the_hub_at_pinned_commits(server, name):
     serve_task(server, name)
     splits = data.TASKS[name].load(None)
     assert {split: len(rows) for split, rows in splits.items()} == {"train": 27, "validation": 3, "test": 30}
@@ -68,35 +68,35 @@ def test_the_papers_tasks_come_from_the_hub_at_their_pinned_commits(server, name
     assert any("/resolve/main/" in path for _, path, _ in server.seen)
 
 
-def test_a_hub_row_without_a_label_is_named(server):
+def test_invalid_label_in_a_parquet_file_is_an_error_with_its_row(server):
     serve_task(server, "sst2", label=[0, 1, -1, *[0] * 27])
     with pytest.raises(BadInput, match="parquet row 2 has label -1"):
         data.TASKS["sst2"].load(None)
 
 
-def test_a_file_that_is_not_parquet_is_named(server):
+def test_file_that_is_not_parquet_is_an_error(server):
     server.files["sst2/train-00000-of-00001.parquet"] = LARGE
     server.files["wikitext-2-raw-v1/train-00000-of-00001.parquet"] = LARGE
     for load in (lambda: data.TASKS["sst2"].load(None), lambda: data.find_corpus("wikitext-2-raw-v1")):
-        with pytest.raises(BadInput, match="is not the parquet file that it should be"):
+        with pytest.raises(BadInput, match="is not a parquet file with"):
             load()
 
 
-def test_a_text_that_is_missing_on_the_hub_is_an_empty_one(server):
+def test_null_text_in_a_parquet_file_is_an_empty_text(server):
     serve_task(server, "qqp", question1=["a", None, *"b" * 28])
     assert data.TASKS["qqp"].load(None)["test"][1][0][0] == ""
 
 
-OWN = {
+CUSTOM = {
     "mine.csv": 'text,label\n"a, b\nc",yes\nd,no\n\ne,yes\n',
     "mine.tsv": 'label\ttext\nyes\ta, b "c\nno\td\nyes\te\n',
     "mine.jsonl": '{"text": "a", "label": true, "n": 1}\n\n{"text": "d", "label": false}\n{"label": true, "text": "e"}',
 }
 
 
-@pytest.mark.parametrize("name", OWN)
-def test_a_file_of_ones_own_is_a_task(tmp_path, name):
-    (tmp_path / name).write_text(OWN[name])
+@pytest.mark.parametrize("name", CUSTOM)
+def test_custom_file_is_a_task(tmp_path, name):
+    (tmp_path / name).write_text(CUSTOM[name])
     task = data.find_task(str(tmp_path / name))
     assert task.labels == (("False", "True") if "json" in name else ("no", "yes"))
     splits = task.load(None)
@@ -106,8 +106,8 @@ def test_a_file_of_ones_own_is_a_task(tmp_path, name):
 
 
 @pytest.mark.parametrize("folder", [False, True])
-def test_every_part_of_a_file_of_ones_own_has_the_labels_in_the_files_shares(tmp_path, folder):
-    """Also where the labels come in turn, as of pairs of an original and its opposite."""
+def test_splits_of_a_custom_file_have_its_proportions_of_labels(tmp_path, folder):
+    """Also if the labels alternate, as in files of originals and their negations."""
     lines = "text,label\n" + "".join(f"{i},{'abbbb'[i % 5]}\n" for i in range(1000))
     (tmp_path / "train.csv").write_text(lines)
     if folder:
@@ -119,56 +119,56 @@ def test_every_part_of_a_file_of_ones_own_has_the_labels_in_the_files_shares(tmp
         assert sorted(int(texts[0]) for rows in splits.values() for texts, _ in rows) == list(range(1000))
 
 
-def test_a_folder_with_splits_and_pairs_is_a_task(tmp_path):
+def test_folder_with_splits_and_text_pairs_is_a_task(tmp_path):
     for split, rows in (("train", 20), ("test", 5)):
         lines = [json.dumps({"q": f"{split} {i}", "a": "b", "class": i % 12}) for i in range(rows)]
         (tmp_path / f"{split}.jsonl").write_text("\n".join(lines))
     task = data.find_task(str(tmp_path), ("q", "a"), "class")
-    assert task.labels == tuple(str(i) for i in range(12))  # by their value, not 0, 1, 10, 11, 2
+    assert task.labels == tuple(str(i) for i in range(12))  # sorted as numbers, not 0, 1, 10, 11, 2
     splits = task.load(None)
     assert [len(splits[name]) for name in ("train", "validation", "test")] == [18, 2, 5]
     assert splits["test"][3] == (("test 3", "b"), 3)
 
 
-NASTY = {
+INVALID = {
     "no label": ("a.csv", b"text,label\na,1\nb,\n", "line 3 has no label"),
     "label null": ("a.jsonl", b'{"text": "a", "label": null}', "line 1 has no label"),
-    "no column": ("a.csv", b"text,y\na,1\n", "line 2 has no column 'label', but 'text', 'y'"),
+    "no column": ("a.csv", b"text,y\na,1\n", "line 2 has no column 'label', only 'text', 'y'"),
     "column twice": ("a.csv", b"text,label,text\na,1,b\n", "has the column 'text' twice"),
     "too many fields": ("a.csv", b"text,label\na,1\nb,2,3\n", "line 3 has 3 fields, the header 2"),
     "UTF-16": ("a.CSV", "text,label\na,1\n".encode("utf-16-le"), "line 1 has a NUL character: save the file as UTF-8"),
     "a JSON list": ("a.json", b'[\n{"text": "a", "label": 1}\n]', "is one JSON list"),
-    "label no word": ("a.jsonl", b'{"text": "a", "label": 1.5}', "1.5; a word or an integer is wanted"),
+    "label no word": ("a.jsonl", b'{"text": "a", "label": 1.5}', "1.5; a word or an integer is expected"),
     "not UTF-8": ("a.csv", b"text,label\na,1\n\xff\xfe,2\n", "line 3 is not UTF-8"),
     "not JSON": ("a.jsonl", b'{"text": "a", "label": 1}\n{"text"\n', "line 2 is not JSON"),
-    "no object": ("a.jsonl", b"1\n", "line 1 is no JSON object"),
+    "no object": ("a.jsonl", b"1\n", "line 1 is not a JSON object"),
     "text a number": ("a.jsonl", b'{"text": 3, "label": 1}', "line 1 has no text in column 'text'"),
     "nothing": ("a.csv", b"text,label\n", "has no rows"),
     "empty": ("a.csv", b"", "has no rows"),
     "one label": ("a.csv", b"text,label\na,1\nb,1\n", "has no two labels"),
     "two rows": ("a.csv", b"text,label\na,1\nb,2\n", "has too few rows"),
-    "open quote": ("a.csv", b'text,label\na,1\n"b,2\nc,1\nd,2\n', "row that begins in line 3: unexpected end of data"),
-    "stray quote": ("a.csv", b'label,text\n1,"a\nb"\n2,"so "good" it is"\n', "row that begins in line 4: ',' expected"),
+    "open quote": ("a.csv", b'text,label\na,1\n"b,2\nc,1\nd,2\n', "row that starts in line 3: unexpected end of data"),
+    "stray quote": ("a.csv", b'label,text\n1,"a\nb"\n2,"so "good" it is"\n', "row that starts in line 4: ',' expected"),
 }
 
 
-@pytest.mark.parametrize("case", NASTY)
-def test_a_nasty_row_is_refused_with_its_number(tmp_path, case):
-    name, content, message = NASTY[case]
+@pytest.mark.parametrize("case", INVALID)
+def test_invalid_custom_file_is_an_error_with_its_line(tmp_path, case):
+    name, content, message = INVALID[case]
     (tmp_path / name).write_bytes(content)
     with pytest.raises(BadInput, match=message) as error:
         data.find_task(str(tmp_path / name))
     assert "\n" not in str(error.value) and name in str(error.value)
 
 
-def test_a_label_that_only_the_test_file_has_is_refused_with_its_line(tmp_path):
+def test_label_only_in_the_test_file_is_an_error_with_its_line(tmp_path):
     (tmp_path / "train.csv").write_text("text,label\na,x\nb,y\n")
     (tmp_path / "test.csv").write_text("text,label\na,x\nb,z\n")
     with pytest.raises(BadInput, match="test.csv line 3 has label 'z', which no training row has"):
         data.find_task(str(tmp_path))
 
 
-def test_of_two_files_for_one_split_none_is_taken_and_others_are_left_alone(tmp_path):
+def test_two_files_for_one_split_are_an_error_and_other_files_are_ignored(tmp_path):
     for name in ("train.csv", "test.csv", "train.csv.bak"):
         (tmp_path / name).write_text("text,label\na,x\nb,y\n")
     assert len(data.find_task(str(tmp_path)).load(None)["test"]) == 2
@@ -177,13 +177,13 @@ def test_of_two_files_for_one_split_none_is_taken_and_others_are_left_alone(tmp_
         data.find_task(str(tmp_path))
 
 
-def test_nothing_is_dropped_silently(tmp_path, capsys, tiny):
+def test_unusual_rows_are_kept_or_reported(tmp_path, capsys, tiny):
     rows = ["text,label,,", "a,1,,", ",0,,", "text,label,,", '"  ",1,,', "ab,0,,", f'"{"word " * 100_000}",1,,']
     (tmp_path / "mine.csv").write_text("\n".join(rows))
     splits = data.find_task(str(tmp_path / "mine.csv")).load(None)
     printed = capsys.readouterr().out
-    assert "2 rows with an empty text (the first in line 3); they are kept" in printed
-    assert "the header comes again in line 4: 1 such lines are left out" in printed
+    assert "2 rows with an empty text (the first in line 3) are kept" in printed
+    assert "the header is repeated in line 4; 1 such lines are left out" in printed
     everything = splits["test"] + splits["validation"] + splits["train"]
     encoded = TokenizedSplit(Tokenizer(tiny), everything, 16, torch.device("cpu"))
     assert sorted(encoded.lengths.tolist()) == [2, 2, 3, 4, 16] and encoded.num_truncated == 1
@@ -191,10 +191,10 @@ def test_nothing_is_dropped_silently(tmp_path, capsys, tiny):
     assert data.find_task(str(tmp_path / "half.jsonl")).load(None)["test"][0][0] == ("cut \ufffd",)
     (tmp_path / "text.txt").write_bytes(b"\xef\xbb\xbfone \xff\ntwo \xef\xbf\xbd\n\n \n")
     assert list(data.find_corpus(tmp_path / "text.txt")[0]) == ["one \ufffd\n", "two \ufffd\n"]
-    assert "the corpus has 1 bytes that are no UTF-8" in capsys.readouterr().out
+    assert "1 bytes of the corpus are not UTF-8" in capsys.readouterr().out
 
 
-def test_a_folder_of_texts_is_a_corpus_and_a_gigantic_line_comes_in_pieces(tmp_path):
+def test_folder_of_texts_is_a_corpus_and_long_lines_come_in_pieces(tmp_path):
     (tmp_path / "b.txt").write_text("x" * (2**20 + 5))
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "a.txt").write_text("one\ntwo")
@@ -204,13 +204,13 @@ def test_a_folder_of_texts_is_a_corpus_and_a_gigantic_line_comes_in_pieces(tmp_p
     assert data.find_corpus(tmp_path)[2] != key
 
 
-def test_other_labels_and_other_pairs_are_other_rows(tiny, monkeypatch):
+def test_rows_sha256_and_cache_tell_labels_and_pairs_apart(tiny, monkeypatch):
     tokenizer, rows = Tokenizer(tiny), [(("a",), 0), (("b",), 1)]
     others = [[(("a",), 1), (("b",), 0)], [(("a", "b"), 0)], [(("ab",), 0), (("",), 1)]]
     made = [TokenizedSplit(tokenizer, of, 16, torch.device("cpu")) for of in (rows, *others)]
     assert len({rows_sha256(tokenizer, 16, of) for of in (rows, *others)}) == 4
     assert [len(of.ends) for of in made] == [2, 2, 1, 2]
-    monkeypatch.setattr(batches.filelock, "FileLock", None)  # what is there needs no lock, in a cache for reading alone
+    monkeypatch.setattr(batches.filelock, "FileLock", None)  # a cached file needs no lock: the cache may be read-only
     assert torch.equal(TokenizedSplit(tokenizer, rows, 16, torch.device("cpu")).ids, made[0].ids)
     with pytest.raises(BadInput, match="--max-length 3 has room for no more than the 3 special tokens"):
         TokenizedSplit(tokenizer, others[1], 3, torch.device("cpu"), cached=False)

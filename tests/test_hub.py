@@ -1,4 +1,4 @@
-"""test_hub."""
+"""inputs/hub.py against a small hub on this machine: faults, the cache, offline mode, the token, models by name."""
 
 import email.utils
 import os
@@ -22,7 +22,7 @@ FAULTS = ("truncate", "corrupt", "html", "503", "404", "stall")
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_once_ends_in_the_right_file(server, fault):
+def test_one_fault_is_retried(server, fault):
     server.files["large.bin"], server.faults = LARGE, [fault]
     assert hub.fetch("owner/name", "large.bin").read_bytes() == LARGE
     gets = [headers for command, path, headers in server.seen if command == "GET"]
@@ -34,7 +34,7 @@ def test_a_fault_once_ends_in_the_right_file(server, fault):
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_for_ever_ends_in_one_line_and_leaves_nothing_to_trust(server, fault, tmp_path):
+def test_permanent_fault_is_an_error_in_one_line_and_leaves_no_file(server, fault, tmp_path):
     server.files["large.bin"], server.faults = LARGE, [fault] * 99
     with pytest.raises(BadInput, match="cannot fetch large.bin of owner/name from 127.0.0.1.*, 5 attempts") as error:
         hub.fetch("owner/name", "large.bin")
@@ -42,13 +42,13 @@ def test_a_fault_for_ever_ends_in_one_line_and_leaves_nothing_to_trust(server, f
     assert [
         path for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".incomplete" and path.stat().st_size
     ] == []
-    waited = sum(server.waits) + hub.ATTEMPTS * 8 * (fault == "stall")  # were it not for this test's short timeout
+    waited = sum(server.waits) + hub.ATTEMPTS * 8 * (fault == "stall")  # 8 s: the timeout, which is shorter here
     assert waited < 60
     server.faults = []
     assert hub.fetch("owner/name", "large.bin").read_bytes() == LARGE
 
 
-def test_what_was_fetched_is_not_fetched_again(server, monkeypatch):
+def test_cached_file_is_not_fetched_again(server, monkeypatch):
     server.files |= {"large.bin": LARGE, "folder/small.txt": b"few"}
     for name, content in server.files.items():
         assert hub.fetch("owner/name", name).read_bytes() == content
@@ -62,7 +62,7 @@ def test_what_was_fetched_is_not_fetched_again(server, monkeypatch):
 
 
 @pytest.mark.parametrize("dataset", [False, True])
-def test_the_cache_is_shared_with_the_hubs_own_library(server, monkeypatch, dataset):
+def test_cache_is_shared_with_huggingface_hub(server, monkeypatch, dataset):
     server.files |= {"large.bin": LARGE, "other.bin": LARGE[::-1]}
     cache, kind = os.environ["HF_HOME"] + "/hub", "dataset" if dataset else "model"
     ours = hub.fetch("owner/name", "large.bin", dataset=dataset)
@@ -77,7 +77,7 @@ def test_the_cache_is_shared_with_the_hubs_own_library(server, monkeypatch, data
     assert hub.fetch("owner/name", "other.bin", dataset=dataset).samefile(theirs) and len(server.seen) == before
 
 
-def test_two_processes_that_ask_at_once_fetch_once(server):
+def test_two_processes_fetch_a_file_once(server):
     server.files["large.bin"], server.faults = LARGE, ["stall"]
     script = (
         "from inputs import hub; hub.TIMEOUT = (1, 1); print(len(hub.fetch('owner/name', 'large.bin').read_bytes()))"
@@ -85,10 +85,10 @@ def test_two_processes_that_ask_at_once_fetch_once(server):
     both = [spawn(["-c", script]) for _ in range(2)]
     assert [process.communicate()[0] for process in both] == [f"{len(LARGE)}\n"] * 2
     gets = [path for command, path, _ in server.seen if command == "GET"]
-    assert len(gets) == 2  # one broke off, the next went on from there
+    assert len(gets) == 2  # the first broke off, the second resumed it
 
 
-def test_the_token_goes_to_the_hub_and_nowhere_else(server, monkeypatch):
+def test_token_is_sent_to_the_hub_only(server, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     server.files["large.bin"], server.cdn = LARGE, server.url.replace("127.0.0.1", "localhost")
     hub.fetch("owner/name", "large.bin")
@@ -96,14 +96,14 @@ def test_the_token_goes_to_the_hub_and_nowhere_else(server, monkeypatch):
     assert sent == {"/owne": "Bearer hf_secret", "/cdn/": None}
 
 
-def test_a_busy_hub_is_waited_for_as_it_asks_but_not_for_long(server):
+def test_long_retry_after_is_an_error(server):
     server.files["large.bin"], server.faults = LARGE, ["503"] * 2
     server.retry_after = email.utils.formatdate(time.time() + 600, usegmt=True)
     with pytest.raises(BadInput, match="is busy: try again in (599|600) seconds"):
         hub.fetch("owner/name", "large.bin")
 
 
-def test_a_renamed_repository_is_followed_and_a_missing_file_is_named(server):
+def test_renamed_repository_is_followed_and_missing_file_is_named(server):
     server.files["large.bin"] = LARGE
     assert hub.fetch("renamed/name", "large.bin").read_bytes() == LARGE
     with pytest.raises(hub.NotOnHub, match="the hub has no gone.bin of owner/name"):
@@ -111,7 +111,7 @@ def test_a_renamed_repository_is_followed_and_a_missing_file_is_named(server):
     assert server.waits == []
 
 
-def test_an_address_without_a_scheme_is_not_the_hubs_and_gets_no_token(server, monkeypatch):
+def test_redirect_without_a_scheme_gets_no_token(server, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     server.files["large.bin"] = LARGE
     server.cdn = server.url.replace("http://127.0.0.1", "//localhost")
@@ -120,8 +120,8 @@ def test_an_address_without_a_scheme_is_not_the_hubs_and_gets_no_token(server, m
     assert sent == {("/owne", "Bearer hf_secret"), ("/cdn/", None)}
 
 
-def test_a_models_files_are_of_one_commit_though_the_branch_moves(server, tmp_path):
-    """config.json is in the cache from an older commit: what is fetched now is of that commit, too."""
+def test_files_of_a_model_are_of_one_commit(server, tmp_path):
+    """If config.json is cached from an older commit, the other files are fetched from that commit."""
     saved(tmp_path / "model")
     older = "0ddba11" * 5 + "abcde"
     folder = hub.cache_folder("owner/name", False)
@@ -135,14 +135,14 @@ def test_a_models_files_are_of_one_commit_though_the_branch_moves(server, tmp_pa
     assert revisions == {older}
 
 
-def test_a_hub_that_cannot_be_reached_is_one_line(server, monkeypatch):
+def test_unreachable_hub_is_an_error_in_one_line(server, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(BadInput, match="from 127.0.0.1:9: ConnectionError, 5 attempts"):
         hub.fetch("owner/name", "large.bin")
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "shards", "bin"])
-def test_a_model_on_the_hub_is_found_by_its_name_and_then_needs_no_network(server, tmp_path, monkeypatch, kind):
+def test_model_on_the_hub_is_found_by_name_and_then_offline(server, tmp_path, monkeypatch, kind):
     published_as(kind, saved(tmp_path / "original"), tmp_path / "model")
     server.files |= {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()}
     path, sha256 = data.find_model("owner/name")
@@ -153,7 +153,7 @@ def test_a_model_on_the_hub_is_found_by_its_name_and_then_needs_no_network(serve
     assert files.model_folder("runs", "owner/name") == Path("runs/name")
 
 
-def test_bert_base_in_the_cache_under_its_short_name_needs_no_network(tmp_path, monkeypatch):
+def test_cached_bert_base_is_found_by_its_short_name(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     repository, commit = data.ON_HUB["bert-base-uncased"]
     for name in (repository, "bert-base-uncased"):
@@ -163,15 +163,15 @@ def test_bert_base_in_the_cache_under_its_short_name_needs_no_network(tmp_path, 
         shutil.rmtree(folder)
 
 
-def test_a_folder_of_results_is_not_taken_for_the_model_of_its_name(tmp_path, monkeypatch):
+def test_folder_of_results_is_not_mistaken_for_a_model(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "bert-base-uncased").mkdir()  # as search.py --output . makes it
+    (tmp_path / "bert-base-uncased").mkdir()  # as made by search.py --output .
     with pytest.raises(BadInput, match="model 'bert-base-uncased': config.json of .* is not in the cache"):
         data.find_model("bert-base-uncased")
     saved(tmp_path / "bert-base-uncased")
     assert data.find_model("bert-base-uncased")[0] == Path("bert-base-uncased")
 
 
-def test_a_model_that_the_hub_has_not_names_the_embedded_one(server):
+def test_error_for_an_unknown_model_names_the_bundled_one(server):
     with pytest.raises(BadInput, match="model 'bert-nowhere': the hub has no config.json .*; minilm needs no network"):
         data.find_model("bert-nowhere")

@@ -1,4 +1,4 @@
-"""test_inputs."""
+"""inputs/tokenizer.py and inputs/batches.py: token ids, packing, masking, padding. The oracle is transformers."""
 
 import json
 import shutil
@@ -18,7 +18,7 @@ from runtime.cli import BadInput
 from tests.conftest import FAMILIES, LETTERS, MINILM, count_words, saved, token_ids
 
 
-def test_masking_is_80_10_10_of_15_percent_and_never_a_special_token():
+def test_masking_is_80_10_10_of_15_percent_without_special_tokens():
     tokenizer = Tokenizer(MINILM)
     ids = torch.randint(1000, 30000, (400, 128))
     ids[:, 0], ids[:, -1], ids[:, 100] = 101, 102, 0
@@ -45,14 +45,14 @@ def test_packing_keeps_every_token_in_order_between_cls_and_sep(tiny):
     assert (blocks[:, 0] == 2).all() and (blocks[:, -1] == 3).all() and blocks.shape[1] == 5
     with pytest.raises(BadInput, match="not enough for one block of 64"):
         Blocks(tokenizer, ["abc"], 3, "few", 64)
-    again = Blocks(tokenizer, None, 20, "some", 5)  # from the cache, whatever the documents
+    again = Blocks(tokenizer, None, 20, "some", 5)  # from the cache, without documents
     assert torch.equal(again.rows(torch.tensor([2, 0])), blocks[[2, 0]]) and again.sha256 == packed.sha256
     counts = torch.bincount(torch.tensor([tokenizer.library.token_to_id(token) for token in expected]), minlength=60)
     assert torch.equal(packed.frequencies(60), counts)
 
 
-def nasty_texts(count):
-    """Real sentences, and what people and their scrapers leave in texts."""
+def unusual_texts(count):
+    """Real sentences, and texts with unusual characters."""
     generator = np.random.Generator(np.random.PCG64(0))
     texts = ["", " ", "\n", "a" * 10_000, "\u00e9" * 10_000, "\U0001f600" * 1000, "a<mask>b", "[ MASK ]", "don't  stop"]
     kinds = [
@@ -78,8 +78,8 @@ def nasty_texts(count):
 
 
 @pytest.mark.parametrize("kind", ["uncased", "cased", "roberta"])
-def test_token_ids_equal_transformers_on_real_and_nasty_texts(tmp_path, kind):
-    texts = nasty_texts(2000)
+def test_token_ids_equal_transformers_on_real_and_unusual_texts(tmp_path, kind):
+    texts = unusual_texts(2000)
     if kind == "roberta":
         library = tokenizers.ByteLevelBPETokenizer()
         special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
@@ -104,13 +104,13 @@ def test_token_ids_equal_transformers_on_real_and_nasty_texts(tmp_path, kind):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_words_added_to_a_vocabulary_are_tokens_as_in_transformers(tmp_path, family):
+def test_added_tokens_equal_transformers(tmp_path, family):
     saved(tmp_path, family=family)
     (tmp_path / "tokenizer.json").unlink(missing_ok=True)
     slow = {"bert": transformers.BertTokenizer, "roberta": transformers.RobertaTokenizer}[family]
     reference = slow.from_pretrained(tmp_path)
     reference.add_tokens(["covidvax", "@USER", "[E1]"])
-    reference.add_special_tokens({"additional_special_tokens": ["[E2]"]})  # which are not what they are in lower case
+    reference.add_special_tokens({"additional_special_tokens": ["[E2]"]})  # not lowercased
     reference.save_pretrained(tmp_path)
     assert (tmp_path / "added_tokens.json").is_file() and not (tmp_path / "tokenizer.json").exists()
     sizes = json.loads((tmp_path / "config.json").read_text())
@@ -119,7 +119,7 @@ def test_words_added_to_a_vocabulary_are_tokens_as_in_transformers(tmp_path, fam
     assert token_ids(Tokenizer(tmp_path), texts, 99) == reference(texts)["input_ids"]
 
 
-def test_whether_a_vocabulary_is_cased_is_seen_in_its_words(tmp_path):
+def test_cased_vocabulary_is_recognized_by_its_words(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "<S>", "<T>", "\u7403", "nba", "##s"]  # as Google's Chinese
     for more, expected in ((["nbas"], ["nba", "\u7403"]), (["NBAs"], ["[UNK]", "\u7403"])):
@@ -128,7 +128,7 @@ def test_whether_a_vocabulary_is_cased_is_seen_in_its_words(tmp_path):
         assert tokenizer.library.encode("NBA\u7403", add_special_tokens=False).tokens == expected
 
 
-def test_a_model_without_segments_leaves_those_of_others_in_the_cache(tmp_path):
+def test_cached_encoding_keeps_segments_for_models_that_have_them(tmp_path):
     found = []
     for name, segments in (("one", 1), ("two", 2), ("again", 1)):
         saved(tmp_path / name, type_vocab_size=segments)
@@ -137,8 +137,8 @@ def test_a_model_without_segments_leaves_those_of_others_in_the_cache(tmp_path):
     assert found[0] is None and found[1].tolist() == [[0, 0, 0, 0, 1, 1]] and found[2] is None
 
 
-def test_a_roberta_may_have_berts_vocabulary(tmp_path):
-    saved(tmp_path, family="roberta")  # as klue/roberta-base: no segments, and [CLS] in place of <s>
+def test_roberta_model_may_have_a_bert_vocabulary(tmp_path):
+    saved(tmp_path, family="roberta")  # like klue/roberta-base: no segments, and [CLS] instead of <s>
     (tmp_path / "bert").mkdir()
     saved(tmp_path / "bert")
     for name in ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json"):
@@ -150,13 +150,13 @@ def test_a_roberta_may_have_berts_vocabulary(tmp_path):
     ids, _, segments, _ = rows.batch(torch.tensor([0]))
     assert segments is None and ids.tolist() == reference(["the quick"], ["fox"])["input_ids"]
     model, cpu = Bert.load(tmp_path, mlm=True), torch.device("cpu")
-    masked = resources.MaskedWords(model, tokenizer, 57, "loop", cpu, torch.float32)  # all that the vocabulary has
+    masked = resources.MaskedWords(model, tokenizer, 57, "loop", cpu, torch.float32)  # the whole vocabulary
     assert set(LETTERS) < set(masked("a b c", "a [MASK] c", "b", count_words, False))
     tokenizer.save(tmp_path / "again")
     assert json.loads((tmp_path / "again" / "tokenizer_config.json").read_text())["tokenizer_class"] == "BertTokenizer"
 
 
-def test_batches_hold_every_row_once_with_little_padding_in_an_order_of_the_seed_alone():
+def test_batches_have_every_row_once_little_padding_and_an_order_by_seed():
     lengths = np.random.Generator(np.random.PCG64(0)).integers(3, 60, 5003)
     cut = [length_sorted_batches(lengths, 32, np.random.Generator(np.random.PCG64(seed))) for seed in (1, 1, 2)]
     for batches in (*cut, length_sorted_batches(lengths, 32, None)):
@@ -168,7 +168,7 @@ def test_batches_hold_every_row_once_with_little_padding_in_an_order_of_the_seed
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_batches_of_pairs_equal_transformers_padding_and_segments(tmp_path, family):
+def test_padding_and_segments_of_pairs_equal_transformers(tmp_path, family):
     saved(tmp_path, family=family)
     tokenizer = Tokenizer(tmp_path)
     tokenizer.save(tmp_path)

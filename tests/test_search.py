@@ -96,7 +96,7 @@ def test_overwriting_restarts_and_removes_the_old_result(tiny, corpus, tmp_path,
     assert call(search, *command) == 2 and state.exists()
     state.write_bytes(b"")
     assert call(search, *command, "--seed", "1") == 2
-    assert "not a whole safetensors file: 0 bytes: --overwrite, or another --output" in capsys.readouterr().err
+    assert "not a whole safetensors file: 0 bytes: use --overwrite or another --output" in capsys.readouterr().err
     assert call(search, *command, "--seed", "1", "--overwrite") == 0 and done.exists() and not state.exists()
 
 
@@ -106,7 +106,7 @@ def test_a_search_with_other_settings_replaces_nothing(tiny, corpus, tmp_path, c
     path = tmp_path / "tiny" / "coefficients.safetensors"
     before = path.read_bytes()
     assert call(search, *command, "--seed", "1") == 2
-    assert "seed 0, not 1): --overwrite, or another --output" in capsys.readouterr().err
+    assert "seed 0, not 1): use --overwrite or another --output" in capsys.readouterr().err
     assert path.read_bytes() == before
     assert call(search, *command, "--seed", "1", "--overwrite") == 0
     assert path.read_bytes() != before
