@@ -77,7 +77,7 @@ def finetune_work(folder, attention, rows, test, batch_size, max_length, device)
     return SimpleNamespace(modules=[model], steps=steps, loss=loss, classify=classify, tokens=tokens)
 
 
-def unwrap(recipe, textattack, options):
+def restore_textattack(recipe, textattack, options):
     """Attack.py's recipe again as TextAttack's users run it: its wrapper around transformers' model, its batches, its
     masked-LM transformation. What stays is common to the two: word vectors, tagger, and the encoder's weights."""
     import transformers
