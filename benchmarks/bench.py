@@ -33,21 +33,21 @@ import data
 import finetune
 from attacks import recipes
 from benchmarks import libraries, scale
+from benchmarks.libraries import freelb_step
 from bert import Bert, Config
 from checkpoints.huggingface import read_weights
-from freelb import freelb
+from freelb import ADVERSARIES
 from gates import Coefficients, draw_masks
 from inputs.batches import TokenizedSplit
 from inputs.tokenizer import Tokenizer
 from runtime import cli, files
 from runtime.cli import BadInput, option
-from runtime.cpu import keep_memory
+from runtime.cpu import tune_allocator
 from runtime.device import autocast, describe, peak_memory, pick_device, pick_precision
 from runtime.embeddings import restrict_vocabulary
 
 ROOT = Path(__file__).resolve().parents[1]
 BASELINES = {"transformers, SDPA": "sdpa", "transformers, eager": "eager"}  # name -> attention implementation
-ADVERSARY = {"lr": 0.03, "init_mag": 0.05, "max_norm": 0.2}
 ATTACK_PARTS = ("the model", "sentence encoder", "part of speech", "substitutes", "the rest", "import")
 
 
@@ -67,7 +67,7 @@ class Options:
     vectors: str = option(None, "attack: word vectors, same as in attack.py")
     megabytes: int = option(1000, "scale: size of the largest corpus", at_least=1)
     rounds: int = option(3, "processes per side", at_least=1)
-    same_allocator: bool = option(False, "call cpu.keep_memory() for the baselines, too")
+    same_allocator: bool = option(False, "call runtime.cpu.tune_allocator for the baselines, too")
     output: str = option("runs", "attack: folder of finetune.py; scale: folder for scale.png and scale.json")
     json: str = option(None, "also write the figures to this file, except those of scale")
     worker: str = option(None, "internal: SIDE;CASE;FOLDER, one process of one side")
@@ -168,25 +168,23 @@ def bench_training(options, folder):
 
 def time_training(options, side, precision, folder):
     """One process of one side: {"seconds", "flops", "loss", ...}."""
-    device, is_search = pick_device(), options.what == "search"
+    device, is_search, baseline = pick_device(), options.what == "search", side in BASELINES
     dtype = pick_precision(device, precision)
-    if side not in BASELINES or options.same_allocator:
-        keep_memory()
+    if not baseline or options.same_allocator:
+        tune_allocator()
     torch.manual_seed(0)
     if is_search:
         ids = torch.randint(1000, 30000, (options.batch_size, options.block), device=device)
         positions = (torch.rand(ids.shape, device=device) < 0.15).flatten().nonzero().flatten()
-        batch, adversary = (ids, positions, ids.flatten()[positions]), ADVERSARY | {"steps": options.adv_steps}
-        if side in BASELINES:
-            work = libraries.search_work(folder, BASELINES[side], batch, adversary, device)
-        else:
-            work = search_work(folder, batch, adversary, device)
+        adversary = options.adv_steps, *ADVERSARIES["freelb"][1:]
+        given = (ids, positions, ids.flatten()[positions]), adversary, device
+        work = libraries.search_work(folder, BASELINES[side], *given) if baseline else search_work(folder, *given)
     else:
         task = data.find_task(options.task)
         splits = task.load(None)
         rows = data.first_rows(splits["train"], options.rows, options.task)
         given = rows, splits["test"], options.batch_size, task.max_length, device
-        if side in BASELINES:
+        if baseline:
             work = libraries.finetune_work(folder, BASELINES[side], *given)
         else:
             work = finetune_work(folder, side, dtype, splits["train"], *given)
@@ -238,7 +236,7 @@ def search_work(folder, batch, adversary, device):
         return model.mlm_loss(model(ids, positions=positions, gates=c.gates, delta=delta), labels)
 
     def loss():
-        return freelb(loss_of, torch.ones_like(ids), 384, **adversary)
+        return freelb_step(loss_of, torch.ones_like(ids), 384, adversary)
 
     def steps():
         yield loss()
@@ -247,9 +245,8 @@ def search_work(folder, batch, adversary, device):
 
 
 def finetune_work(folder, side, dtype, train, rows, test, batch_size, max_length, device):
-    """What finetune.py does with these `rows` of the training split, `train`, whose whole vocabulary is kept. The ticket
-    has the ratios 1/6 and 0.3."""
-    adversary = ADVERSARY | {"steps": 3} if side == "with FreeLB" else dict.fromkeys(ADVERSARY, 0.0) | {"steps": 1}
+    """What finetune.py does with these `rows` of the training split `train`, whose whole vocabulary is kept."""
+    adversary = ADVERSARIES["freelb" if side == "with FreeLB" else "vanilla"]
     model, tokenizer = Bert.load(folder), Tokenizer(Path(folder))
     if side == "its ticket":
         model = model.pruned(*draw_masks(torch.rand(6, 12), torch.rand(6, 1536), 1 / 6, 0.3))
@@ -261,7 +258,7 @@ def finetune_work(folder, side, dtype, train, rows, test, batch_size, max_length
     def steps():
         for batch in rows.batches(batch_size, np.random.default_rng(0)):
             loss_of = lambda delta: model.class_loss(*batch, delta=delta)  # noqa: E731
-            yield freelb(loss_of, batch.token_mask, 384, **adversary)
+            yield freelb_step(loss_of, batch.token_mask, 384, adversary)
 
     def loss():
         with torch.no_grad():
@@ -348,7 +345,7 @@ def time_attack(options, side, precision, folder):
     start = time.perf_counter()
     textattack, nltk_data = attack.import_textattack()
     clock["import"] = time.perf_counter() - start
-    keep_memory()
+    tune_allocator()
     given = {"task": options.task, "model": "minilm", "output": options.output, "n": options.n}
     given |= {"attack": options.attack, "vectors": options.vectors, "precision": precision}
     given = attack.Options(**given, ticket="none", max_length=512)

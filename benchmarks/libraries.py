@@ -9,11 +9,17 @@ import torch
 
 import data
 from checkpoints.tensorflow1 import MAGIC, crc32c
-from freelb import freelb
+from freelb import freelb, initial_delta
 from runtime import files
 from runtime.device import pick_device
 
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+
+
+def freelb_step(loss_of, mask, dim, adversary):
+    """The loss and gradients of FreeLB, for both sides. adversary: (K, step size, magnitude of delta, epsilon)."""
+    steps, lr, init_mag, max_norm = adversary
+    return freelb(loss_of, initial_delta(mask, dim, init_mag, max_norm), mask, steps, lr, max_norm)
 
 
 def search_work(folder, attention, batch, adversary, device):
@@ -32,7 +38,7 @@ def search_work(folder, attention, batch, adversary, device):
         return model(inputs_embeds=words, attention_mask=mask, labels=wanted).loss
 
     def loss():
-        return freelb(loss_of, mask, model.config.hidden_size, **adversary)
+        return freelb_step(loss_of, mask, model.config.hidden_size, adversary)
 
     def steps():
         yield loss()

@@ -20,15 +20,16 @@ import torch
 
 import data
 import search
+from benchmarks.libraries import freelb_step
 from bert import Bert
 from checkpoints.provenance import versions
-from freelb import freelb
+from freelb import ADVERSARIES
 from gates import Coefficients
-from inputs.batches import Blocks, mask_tokens
+from inputs.batches import Blocks
 from inputs.tokenizer import Tokenizer
 from runtime import cli, files
 from runtime.cli import BadInput
-from runtime.cpu import keep_memory
+from runtime.cpu import tune_allocator
 from runtime.device import autocast, describe, peak_memory, pick_device, pick_precision
 
 STEPS = 12  # timed steps of a search, after as many for warming up
@@ -77,29 +78,27 @@ def measure_search(megabytes, options, folder):
     write_corpus(path, megabytes * 10**6)
     device, source = pick_device(), data.find_model("minilm")[0]
     dtype = pick_precision(device, "auto")
-    keep_memory()
+    tune_allocator()
     torch.manual_seed(0)
     model, tokenizer = Bert.load(source, mlm=True).to(device).train(), Tokenizer(source)
     start = time.perf_counter()
-    blocks = Blocks(tokenizer, *data.find_corpus(str(path)), options.block)
+    blocks = Blocks(tokenizer, *data.find_corpus(str(path)), options.block, device)
     preparing = time.perf_counter() - start
     path.unlink()
     config, defaults = model.config, search.Options()
     c = Coefficients(config.num_hidden_layers, config.num_attention_heads, config.intermediate_size).to(device)
     optimizer = torch.optim.AdamW([*model.parameters(), *c.parameters()], lr=defaults.learning_rate, fused=True)
-    adversary = {name: getattr(defaults, f"adv_{name}") for name in ("steps", "lr", "init_mag", "max_norm")}
-    order = torch.randperm(len(blocks)).split(options.batch_size)
+    order = blocks.epoch(options.batch_size, 0, 0)
     for step in range(2 * STEPS):
         if step == STEPS:
             start = time.perf_counter()
-        batch = mask_tokens(blocks.rows(order[step % len(order)]), tokenizer)
-        ids, positions, labels = (tensor.to(device) for tensor in batch)
+        ids, positions, labels = blocks.batch(order[step % len(order)])
 
         def loss_of(delta):
             return model.mlm_loss(model(ids, positions=positions, gates=c.gates, delta=delta), labels)
 
         with autocast(device, dtype):
-            freelb(loss_of, torch.ones_like(ids), config.hidden_size, **adversary).item()
+            freelb_step(loss_of, torch.ones_like(ids), config.hidden_size, ADVERSARIES["freelb"]).item()
         optimizer.step()
         optimizer.zero_grad()
     searching = time.perf_counter() - start
