@@ -279,21 +279,16 @@ def bench_load(options, folder):
     """Files are memory-mapped, so a load alone reads little: the time until every weight was used is measured, too."""
     torch.manual_seed(0)
     model = Bert(Config(), mlm=True)
-    for kind in ("safetensors", "bin", "tensorflow"):
+    for kind in ("safetensors", "bin"):
         (folder / kind).mkdir()
         model.save(folder / kind, (), {})
-    tensors = read_weights(folder / "safetensors")
     size = (folder / "safetensors" / "model.safetensors").stat().st_size
-    torch.save(dict(tensors), folder / "bin" / "pytorch_model.bin")
-    libraries.write_tensorflow(folder / "tensorflow" / "bert_model.ckpt", tensors)
-    for kind in ("bin", "tensorflow"):
-        (folder / kind / "model.safetensors").unlink()
+    torch.save(dict(read_weights(folder / "safetensors")), folder / "bin" / "pytorch_model.bin")
+    (folder / "bin" / "model.safetensors").unlink()
     cases = [(side, kind) for kind in ("safetensors", "bin") for side in ("orticket", "transformers")]
-    cases.append(("orticket", "tensorflow"))
     figures = {case: medians(results) for case, results in run_workers(options, cases, folder).items()}
     for (_, kind), row in figures.items():
-        baseline = figures["transformers", "bin" if kind == "bin" else "safetensors"]
-        row |= {"of_file": row["memory"] / size, "ratio": row["used"] / baseline["used"]}
+        row |= {"of_file": row["memory"] / size, "ratio": row["used"] / figures["transformers", kind]["used"]}
     machine = describe(torch.device("cpu"))
     print(f"loading BERT-base with MLM head, {size / 1e6:.0f} MB, {machine}; medians of {options.rounds} processes")
     columns = {"seconds to load": "{seconds:.3f}", "to use all weights": "{used:.3f}"}

@@ -18,7 +18,6 @@ import transformers
 
 import data
 import search
-from benchmarks import libraries
 from bert import Bert
 from checkpoints import huggingface, tensorflow1
 from checkpoints import safetensors as our_safetensors
@@ -26,6 +25,7 @@ from inputs.tokenizer import Tokenizer
 from runtime import files
 from runtime.cli import BadInput
 from tests.conftest import FAMILIES, HERE, call, change, published_as, quick_search, saved
+from tests.tensorflow1_writer import write_tensorflow
 
 
 def test_our_safetensorsare_read_as_their_own_library_reads_them(tmp_path):
@@ -157,7 +157,7 @@ def test_an_optimizers_variables_in_a_tensorflow_checkpoint_are_left_out(tiny, t
     tensors = huggingface.read_weights(tiny)
     name = "bert.encoder.layer.0.output.dense.kernel"
     optimizers = {f"{name}.{of}": torch.ones(40, 24) for of in ("adam_m", "Adam", "AdamWeightDecayOptimizer", "lamb_v")}
-    libraries.write_tensorflow(tmp_path / "model.ckpt", tensors | optimizers | {"global_step": torch.ones(1)})
+    write_tensorflow(tmp_path / "model.ckpt", tensors | optimizers | {"global_step": torch.ones(1)})
     shutil.copy(tiny / "config.json", tmp_path)
     expected, found = (Bert.load(path, mlm=True).state_dict() for path in (tiny, tmp_path))
     assert all(torch.equal(expected[name], found[name]) for name in expected)
