@@ -345,7 +345,10 @@ def time_attack(options, side, precision, folder):
     given = {"task": options.task, "model": "minilm", "output": options.output, "n": options.n}
     given |= {"attack": options.attack, "vectors": options.vectors, "precision": precision}
     given = attack.Options(**given, ticket="none", max_length=512)
-    recipe, examples = build_attack(textattack, nltk_data, given)
+    device, task = pick_device(), data.find_task(options.task)
+    splits = task.load(None)
+    victim, _, _ = attack.find_victim(given, task, splits, device, pick_precision(device, precision))
+    recipe, _ = recipes.build(textattack, nltk_data, options.attack, given, task, victim)
     if side == "textattack":
         libraries.restore_textattack(recipe, textattack, given)
     count_time(clock, "the model", recipe.goal_function, "model")
@@ -356,25 +359,15 @@ def time_attack(options, side, precision, folder):
     if options.attack == "bertattack":
         count_time(clock, "substitutes", recipe.transformation, "_get_transformations")
     start, found = time.perf_counter(), []
-    for number, (columns, label) in examples.items():
+    for number in attack.sample(given, len(splits["test"])):
+        texts, label = splits["test"][number]
         textattack.shared.utils.set_seed(number)
         attack.clear_caches(recipe)
-        result = recipe.attack(columns, label)
+        result = recipe.attack(OrderedDict(zip(task.columns, texts)), label)
         found.append((type(result).__name__, result.perturbed_result.attacked_text.text, result.num_queries))
     seconds = time.perf_counter() - start
     clock["the rest"] = seconds - sum(clock[part] for part in ATTACK_PARTS[:4])
     return clock | {"seconds": seconds, "found": found}
-
-
-def build_attack(textattack, nltk_data, options):
-    """(the recipe of attack.py, {number: (columns, label)} of the attacked rows)."""
-    device, task = pick_device(), data.find_task(options.task)
-    splits, dtype = task.load(None), pick_precision(device, options.precision)
-    victim, _, _ = attack.find_victim(options, task, splits, device, dtype)
-    recipe, _ = recipes.build(textattack, nltk_data, options.attack, options, task, victim)
-    test = splits["test"]
-    rows = {number: test[number] for number in attack.sample(options, len(test))}
-    return recipe, {i: (OrderedDict(zip(task.columns, texts)), label) for i, (texts, label) in rows.items()}
 
 
 def count_time(clock, part, owner, name):

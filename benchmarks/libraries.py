@@ -1,4 +1,4 @@
-"""What bench.py compares with: transformers and TextAttack as their users run them, and files as others write them."""
+"""The baselines of bench.py: transformers and TextAttack, used as their documentation shows."""
 
 import os
 import tempfile
@@ -21,8 +21,8 @@ def freelb_step(loss_of, mask, dim, adversary):
 
 
 def search_work(folder, attention, batch, adversary, device):
-    """transformers' BertForMaskedLM on FreeLB's loss, as its published scripts and EarlyRobust's drive it: all tokens'
-    logits, a new perturbation of the input embeddings a pass. It has no coefficients to learn."""
+    """BertForMaskedLM trained with FreeLB, as FreeLB's and EarlyRobust's published scripts do: with the logits of all
+    tokens, and delta added to the input embeddings. There are no coefficients."""
     from transformers import BertForMaskedLM
 
     model = BertForMaskedLM.from_pretrained(folder, attn_implementation=attention).to(device)
@@ -45,8 +45,8 @@ def search_work(folder, attention, batch, adversary, device):
 
 
 def finetune_work(folder, attention, rows, test, batch_size, max_length, device):
-    """transformers' BertForSequenceClassification as its Trainer runs it by default: random batches, each padded to
-    its longest row by DataCollatorWithPadding. rows, test: [(tuple of texts, label)]."""
+    """BertForSequenceClassification as the Trainer trains it by default: random batches, each padded to its longest row
+    by DataCollatorWithPadding. rows, test: [(tuple of texts, label)]."""
     from transformers import BertForSequenceClassification, BertTokenizerFast, DataCollatorWithPadding
 
     model = BertForSequenceClassification.from_pretrained(folder, attn_implementation=attention).to(device)
@@ -82,8 +82,8 @@ def finetune_work(folder, attention, rows, test, batch_size, max_length, device)
 
 
 def restore_textattack(recipe, textattack, options):
-    """Attack.py's recipe again as TextAttack's users run it: its wrapper around transformers' model, its batches, its
-    masked-LM transformation. What stays is common to the two: word vectors, tagger, and the encoder's weights."""
+    """Change the recipe of attack.py back to TextAttack's own model wrapper, batches and masked-LM transformation. Both
+    sides share the word vectors, the tagger and the encoder's weights."""
     import transformers
 
     folder = files.model_folder(options.output, options.model) / files.task_folder(options.task)
@@ -94,10 +94,10 @@ def restore_textattack(recipe, textattack, options):
     recipe.goal_function.batch_size = 32
     minilm, _ = data.find_model("minilm")
     encoder = transformers.AutoModel.from_pretrained(minilm).eval().to(device)
-    encoders_tokenizer = transformers.AutoTokenizer.from_pretrained(minilm)
+    encoder_tokenizer = transformers.AutoTokenizer.from_pretrained(minilm)
 
     def encode(texts):
-        batch = encoders_tokenizer(texts, padding=True, truncation=True, max_length=256, return_tensors="pt")
+        batch = encoder_tokenizer(texts, padding=True, truncation=True, max_length=256, return_tensors="pt")
         batch = batch.to(device)
         with torch.no_grad():
             states = encoder(**batch).last_hidden_state
@@ -107,13 +107,12 @@ def restore_textattack(recipe, textattack, options):
     for constraint in recipe.constraints:
         if hasattr(constraint, "sim_metric"):
             constraint.model = encode
-            vars(constraint).pop("_score_list", None)  # ours, which leaves out what does not count
+            vars(constraint).pop("_score_list", None)  # attack.py's, which encodes fewer texts
     if options.attack == "bertattack":
-        with tempfile.TemporaryDirectory() as whole:
-            ours = recipe.transformation.substitutes.model
-            ours.save(whole, ("0", "1"), {})
-            masked_lm = transformers.BertForMaskedLM.from_pretrained(whole)
-        settings = {"max_candidates": options.bert_attack_k, "tokenizer": encoders_tokenizer}
+        with tempfile.TemporaryDirectory() as copy:
+            recipe.transformation.substitutes.model.save(copy, ("0", "1"), {})
+            masked_lm = transformers.BertForMaskedLM.from_pretrained(copy)
+        settings = {"max_candidates": options.bert_attack_k, "tokenizer": encoder_tokenizer}
         recipe.transformation = textattack.transformations.WordSwapMaskedLM(
             method="bert-attack", masked_language_model=masked_lm, **settings
         )

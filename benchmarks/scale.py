@@ -19,7 +19,6 @@ import numpy as np
 import torch
 
 import data
-import search
 from benchmarks.libraries import freelb_step
 from bert import Bert
 from checkpoints.provenance import versions
@@ -85,9 +84,9 @@ def measure_search(megabytes, options, folder):
     blocks = Blocks(tokenizer, *data.find_corpus(str(path)), options.block, device)
     preparing = time.perf_counter() - start
     path.unlink()
-    config, defaults = model.config, search.Options()
+    config = model.config
     c = Coefficients(config.num_hidden_layers, config.num_attention_heads, config.intermediate_size).to(device)
-    optimizer = torch.optim.AdamW([*model.parameters(), *c.parameters()], lr=defaults.learning_rate, fused=True)
+    optimizer = torch.optim.AdamW([*model.parameters(), *c.parameters()], lr=2e-5, fused=True)
     order = blocks.epoch(options.batch_size, 0, 0)
     for step in range(2 * STEPS):
         if step == STEPS:
