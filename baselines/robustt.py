@@ -15,21 +15,20 @@ import math
 import shlex
 from dataclasses import asdict, dataclass
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
 import data
 from checkpoints import safetensors
-from checkpoints.provenance import is_up_to_date, load_checkpoint, restore_state, training_state, versions
-from freelb import freelb
+from checkpoints.provenance import Checkpoint, is_up_to_date, versions
+from freelb import freelb, initial_delta
 from gates import draw_mask
 from inputs.batches import TokenizedSplit, rows_sha256
 from inputs.finetuned import load_finetuned
 from runtime import cli, distributed, files, optim
 from runtime.cli import BadInput, option
-from runtime.cpu import keep_memory
+from runtime.cpu import tune_allocator
 from runtime.device import DEFAULT_MODEL, autocast, pick_device, pick_precision, precision_name, run_banner
 
 LEFT, RIGHT, TEMPERATURE = -0.1, 1.1, 2 / 3  # the stretched interval and the temperature of hard concrete gates
@@ -90,7 +89,7 @@ def main():
     options = cli.parse(Options, __doc__)
     if distributed.WORLD > 1:
         raise BadInput("robustt.py works in one process: start it without torchrun")
-    keep_memory()
+    tune_allocator()
     device = pick_device()
     dtype = pick_precision(device, options.precision)
     print(run_banner(options.model, device, dtype))
@@ -119,7 +118,7 @@ def main():
     state = path.with_suffix(".state.safetensors")
     with distributed.file_lock(state):
         if not is_up_to_date(path, provenance, options.overwrite):
-            scores = learn_scores(options, provenance, model, rows, state, dtype)
+            scores = learn_scores(options, model, rows, Checkpoint(state, provenance, options.overwrite), dtype)
             safetensors.write_safetensors(path, draw(scores, options.sparsity), provenance)
         state.unlink(missing_ok=True)
     masks = torch.cat([mask.flatten() for mask in safetensors.read_with_metadata(path)[0].values()])
@@ -136,7 +135,7 @@ def retrain_command(options, settings, ticket):
     return " ".join(["python finetune.py", *words])
 
 
-def learn_scores(options, provenance, model, rows, state, dtype):
+def learn_scores(options, model, rows, checkpoint, dtype):
     """Learn the scores of all gates: {name of a weight: scores of its shape}."""
     torch.manual_seed(options.seed)
     model.requires_grad_(False)  # only the scores are trained
@@ -144,28 +143,27 @@ def learn_scores(options, provenance, model, rows, state, dtype):
     gates = nn.ModuleList(Gates(of.weight.shape, options.initial).to(of.weight.device) for of in gated.values())
     for module, gate in zip(gated.values(), gates):
         parametrize.register_parametrization(module, "weight", gate)  # w -> w z
-    optimizer = torch.optim.AdamW(
-        gates.parameters(), options.learning_rate, weight_decay=options.weight_decay, fused=True
-    )
-    adversary = {"steps": options.adv_steps, "lr": options.adv_lr}
-    adversary |= {"init_mag": options.adv_init_mag, "max_norm": options.adv_max_norm}
+    decay = options.weight_decay
+    optimizer = torch.optim.AdamW(gates.parameters(), options.learning_rate, weight_decay=decay, fused=True)
     steps_per_epoch = math.ceil(len(rows) / options.batch_size)
     steps = options.epochs * steps_per_epoch
-    first_epoch = resume(state, provenance, options.overwrite, optimizer, gates)
-    step = first_epoch * steps_per_epoch
-    bar = cli.progress(steps, step, "masks")
+    checkpoint.load(optimizer, gates=gates)
+    first_epoch = checkpoint.metadata.get("epochs_done", 0)
+    bar = cli.progress(steps, first_epoch * steps_per_epoch, "masks")
     model.train()
     for epoch in range(first_epoch, options.epochs):
-        generator = np.random.Generator(np.random.PCG64([options.seed, epoch]))
-        for batch in rows.batches(options.batch_size, generator):
+        batches = map(rows.batch, rows.epoch(options.batch_size, options.seed, epoch))
+        for step, batch in enumerate(batches, epoch * steps_per_epoch):
             optim.seed_step(options.seed, step)
+            mask, max_norm = batch.token_mask, options.adv_max_norm
+            delta = initial_delta(mask, model.config.hidden_size, options.adv_init_mag, max_norm)
 
             def loss_of(delta):  # with the weights w z; all K passes draw the same z
                 return model.class_loss(*batch, delta=delta)
 
             # 1. the gradient of FreeLB's loss
-            with autocast(batch.ids.device, dtype):
-                loss = freelb(loss_of, batch.token_mask, model.config.hidden_size, **adversary)
+            with autocast(delta.device, dtype):
+                loss = freelb(loss_of, delta, mask, options.adv_steps, options.adv_lr, max_norm)
             nn.utils.clip_grad_norm_(gates.parameters(), options.clip_norm)
             # 2. the gradient of lambda x the expected share of open gates; lambda rises from a tenth to four tenths
             ramp = min(1.0, max(0.0, (step / steps - 0.1) / 0.3))
@@ -175,25 +173,14 @@ def learn_scores(options, provenance, model, rows, state, dtype):
             optim.set_learning_rate(optimizer, options.learning_rate, step, steps, options.warmup)
             optimizer.step()
             optimizer.zero_grad()
-            step += 1
             bar.update()
             if not bar.disable:
                 bar.set_postfix_str(f"loss {loss:.3f}, open {open_share:.1%}", refresh=False)
         if not math.isfinite(loss):
             raise BadInput(f"training diverged in epoch {epoch + 1}: lower --learning-rate {options.learning_rate:g}")
-        metadata = provenance | {"epochs_done": epoch + 1}
-        safetensors.write_safetensors(state, training_state(optimizer, gates=gates), metadata)
+        checkpoint.save(optimizer, {"gates": gates}, metadata={"epochs_done": epoch + 1})
     bar.close()
     return {f"{name}.weight": gate.scores.detach().cpu() for name, gate in zip(gated, gates)}
-
-
-def resume(state, provenance, overwrite, optimizer, gates):
-    """Restore the state of an interrupted run, if there is one. Returns the number of finished epochs."""
-    tensors, metadata = load_checkpoint(state, provenance, overwrite)
-    if not tensors:
-        return 0
-    restore_state(tensors, optimizer, gates=gates)
-    return metadata["epochs_done"]
 
 
 def gated_modules(model):

@@ -1,18 +1,19 @@
-"""Speed side by side with Hugging Face transformers and TextAttack, as ratios on the same work in the same run.
+"""Speed compared with Hugging Face transformers and TextAttack, on the same work in the same run.
 
-    python bench.py search                    one FreeLB step on masked language modelling
-    python bench.py finetune --task sst2      vanilla fine-tuning and classifying, of the full model and of a ticket
-    python bench.py load                      a checkpoint of BERT-base's size, in each format
-    python bench.py attack                    TextFooler on the full MiniLM that finetune.py made, and by TextAttack
-    python bench.py attack --attack bertattack --n 4 --rounds 1
-    python bench.py scale                     how the cost grows with the work, with a plot
+    python -m benchmarks.bench search                  one FreeLB step on masked language modelling
+    python -m benchmarks.bench finetune --task sst2    fine-tuning and classifying, with the full model and a ticket
+    python -m benchmarks.bench load                    loading a checkpoint of BERT-base's size, in each format
+    python -m benchmarks.bench attack                  TextFooler on the full MiniLM that finetune.py trained
+    python -m benchmarks.bench attack --attack bertattack --n 4 --rounds 1
+    python -m benchmarks.bench scale                   how the cost grows with the work, with a plot
 
-Each side runs in a process of its own, as its users would start it, the sides in turn; the first steps of each warm
-up and are not counted. Both start from the same weights and see the same examples, and their losses (dropout off), the
-sums of what they loaded or the texts they found are compared, so that a fast wrong answer cannot win.
+Every measurement is a process of its own, and the sides take turns. The first steps of each process warm up and are not
+counted. Both sides start from the same weights and see the same examples. Their losses (without dropout), sums of
+loaded weights or adversarial texts are compared, so that a fast wrong answer cannot win.
 """
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -31,78 +32,100 @@ import attack
 import data
 import finetune
 from attacks import recipes
+from attacks.library import import_textattack
 from benchmarks import libraries, scale
+from benchmarks.libraries import freelb_step
 from bert import Bert, Config
 from checkpoints.huggingface import read_weights
-from freelb import freelb
+from freelb import ADVERSARIES
 from gates import Coefficients, draw_masks
 from inputs.batches import TokenizedSplit
 from inputs.tokenizer import Tokenizer
 from runtime import cli, files
 from runtime.cli import BadInput, option
-from runtime.cpu import keep_memory
+from runtime.cpu import tune_allocator
 from runtime.device import autocast, describe, peak_memory, pick_device, pick_precision
 from runtime.embeddings import restrict_vocabulary
 
-SUBCOMMANDS = ("search", "finetune", "load", "attack", "scale")
-PEERS = {"transformers, SDPA": "sdpa", "transformers, eager": "eager"}  # and their attention
-ADVERSARY = {"lr": 0.03, "init_mag": 0.05, "max_norm": 0.2}
+ROOT = Path(__file__).resolve().parents[1]
+BASELINES = {"transformers, SDPA": "sdpa", "transformers, eager": "eager"}  # name -> attention implementation
+ATTACK_PARTS = ("the model", "sentence encoder", "part of speech", "substitutes", "the rest", "import")
 
 
 @dataclass
 class Options:
-    what: str = option("search", "what to time", choices=SUBCOMMANDS, positional=True)
-    batch_size: int = option(32, "examples a step", at_least=1)
-    block: int = option(128, "of search: tokens an example", at_least=8)
-    adv_steps: int = option(3, "of search: K, FreeLB's ascent steps", at_least=1)
-    steps: int = option(3, "of search: counted steps in each process", at_least=1)
-    rows: int = option(640, "of finetune: training rows", at_least=1)
-    rounds: int = option(3, "processes of each side, in turn", at_least=1)
-    same_allocator: bool = option(False, "give the peer, too, cpu.keep_memory()")
-    attack: str = option("textfooler", "which attack", choices=tuple(recipes.RECIPES))
-    task: str = option("rt", "of finetune and attack; the attacked model is that of finetune.py --ticket none")
-    n: int = option(20, "of attack: test rows that are attacked", at_least=1)
-    vectors: str = option(None, "word vectors, as of attack.py")
-    megabytes: int = option(1000, "of scale: the largest corpus", at_least=1)
-    output: str = option("runs", "folder that finetune.py wrote to; of scale: that gets scale.png and scale.json")
-    json: str = option(None, "also write the figures to this file; scale writes OUTPUT/scale.json")
+    what: str = option(
+        "search", "benchmark", choices=("search", "finetune", "load", "attack", "scale"), positional=True
+    )
+    batch_size: int = option(32, "examples per step", at_least=1)
+    block: int = option(128, "search: tokens per example", at_least=8)
+    adv_steps: int = option(3, "search: K, FreeLB's ascent steps", at_least=1)
+    steps: int = option(3, "search: counted steps per process", at_least=1)
+    rows: int = option(640, "finetune: training rows", at_least=1)
+    task: str = option("rt", "finetune, attack: the task; attack needs the model of finetune.py --ticket none")
+    attack: str = option("textfooler", "attack: the recipe", choices=tuple(recipes.RECIPES))
+    n: int = option(20, "attack: attacked test rows", at_least=1)
+    vectors: str = option(None, "attack: word vectors, same as in attack.py")
+    megabytes: int = option(1000, "scale: size of the largest corpus", at_least=1)
+    rounds: int = option(3, "processes per side", at_least=1)
+    same_allocator: bool = option(False, "call runtime.cpu.tune_allocator for the baselines, too")
+    output: str = option("runs", "attack: folder of finetune.py; scale: folder for scale.png and scale.json")
+    json: str = option(None, "also write the figures to this file, except those of scale")
     worker: str = option(None, "internal: SIDE;CASE;FOLDER, one process of one side")
 
 
 def main():
     options = cli.parse(Options, __doc__)
     if options.worker:
-        works = {"search": time_training, "finetune": time_training, "load": time_load, "attack": time_attack}
-        return works[options.what](options, *options.worker.split(";"))
+        workers = {"search": time_training, "finetune": time_training, "load": time_load, "attack": time_attack}
+        figures = workers[options.what](options, *options.worker.split(";"))
+        return print(json.dumps(figures))
     if options.what == "scale":
         return scale.bench(options)
+    benchmarks = {"search": bench_training, "finetune": bench_training, "load": bench_load, "attack": bench_attack}
     with tempfile.TemporaryDirectory() as folder:
-        works = {"search": bench_training, "finetune": bench_training, "load": bench_load, "attack": bench_attack}
-        figures = works[options.what](options, Path(folder))
+        figures = benchmarks[options.what](options, Path(folder))
     if options.json:
         files.write_json(options.json, {" ".join(case): row for case, row in figures.items()})
 
 
-def in_turn(options, cases, folder):
-    """{case: [what each of its processes found]}: every round starts one process a case."""
-    runs = {case: [] for case in cases}
+def run_workers(options, cases, folder):
+    """{case: [figures of each of its processes]}. Every round starts one process per case."""
+    found = {case: [] for case in cases}
+    paths = [str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
     bar = cli.progress(options.rounds * len(cases), description="processes")
     for _ in range(options.rounds):
         for case in cases:
-            command = [sys.executable, __file__, *sys.argv[1:], "--worker", ";".join((*case, str(folder)))]
-            ended = subprocess.run(command, capture_output=True, text=True)
-            if ended.returncode:
-                raise BadInput(f"{' '.join(case)} failed: {cli.last_words(ended.stderr, ended.returncode)}")
-            runs[case].append(json.loads(ended.stdout.splitlines()[-1]))
+            worker = ["--worker", ";".join((*case, str(folder)))]
+            command = [sys.executable, "-m", "benchmarks.bench", *sys.argv[1:], *worker]
+            process = subprocess.run(command, env=env, capture_output=True, text=True)
+            if process.returncode:
+                raise BadInput(f"{' '.join(case)} failed: {cli.last_words(process.stderr, process.returncode)}")
+            found[case].append(json.loads(process.stdout.splitlines()[-1]))
             bar.update()
     bar.close()
-    return runs
+    return found
 
 
-def agree(values, tolerance):
-    """Raises BadInput where the sides did not do the same work."""
+def medians(results):
+    """[{figure: value} of a process] -> {figure: median}."""
+    return {key: statistics.median(result[key] for result in results) for key in results[0]}
+
+
+def check_agreement(values, tolerance):
+    """Raises BadInput if the sides did not do the same work."""
     if max(values) - min(values) > tolerance:
         raise BadInput(f"the sides differ by {max(values) - min(values):.4g}: they do not do the same work")
+
+
+def print_table(figures, columns):
+    """Print {case: {figure: value}}, a row per case. columns: {heading: format of the figures}."""
+    table = [["", *columns]]
+    table += [[" in ".join(case), *(text.format(**row) for text in columns.values())] for case, row in figures.items()]
+    widths = [max(map(len, column)) for column in zip(*table)]
+    for first, *cells in table:
+        print(first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells, widths[1:])), sep="  ")
 
 
 # ------------------------------------------------------------------------------------------ search and fine-tuning
@@ -111,7 +134,7 @@ def agree(values, tolerance):
 def bench_training(options, folder):
     device, is_search = pick_device(), options.what == "search"
     precisions = ["fp32"] if pick_precision(device, "auto") == torch.float32 else ["bf16", "fp32"]
-    cases = [(side, precision) for precision in precisions for side in ("orticket", *PEERS)]
+    cases = [(side, precision) for precision in precisions for side in ("orticket", *BASELINES)]
     labels = () if is_search else data.find_task(options.task).labels
     torch.manual_seed(0)
     source = data.find_model("minilm")[0]
@@ -122,51 +145,48 @@ def bench_training(options, folder):
     else:
         cases[1:1] = [("its ticket", precisions[0]), ("with FreeLB", precisions[0])]
         work = f"fine-tuning, {options.rows} rows of {options.task} in batches of {options.batch_size}"
-    figures = {}
-    for case, results in in_turn(options, cases, folder).items():
-        figures[case] = {key: statistics.median(result[key] for result in results) for key in results[0]}
-        figures[case]["range"] = [of(result["seconds"] for result in results) for of in (min, max)]
     print(f"{work}, MiniLM, {describe(device)}; medians of {options.rounds} processes' medians")
-    print("seconds are of a step" if is_search else "seconds are of all rows; classifying: of the test rows")
-    print(f"{'':27s}  seconds     (range)   times  tokens/s  of peak  peak GB    loss", end="")
-    print("" if is_search else "  classifying  times")
-    fastest = figures["orticket", precisions[0]]
-    for (side, precision), row in figures.items():
-        low, high = row["range"]
-        times, share = row["seconds"] / fastest["seconds"], row["flops"] / row["seconds"] / row["peak"]
-        print(f"{side:>19s} in {precision}  {row['seconds']:7.2f} {low:6.2f}-{high:<6.2f} {times:5.2f}", end="  ")
-        print(
-            f"{row['tokens'] / row['seconds']:8,.0f}  {share:7.1%}  {row['memory'] / 1e9:7.2f} {row['loss']:7.4f}",
-            end="",
-        )
-        print("" if is_search else f"  {row['classify']:11.2f}  {row['classify'] / fastest['classify']:5.2f}")
-    print("times: orticket's seconds in these; of peak: FLOP/s as a share of those of a product of large matrices")
-    whole = [row for (side, _), row in figures.items() if side != "its ticket"]
-    agree([row["loss"] for row in whole], 0.02)
+    print("seconds: per step" if is_search else "seconds: of all rows; classifying: of the test rows")
+    print("ratio: seconds / seconds of orticket; of peak: FLOP/s / FLOP/s of a product of large matrices")
+    columns = {"seconds": "{seconds:.2f}", "(range)": "{low:.2f}-{high:.2f}", "ratio": "{ratio:.2f}"}
+    columns |= {"tokens/s": "{speed:,.0f}", "of peak": "{of_peak:.1%}", "peak GB": "{gb:.2f}", "loss": "{loss:.4f}"}
+    columns |= {} if is_search else {"classifying": "{classify:.2f}", "ratio ": "{classify_ratio:.2f}"}
+    figures = {}
+    for case, results in run_workers(options, cases, folder).items():
+        figures[case] = row = medians(results)
+        row["low"], row["high"] = (of(result["seconds"] for result in results) for of in (min, max))
+        row |= {"speed": row["tokens"] / row["seconds"], "of_peak": row["flops"] / row["seconds"] / row["peak"]}
+        row |= {"gb": row["memory"] / 1e9, "ratio": row["seconds"] / figures["orticket", precisions[0]]["seconds"]}
+        if not is_search:
+            row["classify_ratio"] = row["classify"] / figures["orticket", precisions[0]]["classify"]
+    print_table(figures, columns)
+    same_model = [row for (side, _), row in figures.items() if side != "its ticket"]
+    check_agreement([row["loss"] for row in same_model], 0.02)
     if not is_search:
-        agree([row["right"] for row in whole], 0.03)
+        check_agreement([row["right"] for row in same_model], 0.03)
     return figures
 
 
 def time_training(options, side, precision, folder):
-    """One process of one side: prints its "seconds", "flops", "loss" and so on as JSON."""
-    device, is_search = pick_device(), options.what == "search"
+    """One process of one side: {"seconds", "flops", "loss", ...}."""
+    device, is_search, baseline = pick_device(), options.what == "search", side in BASELINES
     dtype = pick_precision(device, precision)
-    if side not in PEERS or options.same_allocator:
-        keep_memory()
+    if not baseline or options.same_allocator:
+        tune_allocator()
     torch.manual_seed(0)
     if is_search:
         ids = torch.randint(1000, 30000, (options.batch_size, options.block), device=device)
         positions = (torch.rand(ids.shape, device=device) < 0.15).flatten().nonzero().flatten()
-        given = (ids, positions, ids.flatten()[positions]), ADVERSARY | {"steps": options.adv_steps}, device
-        work = libraries.search_work(folder, PEERS[side], *given) if side in PEERS else search_work(folder, *given)
+        adversary = options.adv_steps, *ADVERSARIES["freelb"][1:]
+        given = (ids, positions, ids.flatten()[positions]), adversary, device
+        work = libraries.search_work(folder, BASELINES[side], *given) if baseline else search_work(folder, *given)
     else:
         task = data.find_task(options.task)
         splits = task.load(None)
         rows = data.first_rows(splits["train"], options.rows, options.task)
         given = rows, splits["test"], options.batch_size, task.max_length, device
-        if side in PEERS:
-            work = libraries.finetune_work(folder, PEERS[side], *given)
+        if baseline:
+            work = libraries.finetune_work(folder, BASELINES[side], *given)
         else:
             work = finetune_work(folder, side, dtype, splits["train"], *given)
     modules = torch.nn.ModuleList(work.modules)
@@ -188,24 +208,24 @@ def time_training(options, side, precision, folder):
     with autocast(device, dtype):
         modules.eval()
         torch.manual_seed(1)  # the same delta on both sides
-        found = {"loss": float(work.loss()), "tokens": work.tokens}
+        figures = {"loss": float(work.loss()), "tokens": work.tokens}
         optimizer.zero_grad()
         if not is_search:
             with torch.inference_mode():
                 work.classify()
-                found["classify"], right = seconds_of(work.classify)
-            found["right"] = right / len(splits["test"])
+                figures["classify"], right = seconds_of(work.classify)
+            figures["right"] = right / len(splits["test"])
         modules.train()
         with FlopCounterMode(display=False) as counter:
             epoch()
-        found["flops"] = counter.get_total_flops()
-        found["seconds"] = statistics.median(seconds_of(epoch)[0] for _ in range(options.steps if is_search else 1))
-        found["memory"] = peak_memory(device)
+        figures["flops"] = counter.get_total_flops()
+        figures["seconds"] = statistics.median(seconds_of(epoch)[0] for _ in range(options.steps if is_search else 1))
+        figures["memory"] = peak_memory(device)
         size = 8192 if device.type == "cuda" else 2048
         a = torch.randn(size, size, device=device)
         fastest = min(seconds_of(lambda: torch.mm(a, a))[0] for _ in range(8))
-        found["peak"] = 2 * size**3 / fastest
-    print(json.dumps(found))
+        figures["peak"] = 2 * size**3 / fastest
+    return figures
 
 
 def search_work(folder, batch, adversary, device):
@@ -217,7 +237,7 @@ def search_work(folder, batch, adversary, device):
         return model.mlm_loss(model(ids, positions=positions, gates=c.gates, delta=delta), labels)
 
     def loss():
-        return freelb(loss_of, torch.ones_like(ids), 384, **adversary)
+        return freelb_step(loss_of, torch.ones_like(ids), 384, adversary)
 
     def steps():
         yield loss()
@@ -226,9 +246,8 @@ def search_work(folder, batch, adversary, device):
 
 
 def finetune_work(folder, side, dtype, train, rows, test, batch_size, max_length, device):
-    """What finetune.py does with these `rows` when it trains on all of `train`, whose words are more; the ticket is
-    one of ratios 1/6 and 0.3."""
-    adversary = ADVERSARY | {"steps": 3} if side == "with FreeLB" else dict.fromkeys(ADVERSARY, 0.0) | {"steps": 1}
+    """What finetune.py does with these `rows` of the training split `train`, whose whole vocabulary is kept."""
+    adversary = ADVERSARIES["freelb" if side == "with FreeLB" else "vanilla"]
     model, tokenizer = Bert.load(folder), Tokenizer(Path(folder))
     if side == "its ticket":
         model = model.pruned(*draw_masks(torch.rand(6, 12), torch.rand(6, 1536), 1 / 6, 0.3))
@@ -240,11 +259,11 @@ def finetune_work(folder, side, dtype, train, rows, test, batch_size, max_length
     def steps():
         for batch in rows.batches(batch_size, np.random.default_rng(0)):
             loss_of = lambda delta: model.class_loss(*batch, delta=delta)  # noqa: E731
-            yield freelb(loss_of, batch.token_mask, 384, **adversary)
+            yield freelb_step(loss_of, batch.token_mask, 384, adversary)
 
     def loss():
         with torch.no_grad():
-            losses = [model.class_loss(*batch) * len(batch[-1]) for batch in rows.batches(batch_size)]
+            losses = [model.class_loss(*batch) * len(batch.labels) for batch in rows.batches(batch_size)]
         return sum(losses) / len(rows)
 
     def classify():
@@ -257,38 +276,29 @@ def finetune_work(folder, side, dtype, train, rows, test, batch_size, max_length
 
 
 def bench_load(options, folder):
-    """A file is mapped, not read, before its numbers are used: so the time until each was used once counts as well."""
+    """Files are memory-mapped, so a load alone reads little: the time until every weight was used is measured, too."""
     torch.manual_seed(0)
     model = Bert(Config(), mlm=True)
-    for kind in ("safetensors", "bin", "tensorflow"):
+    for kind in ("safetensors", "bin"):
         (folder / kind).mkdir()
         model.save(folder / kind, (), {})
-    tensors = read_weights(folder / "safetensors")
     size = (folder / "safetensors" / "model.safetensors").stat().st_size
-    torch.save(dict(tensors), folder / "bin" / "pytorch_model.bin")
-    libraries.write_tensorflow(folder / "tensorflow" / "bert_model.ckpt", tensors)
-    for kind in ("bin", "tensorflow"):
-        (folder / kind / "model.safetensors").unlink()
-    sides = ("orticket", "transformers")
-    cases = [(side, kind) for kind in ("safetensors", "bin") for side in sides] + [("orticket", "tensorflow")]
-    figures = {}
-    for case, results in in_turn(options, cases, folder).items():
-        figures[case] = {key: statistics.median(result[key] for result in results) for key in results[0]}
-    print(
-        f"loading BERT-base with MLM head, {size / 1e6:.0f} MB, {describe(torch.device('cpu'))}; "
-        f"medians of {options.rounds} processes"
-    )
-    print("                             seconds  and each number used  peak memory / file  times transformers")
-    for (side, kind), row in figures.items():
-        against = row["used"] / figures["transformers", "bin" if kind == "bin" else "safetensors"]["used"]
-        print(f"{side:>14s}, {kind:11s}  {row['seconds']:8.3f}  {row['used']:20.3f}", end="  ")
-        print(f"{row['memory'] / size:18.2f}  {against:18.2f}")
-    agree([row["sum"] for row in figures.values()], 0.1)
+    torch.save(dict(read_weights(folder / "safetensors")), folder / "bin" / "pytorch_model.bin")
+    (folder / "bin" / "model.safetensors").unlink()
+    cases = [(side, kind) for kind in ("safetensors", "bin") for side in ("orticket", "transformers")]
+    figures = {case: medians(results) for case, results in run_workers(options, cases, folder).items()}
+    for (_, kind), row in figures.items():
+        row |= {"of_file": row["memory"] / size, "ratio": row["used"] / figures["transformers", kind]["used"]}
+    machine = describe(torch.device("cpu"))
+    print(f"loading BERT-base with MLM head, {size / 1e6:.0f} MB, {machine}; medians of {options.rounds} processes")
+    columns = {"seconds to load": "{seconds:.3f}", "to use all weights": "{used:.3f}"}
+    print_table(figures, columns | {"peak memory / file": "{of_file:.2f}", "ratio to transformers": "{ratio:.2f}"})
+    check_agreement([row["sum"] for row in figures.values()], 0.1)
     return figures
 
 
 def time_load(options, side, kind, folder):
-    """Prints {"seconds" to load, "used": until every number was read, "memory" above that of torch, "sum"} as JSON."""
+    """{"seconds" to load, "used": seconds until all weights were read, "memory" beyond that of torch, "sum"}."""
     if side == "transformers":
         from transformers import BertForMaskedLM
     torch.ones(2**20).sum()
@@ -299,71 +309,69 @@ def time_load(options, side, kind, folder):
     seconds = time.perf_counter() - start
     total = sum(p.sum(dtype=torch.float64).item() for p in model.parameters())
     used = time.perf_counter() - start
-    memory = peak_memory(cpu) - before
-    print(json.dumps({"seconds": seconds, "used": used, "memory": memory, "sum": total}))
+    return {"seconds": seconds, "used": used, "memory": peak_memory(cpu) - before, "sum": total}
 
 
 # ------------------------------------------------------------------------------------------------------- attack
 
-PARTS = ("the model", "sentence encoder", "part of speech", "substitutes", "the rest", "import")
-
 
 def bench_attack(options, folder):
-    """Seconds from the first to the last example; the import of TextAttack, the same for both, is shown apart."""
+    """Seconds from the first to the last example. The import of TextAttack, the same for both, is shown separately."""
     cases = [("orticket", "fp32"), ("textattack", "fp32"), ("orticket", "bf16")]
     if pick_precision(pick_device(), "auto") == torch.float32:
         cases.pop()
-    figures, found = {}, {}
-    for case, results in in_turn(options, cases, folder).items():
-        found[case] = results[0].pop("found")
-        figures[case] = {part: statistics.median(result[part] for result in results) for part in PARTS}
-        figures[case]["seconds"] = statistics.median(result["seconds"] for result in results)
-        figures[case]["queries"] = sum(queries for _, _, queries in found[case])
-    wanted = found["textattack", "fp32"]
-    print(
-        f"{options.attack} on {options.n} rows of {options.task}, {describe(pick_device())}; "
-        f"seconds, medians of {options.rounds} processes"
-    )
-    print("                      in all  times orticket's  queries  same outcome  " + "  ".join(PARTS))
-    for case, row in figures.items():
-        same = sum(one == other for one, other in zip(found[case], wanted))
-        parts = "  ".join(f"{row[part]:>{len(part)}.2f}" for part in PARTS)
-        print(f"{case[0]:>12s} in {case[1]}  {row['seconds']:7.2f}", end="  ")
-        print(f"{row['seconds'] / figures['orticket', 'fp32']['seconds']:16.2f}", end="  ")
-        print(f"{row['queries']:7,}  {f'{same} of {options.n}':>12s}  {parts}")
+    results, figures = run_workers(options, cases, folder), {}
+    texts = {case: [result.pop("found") for result in results[case]][0] for case in cases}
+    for case in cases:
+        figures[case] = row = medians(results[case])
+        row["ratio"] = row["seconds"] / figures["orticket", "fp32"]["seconds"]
+        row["queries"] = sum(queries for _, _, queries in texts[case])
+        row["same"] = sum(one == other for one, other in zip(texts[case], texts["textattack", "fp32"]))
+    print(f"{options.attack} on {options.n} rows of {options.task}, {describe(pick_device())}")
+    print(f"seconds, medians of {options.rounds} processes; ratio to orticket in fp32")
+    columns = {"in all": "{seconds:.2f}", "ratio": "{ratio:.2f}", "queries": "{queries:,}"}
+    columns |= {"same outcome": f"{{same}} of {options.n}"} | {part: f"{{{part}:.2f}}" for part in ATTACK_PARTS}
+    print_table(figures, columns)
     return figures
 
 
 def time_attack(options, side, precision, folder):
-    """Prints {"seconds", those of each of PARTS, "found": [[outcome, text, queries] of each example]} as JSON."""
-    clock = dict.fromkeys(PARTS, 0.0)
+    """{"seconds", those of each of ATTACK_PARTS, "found": [[outcome, text, queries] of each example]}."""
+    clock = dict.fromkeys(ATTACK_PARTS, 0.0)
     start = time.perf_counter()
-    textattack, nltk_data = attack.import_textattack()
+    textattack, nltk_data = import_textattack()
     clock["import"] = time.perf_counter() - start
+    tune_allocator()
     given = {"task": options.task, "model": "minilm", "output": options.output, "n": options.n}
-    given["vectors"] = options.vectors
-    given = attack.Options(attack=options.attack, ticket="none", precision=precision, max_length=512, **given)
-    recipe, examples = (attack_of if side == "orticket" else unwrapped)(textattack, nltk_data, given)
-    spend(clock, "the model", recipe.goal_function, "model")
+    given |= {"attack": options.attack, "vectors": options.vectors, "precision": precision}
+    given = attack.Options(**given, ticket="none", max_length=512)
+    device, task = pick_device(), data.find_task(options.task)
+    splits = task.load(None)
+    victim, _, _ = attack.find_victim(given, task, splits, device, pick_precision(device, precision))
+    recipe, _ = recipes.build(textattack, nltk_data, options.attack, given, task, victim)
+    if side == "textattack":
+        libraries.restore_textattack(recipe, textattack, given)
+    count_time(clock, "the model", recipe.goal_function, "model")
     for constraint in recipe.constraints:
         for part, name in (("sentence encoder", "model"), ("part of speech", "_get_pos")):
             if hasattr(constraint, name):
-                spend(clock, part, constraint, name)
+                count_time(clock, part, constraint, name)
     if options.attack == "bertattack":
-        spend(clock, "substitutes", recipe.transformation, "_get_transformations")
+        count_time(clock, "substitutes", recipe.transformation, "_get_transformations")
     start, found = time.perf_counter(), []
-    for number, (columns, label) in examples.items():
+    for number in attack.sample(given, len(splits["test"])):
+        texts, label = splits["test"][number]
         textattack.shared.utils.set_seed(number)
-        attack.forget(recipe)
-        result = recipe.attack(columns, label)
+        attack.clear_caches(recipe)
+        result = recipe.attack(OrderedDict(zip(task.columns, texts)), label)
         found.append((type(result).__name__, result.perturbed_result.attacked_text.text, result.num_queries))
     seconds = time.perf_counter() - start
-    clock["the rest"] = seconds - sum(clock[part] for part in PARTS[:4])
-    print(json.dumps(clock | {"seconds": seconds, "found": found}))
+    clock["the rest"] = seconds - sum(clock[part] for part in ATTACK_PARTS[:4])
+    return clock | {"seconds": seconds, "found": found}
 
 
-def spend(clock, part, owner, name):
-    """Let calls of owner.name count as this part's time."""
+def count_time(clock, part, owner, name):
+    """Add the time of all calls of owner.name to clock[part]."""
     call = getattr(owner, name)
 
     def timed(*arguments):
@@ -374,26 +382,6 @@ def spend(clock, part, owner, name):
             clock[part] += time.perf_counter() - start
 
     setattr(owner, name, timed)
-
-
-def attack_of(textattack, nltk_data, options):
-    """(the recipe as attack.py has it, {number: (columns, label)} of the rows it attacks)."""
-    keep_memory()
-    device = pick_device()
-    task = data.find_task(options.task)
-    splits, dtype = task.load(None), pick_precision(device, options.precision)
-    victim, _, _ = attack.find_victim(options, task, splits, device, dtype)
-    recipe, _ = recipes.build(textattack, nltk_data, options.attack, options, task, victim)
-    test = splits["test"]
-    rows = {number: test[number] for number in attack.sample(options, len(test))}
-    return recipe, {i: (OrderedDict(zip(task.columns, texts)), label) for i, (texts, label) in rows.items()}
-
-
-def unwrapped(textattack, nltk_data, options):
-    """The same as TextAttack's users run it."""
-    recipe, examples = attack_of(textattack, nltk_data, options)
-    libraries.unwrap(recipe, textattack, options)
-    return recipe, examples
 
 
 if __name__ == "__main__":

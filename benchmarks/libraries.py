@@ -1,24 +1,28 @@
-"""What bench.py compares with: transformers and TextAttack as their users run them, and files as others write them."""
+"""The baselines of bench.py: transformers and TextAttack, used as their documentation shows."""
 
 import os
 import tempfile
-from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 
 import data
-from checkpoints.tensorflow1 import MAGIC, crc32c
-from freelb import freelb
+from freelb import freelb, initial_delta
 from runtime import files
 from runtime.device import pick_device
 
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 
 
+def freelb_step(loss_of, mask, dim, adversary):
+    """The loss and gradients of FreeLB, for both sides. adversary: (K, step size, magnitude of delta, epsilon)."""
+    steps, lr, init_mag, max_norm = adversary
+    return freelb(loss_of, initial_delta(mask, dim, init_mag, max_norm), mask, steps, lr, max_norm)
+
+
 def search_work(folder, attention, batch, adversary, device):
-    """transformers' BertForMaskedLM on FreeLB's loss, as its published scripts and EarlyRobust's drive it: all tokens'
-    logits, a new perturbation of the input embeddings a pass. It has no coefficients to learn."""
+    """BertForMaskedLM trained with FreeLB, as FreeLB's and EarlyRobust's published scripts do: with the logits of all
+    tokens, and delta added to the input embeddings. There are no coefficients."""
     from transformers import BertForMaskedLM
 
     model = BertForMaskedLM.from_pretrained(folder, attn_implementation=attention).to(device)
@@ -32,7 +36,7 @@ def search_work(folder, attention, batch, adversary, device):
         return model(inputs_embeds=words, attention_mask=mask, labels=wanted).loss
 
     def loss():
-        return freelb(loss_of, mask, model.config.hidden_size, **adversary)
+        return freelb_step(loss_of, mask, model.config.hidden_size, adversary)
 
     def steps():
         yield loss()
@@ -41,8 +45,8 @@ def search_work(folder, attention, batch, adversary, device):
 
 
 def finetune_work(folder, attention, rows, test, batch_size, max_length, device):
-    """transformers' BertForSequenceClassification as its Trainer runs it by default: random batches, each padded to
-    its longest row by DataCollatorWithPadding. rows, test: [(tuple of texts, label)]."""
+    """BertForSequenceClassification as the Trainer trains it by default: random batches, each padded to its longest row
+    by DataCollatorWithPadding. rows, test: [(tuple of texts, label)]."""
     from transformers import BertForSequenceClassification, BertTokenizerFast, DataCollatorWithPadding
 
     model = BertForSequenceClassification.from_pretrained(folder, attn_implementation=attention).to(device)
@@ -77,9 +81,9 @@ def finetune_work(folder, attention, rows, test, batch_size, max_length, device)
     return SimpleNamespace(modules=[model], steps=steps, loss=loss, classify=classify, tokens=tokens)
 
 
-def unwrap(recipe, textattack, options):
-    """Attack.py's recipe again as TextAttack's users run it: its wrapper around transformers' model, its batches, its
-    masked-LM transformation. What stays is common to the two: word vectors, tagger, and the encoder's weights."""
+def restore_textattack(recipe, textattack, options):
+    """Change the recipe of attack.py back to TextAttack's own model wrapper, batches and masked-LM transformation. Both
+    sides share the word vectors, the tagger and the encoder's weights."""
     import transformers
 
     folder = files.model_folder(options.output, options.model) / files.task_folder(options.task)
@@ -90,10 +94,10 @@ def unwrap(recipe, textattack, options):
     recipe.goal_function.batch_size = 32
     minilm, _ = data.find_model("minilm")
     encoder = transformers.AutoModel.from_pretrained(minilm).eval().to(device)
-    encoders_tokenizer = transformers.AutoTokenizer.from_pretrained(minilm)
+    encoder_tokenizer = transformers.AutoTokenizer.from_pretrained(minilm)
 
     def encode(texts):
-        batch = encoders_tokenizer(texts, padding=True, truncation=True, max_length=256, return_tensors="pt")
+        batch = encoder_tokenizer(texts, padding=True, truncation=True, max_length=256, return_tensors="pt")
         batch = batch.to(device)
         with torch.no_grad():
             states = encoder(**batch).last_hidden_state
@@ -103,51 +107,12 @@ def unwrap(recipe, textattack, options):
     for constraint in recipe.constraints:
         if hasattr(constraint, "sim_metric"):
             constraint.model = encode
-            vars(constraint).pop("_score_list", None)  # ours, which leaves out what does not count
+            vars(constraint).pop("_score_list", None)  # attack.py's, which encodes fewer texts
     if options.attack == "bertattack":
-        with tempfile.TemporaryDirectory() as whole:
-            ours = recipe.transformation.substitutes.model
-            ours.save(whole, ("0", "1"), {})
-            masked_lm = transformers.BertForMaskedLM.from_pretrained(whole)
-        settings = {"max_candidates": options.bert_attack_k, "tokenizer": encoders_tokenizer}
+        with tempfile.TemporaryDirectory() as copy:
+            recipe.transformation.substitutes.model.save(copy, ("0", "1"), {})
+            masked_lm = transformers.BertForMaskedLM.from_pretrained(copy)
+        settings = {"max_candidates": options.bert_attack_k, "tokenizer": encoder_tokenizer}
         recipe.transformation = textattack.transformations.WordSwapMaskedLM(
             method="bert-attack", masked_language_model=masked_lm, **settings
         )
-
-
-def write_tensorflow(prefix, tensors):
-    """A TensorFlow 1 checkpoint of published tensors, by the format that tensorflow1.py describes."""
-
-    def varint(number):
-        low = bytes([number & 127 | (128 if number > 127 else 0)])
-        return low + (varint(number >> 7) if number > 127 else b"")
-
-    def field(number, value):
-        if isinstance(value, int):
-            return varint(number << 3) + varint(value)
-        return varint(number << 3 | 2) + varint(len(value)) + value
-
-    def block(entries):
-        body = b"".join(varint(0) + varint(len(key)) + varint(len(value)) + key + value for key, value in entries)
-        body += bytes(4) + (1).to_bytes(4, "little") + bytes(1)
-        return body + crc32c(body).to_bytes(4, "little")
-
-    entries, offset = [], 0
-    with open(f"{prefix}.data-00000-of-00001", "wb") as file:
-        for name, tensor in tensors.items():
-            name = name.replace("layer.", "layer_").replace("LayerNorm.weight", "LayerNorm.gamma").replace(".", "/")
-            if name.endswith("_embeddings/weight"):
-                name = name.removesuffix("/weight")
-            elif tensor.dim() == 2:
-                name, tensor = name.replace("/weight", "/kernel"), tensor.t()
-            file.write(tensor.contiguous().numpy())
-            shape = b"".join(field(2, field(1, size)) for size in tensor.shape)
-            place = field(4, offset) + field(5, tensor.numel() * 4)
-            entries.append((name.encode(), field(1, 1) + field(2, shape) + place))
-            offset += tensor.numel() * 4
-    content = block([(b"", field(1, 1)), *sorted(entries)])
-    where = varint(0) + varint(len(content) - 5)
-    index, empty = block([(b"~", where)]), block([])
-    footer = varint(len(content)) + varint(len(empty) - 5) + varint(len(content) + len(empty)) + varint(len(index) - 5)
-    footer = footer.ljust(40, b"\0") + MAGIC.to_bytes(8, "little")
-    Path(f"{prefix}.index").write_bytes(content + empty + index + footer)

@@ -1,6 +1,8 @@
-"""How the cost grows with the work, `python bench.py scale`: searching with the size of the corpus, fine-tuning with
-its tokens, an attack with its queries. Each is measured at several sizes; a level line for the search and straight ones
-for the others, after their start-up, are what should come out. Draws OUTPUT/scale.png and writes OUTPUT/scale.json.
+"""How the cost grows with the work: `python -m benchmarks.bench scale`.
+
+Measures searching by the size of the corpus, fine-tuning by its tokens and an attack by its queries, each at several
+sizes. The search should cost the same per token at every size, the others grow linearly after their start-up. Writes
+OUTPUT/scale.json and OUTPUT/scale.png.
 """
 
 import json
@@ -17,139 +19,142 @@ import numpy as np
 import torch
 
 import data
-import search
+from benchmarks.libraries import freelb_step
 from bert import Bert
 from checkpoints.provenance import versions
-from freelb import freelb
+from freelb import ADVERSARIES
 from gates import Coefficients
+from inputs.batches import Blocks
 from inputs.tokenizer import Tokenizer
 from runtime import cli, files
 from runtime.cli import BadInput
-from runtime.cpu import keep_memory
+from runtime.cpu import tune_allocator
 from runtime.device import autocast, describe, peak_memory, pick_device, pick_precision
 
-STEPS = 12  # of a search that are timed, after as many that are not
-ROWS = (375, 750, 1500, 3000, 6000)  # of rt that are fine-tuned on
-EXAMPLES = (5, 10, 20, 40)  # of rt that are attacked
+STEPS = 12  # timed steps of a search, after as many for warming up
+ROWS = (375, 750, 1500, 3000, 6000)  # training rows of rt
+EXAMPLES = (5, 10, 20, 40)  # attacked rows of rt
 
 
 def bench(options):
     sizes = [megabytes for megabytes in (1, 10, 100, 1000) if megabytes < options.megabytes] + [options.megabytes]
-    figures = {"machine": describe(pick_device()), "versions": versions()}
+    figures = {"machine": describe(pick_device()), "versions": versions(), "search": [], "finetune": [], "attack": []}
     bar = cli.progress(len(sizes) + len(ROWS) + len(EXAMPLES), description="scale", unit="size")
+    # the cache is in the temporary folder, too, so that a gigabyte of tokens is not kept
     with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, XDG_CACHE_HOME=folder):
-        # the cache is there, too: a gigabyte of tokens that nobody needs again
-        figures["search"] = [step_of(bar, of_search, size, options, Path(folder)) for size in sizes]
-        figures["finetune"] = [step_of(bar, of_finetuning, rows, folder) for rows in ROWS]
-        figures["attack"] = [step_of(bar, of_attack, n, folder) for n in EXAMPLES]
+        for what, measure, values in (
+            ("search", lambda megabytes: measure_search(megabytes, options, Path(folder)), sizes),
+            ("finetune", lambda rows: measure_finetuning(rows, folder), ROWS),
+            ("attack", lambda n: measure_attack(n, folder), EXAMPLES),
+        ):
+            for value in values:
+                bar.set_postfix_str(f"{what}, {value}")
+                figures[what].append(measure(value))
+                bar.update()
     bar.close()
     report(figures)
-    files.write_json(Path(options.output) / "scale.json", figures)
-    plot(figures, Path(options.output) / "scale.png")
-    print(f"figures: {Path(options.output) / 'scale.json'}, plot: {Path(options.output) / 'scale.png'}")
+    output = Path(options.output)
+    files.write_json(output / "scale.json", figures)
+    plot(figures, output / "scale.png")
+    print(f"figures: {output / 'scale.json'}, plot: {output / 'scale.png'}")
 
 
-def step_of(bar, measure, size, *given):
-    bar.set_postfix_str(f"{measure.__name__.removeprefix('of_')}, {size}")
-    found = measure(size, *given)
-    bar.update()
-    return found
-
-
-def of_search(megabytes, options, folder):
-    """Seconds per million tokens: of tokenizing a corpus of BBC's documents in another order, again and again until it
-    is as large, and of the search's steps on it; memory in GB."""
-    path = folder / f"{megabytes}.txt"
+def write_corpus(path, size):
+    """Write `size` bytes: the documents of BBC News, one per line, repeated in random orders."""
     documents = [" ".join(text.split()) for text in data.find_corpus("bbc")[0]]
     generator, written = random.Random(0), 0
     with open(path, "w", encoding="utf8") as file:
-        while written < megabytes * 10**6:
+        while written < size:
             generator.shuffle(documents)
             for text in documents:
-                if written < megabytes * 10**6:
+                if written < size:
                     written += file.write(f"{text}\n")
+
+
+def measure_search(megabytes, options, folder):
+    """Seconds per million tokens of tokenizing a corpus and of the search's steps on it; memory in GB."""
+    path = folder / f"{megabytes}.txt"
+    write_corpus(path, megabytes * 10**6)
     device, source = pick_device(), data.find_model("minilm")[0]
     dtype = pick_precision(device, "auto")
-    keep_memory()
+    tune_allocator()
     torch.manual_seed(0)
     model, tokenizer = Bert.load(source, mlm=True).to(device).train(), Tokenizer(source)
-    given = search.Options(corpus=str(path), batch_size=options.batch_size, block=options.block)
     start = time.perf_counter()
-    mlm = search.MLM(given, tokenizer, model.config, device)
-    prepared = time.perf_counter() - start
+    blocks = Blocks(tokenizer, *data.find_corpus(str(path)), options.block, device)
+    preparing = time.perf_counter() - start
     path.unlink()
-    c = Coefficients(model.config.num_hidden_layers, model.config.num_attention_heads, model.config.intermediate_size)
-    c.to(device)
-    optimizer = torch.optim.AdamW([*model.parameters(), *c.parameters()], lr=given.learning_rate, fused=True)
-    adversary = {name: getattr(given, f"adv_{name}") for name in ("steps", "lr", "init_mag", "max_norm")}
-    order = mlm.epoch(0, 0, given.batch_size)
+    config = model.config
+    c = Coefficients(config.num_hidden_layers, config.num_attention_heads, config.intermediate_size).to(device)
+    optimizer = torch.optim.AdamW([*model.parameters(), *c.parameters()], lr=2e-5, fused=True)
+    order = blocks.epoch(options.batch_size, 0, 0)
     for step in range(2 * STEPS):
         if step == STEPS:
             start = time.perf_counter()
-        chosen = order[step % len(order)]
-        present, loss_for = mlm.batch(chosen, model, c)
+        ids, positions, labels = blocks.batch(order[step % len(order)])
+
+        def loss_of(delta):
+            return model.mlm_loss(model(ids, positions=positions, gates=c.gates, delta=delta), labels)
+
         with autocast(device, dtype):
-            freelb(loss_for(slice(0, len(chosen)))[0], present, model.config.hidden_size, **adversary).item()
+            freelb_step(loss_of, torch.ones_like(ids), config.hidden_size, ADVERSARIES["freelb"]).item()
         optimizer.step()
         optimizer.zero_grad()
-    seconds = time.perf_counter() - start
+    searching = time.perf_counter() - start
     return {
         "megabytes": megabytes,
-        "tokens": mlm.blocks.tokens,
-        "preparing": 1e6 * prepared / mlm.blocks.tokens,
-        "searching": 1e6 * seconds / (STEPS * given.batch_size * given.block),
+        "tokens": blocks.tokens,
+        "preparing": 1e6 * preparing / blocks.tokens,
+        "searching": 1e6 * searching / (STEPS * options.batch_size * options.block),
         "memory": peak_memory(device) / 1e9,
     }
 
 
-def of_finetuning(rows, folder):
-    """The seconds that finetune.py counts for one epoch of `rows` rows of rt, and their tokens."""
+def measure_finetuning(rows, folder):
+    """Tokens and seconds of one epoch on `rows` rows of rt, as finetune.py measures them."""
     run("finetune.py", "--ticket", "none", "--epochs", 1, "--train-rows", rows, "--output", folder, "--overwrite")
     metrics = files.read_json(next(Path(folder).rglob("metrics.json")))
     return {"tokens": round(metrics["tokens_per_second"] * metrics["seconds"]), "seconds": metrics["seconds"]}
 
 
-def of_attack(n, folder):
-    """The seconds of TextFooler on n rows, from typing the command, and its queries to the model."""
+def measure_attack(n, folder):
+    """Queries to the model and seconds, start-up included, of TextFooler on n rows."""
     seconds = run("attack.py", "--ticket", "none", "--n", n, "--output", folder, "--overwrite")
-    path = next(Path(folder).rglob("textfooler.jsonl"))
-    rows = [json.loads(line) for line in path.read_text("utf8").splitlines()]
-    return {"queries": sum(row["queries"] for row in rows if "queries" in row), "seconds": seconds}
+    rows = map(json.loads, next(Path(folder).rglob("textfooler.jsonl")).read_text("utf8").splitlines())
+    return {"queries": sum(row.get("queries", 0) for row in rows), "seconds": seconds}
 
 
 def run(script, *flags):
-    """Seconds of a script of ours. Raises BadInput with its last words where it fails."""
+    """Seconds of a script. Raises BadInput with the last line of its errors if it fails."""
     start = time.perf_counter()
-    command = [sys.executable, str(Path(__file__).resolve().parents[1] / script), "--model", "minilm", *map(str, flags)]
-    ended = subprocess.run(command, capture_output=True, text=True)
-    if ended.returncode:
-        raise BadInput(f"{script} failed: {cli.last_words(ended.stderr, ended.returncode)}")
+    path = Path(__file__).resolve().parents[1] / script
+    command = [sys.executable, path, "--model", "minilm", *map(str, flags)]
+    process = subprocess.run(command, capture_output=True, text=True)
+    if process.returncode:
+        raise BadInput(f"{script} failed: {cli.last_words(process.stderr, process.returncode)}")
     return time.perf_counter() - start
 
 
-def fits(figures):
-    """{what: (x, y, (intercept, slope))} of fine-tuning and attack."""
-    found = {}
-    for what, of in (("finetune", "tokens"), ("attack", "queries")):
-        x, y = (np.array([row[name] for row in figures[what]], dtype=float) for name in (of, "seconds"))
-        slope, intercept = np.polyfit(x, y, 1)
-        found[what] = x, y, (intercept, slope)
-    return found
+def fit_lines(figures):
+    """Least squares of fine-tuning and attack: {what: (unit, x, seconds, (intercept, slope))}."""
+    fits = {}
+    for what, unit in (("finetune", "tokens"), ("attack", "queries")):
+        x, seconds = (np.array([row[name] for row in figures[what]], dtype=float) for name in (unit, "seconds"))
+        slope, intercept = np.polyfit(x, seconds, 1)
+        fits[what] = unit, x, seconds, (intercept, slope)
+    return fits
 
 
 def report(figures):
     print(f"on {figures['machine']}")
     print("search: corpus in MB     tokens  s per million tokens: preparing  searching  peak GB")
     for row in figures["search"]:
-        print(
-            f"{row['megabytes']:20,}  {row['tokens']:11,}  {row['preparing']:29.2f}  {row['searching']:9.1f}", end="  "
-        )
-        print(f"{row['memory']:7.2f}")
-    for what, (x, y, (intercept, slope)) in fits(figures).items():
-        unit = "tokens" if what == "finetune" else "queries"
+        cells = f"{row['megabytes']:20,}  {row['tokens']:11,}  {row['preparing']:29.2f}"
+        print(f"{cells}  {row['searching']:9.1f}  {row['memory']:7.2f}")
+    for what, (unit, x, seconds, (intercept, slope)) in fit_lines(figures).items():
         print(f"{what}: {slope * 1000:.2f} s per 1,000 {unit}, {intercept:.1f} s of start-up")
-        for a, b in zip(x, y):
-            print(f"  {a:9,.0f} {unit} {b:8.1f} s, the line says {intercept + slope * a:8.1f} s")
+        for a, b in zip(x, seconds):
+            print(f"  {a:9,.0f} {unit} {b:8.1f} s, linear fit {intercept + slope * a:8.1f} s")
 
 
 def plot(figures, path):
@@ -162,20 +167,17 @@ def plot(figures, path):
     sizes = [row["megabytes"] for row in figures["search"]]
     for name, marker in (("searching", "o"), ("preparing", "s")):
         axes[0].plot(sizes, [row[name] for row in figures["search"]], marker=marker, label=name)
-    axes[0].set(
-        xscale="log", yscale="log", xlabel="corpus in MB", ylabel="seconds per million tokens", title="search.py"
-    )
+    axes[0].set(xscale="log", yscale="log", xlabel="corpus in MB", ylabel="seconds per million tokens")
+    axes[0].set_title("search.py")
     axes[0].legend()
-    for axis, (what, (x, y, (intercept, slope))) in zip(axes[1:], fits(figures).items()):
+    for axis, (what, (unit, x, seconds, (intercept, slope))) in zip(axes[1:], fit_lines(figures).items()):
         ends = np.array([0, x.max()])
-        axis.plot(ends, intercept + slope * ends, color="gray", linewidth=1, label="straight line")
-        axis.plot(x, y, "o", label="measured")
-        unit = "tokens of an epoch" if what == "finetune" else "queries to the model"
+        axis.plot(ends, intercept + slope * ends, color="gray", linewidth=1, label="linear fit")
+        axis.plot(x, seconds, "o", label="measured")
         axis.set(xlabel=unit, ylabel="seconds", title=f"{what}.py", xlim=(0, None), ylim=(0, None))
         axis.xaxis.set_major_formatter("{x:,.0f}")
         axis.xaxis.get_major_locator().set_params(nbins=5)
         axis.legend()
     figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
     with files.atomic_write(path) as tmp_path:
         figure.savefig(tmp_path, dpi=150, format="png")

@@ -76,7 +76,7 @@ def run_script(name, /, **flags):
     if code == 130:
         raise KeyboardInterrupt
     if code:
-        raise BadInput(f"{name} {' '.join(arguments)} failed with exit code {code}")
+        raise BadInput(f"python {' '.join(map(str, [*program, *arguments]))} failed with exit code {code}")
 
 
 def run_method(options, task, name, seed):

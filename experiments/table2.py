@@ -1,6 +1,8 @@
 """Table 2: cost of training (seconds, peak memory, parameters) with FreeLB, without an adversary, and of a ticket.
 
-python -m experiments.table2 --tasks imdb
+    python -m experiments.table2 --tasks imdb
+
+The options are those of table1.py, but nothing is attacked.
 """
 
 from experiments.tables import make_table

@@ -1,6 +1,8 @@
 """Table 3: tickets of a search with and without an adversary, each fine-tuned with and without FreeLB.
 
-python -m experiments.table3 --tasks imdb agnews qqp
+    python -m experiments.table3 --tasks imdb agnews qqp
+
+The options are those of table1.py.
 """
 
 from experiments.tables import make_table

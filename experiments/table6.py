@@ -1,6 +1,8 @@
 """Table 6: ablation of what a ticket keeps, its pre-trained initialization and its structure.
 
-python -m experiments.table6 --tasks sst2
+    python -m experiments.table6 --tasks sst2
+
+The options are those of table1.py.
 """
 
 from experiments.tables import make_table

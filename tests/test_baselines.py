@@ -61,7 +61,7 @@ def test_infobert_with_zero_weights_is_freelb_and_the_anchor_never_moves_delta(t
     model = Bert.load(tmp_path).train()
     anchor = infobert.Anchor(24)
     ids, mask, _ = inputs(model.config, 4, 9)
-    labels, adversary = torch.tensor([0, 1, 1, 0]), {"steps": 3, "lr": 0.5, "init_mag": 0.1, "max_norm": 0.0}
+    labels, first = torch.tensor([0, 1, 1, 0]), freelb.initial_delta(mask, 24, init_mag=0.1, max_norm=0.0)
     found = {}
     for alpha, beta in ((None, None), (0.0, 0.0), (1.0, 0.0), (0.0, 1.0)):
         model.zero_grad()
@@ -76,9 +76,9 @@ def test_infobert_with_zero_weights_is_freelb_and_the_anchor_never_moves_delta(t
             deltas.append(delta.detach().clone())
             return loss_of(delta)
 
-        model.eval()  # no dropout, and the same delta
+        model.eval()  # no dropout
         torch.manual_seed(3)
-        freelb.freelb(recorded, mask, 24, **adversary, extra_loss=extra_loss)
+        freelb.freelb(recorded, first.clone(), mask, steps=3, lr=0.5, max_norm=0.0, extra_loss=extra_loss)
         found[alpha, beta] = (
             torch.stack(deltas),
             torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]),

@@ -21,7 +21,6 @@ import transformers
 
 import data
 import search
-from benchmarks import libraries
 from bert import Bert
 from checkpoints import huggingface, tensorflow1
 from checkpoints import safetensors as our_safetensors
@@ -29,6 +28,7 @@ from inputs.tokenizer import Tokenizer
 from runtime import files
 from runtime.cli import BadInput
 from tests.conftest import FAMILIES, HERE, call, change, published_as, quick_search, saved
+from tests.tensorflow1_writer import write_tensorflow
 
 
 def test_safetensors_are_read_as_by_the_safetensors_library(tmp_path):
@@ -163,7 +163,7 @@ def test_optimizer_variables_of_a_tensorflow_checkpoint_are_left_out(tiny, tmp_p
     tensors = huggingface.read_weights(tiny)
     name = "bert.encoder.layer.0.output.dense.kernel"
     optimizers = {f"{name}.{of}": torch.ones(40, 24) for of in ("adam_m", "Adam", "AdamWeightDecayOptimizer", "lamb_v")}
-    libraries.write_tensorflow(tmp_path / "model.ckpt", tensors | optimizers | {"global_step": torch.ones(1)})
+    write_tensorflow(tmp_path / "model.ckpt", tensors | optimizers | {"global_step": torch.ones(1)})
     shutil.copy(tiny / "config.json", tmp_path)
     expected, found = (Bert.load(path, mlm=True).state_dict() for path in (tiny, tmp_path))
     assert all(torch.equal(expected[name], found[name]) for name in expected)
