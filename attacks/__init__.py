@@ -1,1 +1,1 @@
-"""TextAttack's recipes, with resources that can be had."""
+"""TextAttack's recipes against a model of this project, with resources that need no network."""

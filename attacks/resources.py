@@ -1,13 +1,11 @@
-"""What attacks draw on beside the model that they attack: synonyms, sentence vectors, a masked language model.
+"""What attacks use: the model under attack, a sentence encoder, synonyms, a masked language model.
 
-Each is what it is in the papers where that is at hand, and else something that needs no network; `description` says
-which, and what the paper has instead. Texts go in, numbers and words come out; TextAttack is not needed here.
+Each is the papers' own if available, or else a replacement that needs no network; its description says which.
 """
 
 import heapq
 import itertools
 import math
-import os
 import pickle
 import re
 from dataclasses import dataclass
@@ -15,8 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 import data
+from attacks import library
 from bert import Bert
 from inputs.batches import TokenizedSplit, length_sorted_batches
 from inputs.tokenizer import Tokenizer
@@ -25,52 +25,52 @@ from runtime.cli import BadInput
 from runtime.device import autocast
 
 PAPERS = "the papers': counter-fitted Paragram-SL999, cosine"
-TABLE = Path(__file__).with_name("synonyms.npz")  # counterfit.py made it
+BUNDLED = Path(__file__).with_name("synonyms.npz")  # written by counterfit.py
+RANKINGS = ("loop", "perplexity")  # of MaskedWords
 
 
-# ------------------------------------------------------------------------------------------------- texts in batches
+class TextModel:
+    """A model that reads texts, in batches of similar length.
 
-
-class Texts:
-    """A model that reads texts: they are tokenized, sorted by length, padded to the longest of their batch.
-
-    The same tokens are computed once, also when they come again: words misspelled in several ways are often the same
-    tokens. That saves time, and as they come out equal to the bit, no rounding error chooses among them.
+    Equal token sequences, such as different misspellings of a word, are computed once. This saves time, and rounding
+    errors do not choose among them.
     """
 
     def __init__(self, model, tokenizer, max_length, device, dtype, batch_size=64):
         self.model, self.tokenizer, self.max_length = model.to(device).eval(), tokenizer, max_length
-        self.device, self.dtype, self.batch_size, self.known = device, dtype, batch_size, {}
+        self.device, self.dtype, self.batch_size = device, dtype, batch_size
+        self.cache = {}  # (token ids, start of the second text) -> result
 
     @torch.inference_mode()
-    def each(self, texts, compute):
-        """compute(ids (B, T), mask (B, T) or None, segments) -> (B, ...), for texts or tuples of two: (n, ...) float32,
-        in their order, on the CPU."""
+    def compute(self, texts, function):
+        """Apply function(ids (B, T), mask (B, T) or None, segments (B, T) or None) -> (B, ...) to n texts or pairs.
+        Returns (n, ...) float32 on the CPU."""
         rows = [(text if isinstance(text, tuple) else (text,), 0) for text in texts]
         rows = TokenizedSplit(self.tokenizer, rows, self.max_length, self.device, cached=False)
-        ends, lengths, flat = rows.ends.tolist(), rows.lengths.tolist(), rows.ids.numpy()
-        keys = [(flat[end - n : end].tobytes(), second) for end, n, second in zip(ends, lengths, rows.second.tolist())]
-        if len(self.known) > 10_000:
-            self.known.clear()
-        first = {key: number for number, key in enumerate(keys) if key not in self.known}
-        new = np.array(list(first.values()), dtype=np.int64)
-        for chosen in length_sorted_batches(rows.lengths.numpy()[new], self.batch_size, None) if len(new) else ():
-            ids, mask, segments, _ = rows.batch(torch.from_numpy(new[chosen]))
+        tokens = np.split(rows.ids.numpy(), rows.ends[:-1].tolist())
+        keys = [(ids.tobytes(), second) for ids, second in zip(tokens, rows.second.tolist())]
+        if len(self.cache) > 10_000:
+            self.cache.clear()
+        number_of = {key: number for number, key in enumerate(keys) if key not in self.cache}
+        new = list(number_of.values())
+        for chosen in length_sorted_batches(rows.lengths[new], self.batch_size, None) if new else []:
+            numbers = [new[i] for i in chosen]
+            ids, mask, segments, _ = rows.batch(torch.tensor(numbers))
             with autocast(self.device, self.dtype):
-                found = compute(ids.to(self.device), *(t if t is None else t.to(self.device) for t in (mask, segments)))
-            self.known |= zip((keys[number] for number in new[chosen]), found.float().cpu())
-        return torch.stack([self.known[key] for key in keys])
+                results = function(ids, mask, segments)
+            self.cache |= zip((keys[number] for number in numbers), results.float().cpu())
+        return torch.stack([self.cache[key] for key in keys])
 
 
-class Classifier(Texts):
-    """Texts -> logits (n, labels) float32: what TextAttack asks of the model under attack."""
+class Classifier(TextModel):
+    """The model under attack: n texts -> logits (n, labels)."""
 
     def __call__(self, texts):
-        return self.each(texts, self.model.class_logits)
+        return self.compute(texts, self.model.class_logits)
 
 
-class Encoder(Texts):
-    """Texts -> unit vectors (n, d): the mean of all-MiniLM-L6-v2's last states, as sentence-transformers has it."""
+class SentenceEncoder(TextModel):
+    """all-MiniLM-L6-v2 with mean pooling, as in sentence-transformers: n texts -> unit vectors (n, d)."""
 
     description = "all-MiniLM-L6-v2, mean of its states (the papers': Universal Sentence Encoder)"
 
@@ -79,16 +79,13 @@ class Encoder(Texts):
         super().__init__(Bert.load(path, num_labels=0), Tokenizer(path), 256, device, dtype)
 
     def __call__(self, texts):
-        return self.each(texts, self.mean_state)
+        return self.compute(texts, self.mean_state)
 
     def mean_state(self, ids, mask, segments):
         states = self.model(ids, mask, segments).float()  # (B, T, d)
-        present = torch.ones_like(ids) if mask is None else mask
-        total = (states * present[:, :, None]).sum(1)  # (B, d): the mean, but for a factor that the next line takes out
-        return torch.nn.functional.normalize(total)
-
-
-# --------------------------------------------------------------------------------------------------------- synonyms
+        if mask is not None:
+            states = states * mask[:, :, None]
+        return F.normalize(states.sum(1))  # (B, d); the mean has the same direction
 
 
 @dataclass
@@ -97,167 +94,153 @@ class Synonyms:
 
     description: str
     words: list  # (n,)
-    neighbours: list  # of each word: the numbers of the words nearest to it, itself first
-    vectors: np.ndarray | None  # (n, d) float32, from which cosines follow
-    cosines: dict | None = None  # {(number, number): cosine} of neighbours, where there are no vectors
+    neighbours: list  # for each word the numbers of its nearest words, itself first
+    vectors: np.ndarray | None  # (n, d) float32
+    cosines: dict | None = None  # {(number, number): cosine} of neighbours, if there are no vectors
 
     def cosine(self, a, b):
-        """Of two numbers; 0 where they are no neighbours."""
+        """The cosine of two word numbers, 0 if they are not neighbours."""
         return 1.0 if a == b else self.cosines.get((a, b), 0.0)
 
 
 def find_synonyms(name):
-    """The Synonyms `name`: embedded, textattack (its cache), or an .npz file; None: TextAttack's where they are there.
-
-    Raises BadInput where they are not there or have another shape.
-    """
-    cache = Path(os.environ.get("TA_CACHE_DIR") or Path.home() / ".cache" / "textattack")
-    cache = cache / "word_embeddings" / "paragramcf"
-    if name is None:
-        name = "textattack" if (cache / "nn.npy").is_file() else "embedded"
-    if name == "textattack":
-        return textattacks_synonyms(cache)
-    path = TABLE if name == "embedded" else Path(name)
+    """Load Synonyms: "bundled", "textattack" (from its cache), an .npz file as counterfit.py describes, perhaps with
+    vectors (n, d), or None for TextAttack's if cached and else the bundled. Raises BadInput if they are malformed."""
+    cache = library.cache_folder() / "word_embeddings" / "paragramcf"
+    if name == "textattack" or name is None and (cache / "nn.npy").is_file():
+        return cached_synonyms(cache)
+    path = Path(name) if name not in (None, "bundled") else BUNDLED
     try:
-        with np.load(path) as file:  # never unpickles
-            table = {key: file[key] for key in file.files}
+        with np.load(path) as file:  # does not unpickle
+            table = dict(file)
         words, neighbours, similarity = table["words"].tolist(), table["neighbours"], table["similarity"]
         vectors = table["vectors"].astype(np.float32) if "vectors" in table else None
-        shapes = [np.shape(words), np.shape(vectors)[:1] or np.shape(words), neighbours.shape[:1], similarity.shape[:1]]
-        if len(set(shapes)) > 1 or neighbours.shape != similarity.shape or neighbours.ndim != 2:
+        n, k = neighbours.shape
+        if similarity.shape != (n, k) or len(words) != n or (vectors is not None and len(vectors) != n):
             raise ValueError("words (n,), neighbours (n, k), similarity (n, k), vectors (n, d) do not agree")
-        if not isinstance(words[0], str) or neighbours.min() < -1 or not 0 <= neighbours.max() < len(words):
-            raise ValueError("words must be texts, neighbours their numbers")
+        if not isinstance(words[0], str) or neighbours.min() < -1 or not 0 <= neighbours.max() < n:
+            raise ValueError("words must be texts, neighbours their numbers or -1")
     except Exception as error:  # numpy, zipfile and zlib each raise their own
         raise BadInput(f"--vectors {name} is no table of word vectors: {cli.one_line(error)}") from None
-    rows = [[number, *(n for n in row if n >= 0)] for number, row in enumerate(neighbours.tolist())]
+    rows = [[number, *(other for other in row if other >= 0)] for number, row in enumerate(neighbours.tolist())]
+    origin = "GloVe 50d counter-fitted" if path == BUNDLED else f"sha256 {files.sha256(path)[:8]}"
+    description = f"{path.name}, {n:,} words, {origin}"
+    cosines = None
     if vectors is None:
-        at = np.argwhere(neighbours >= 0)
-        keys = zip(at[:, 0].tolist(), neighbours[neighbours >= 0].tolist())
-        cosines = dict(zip(keys, similarity[neighbours >= 0].astype(np.float32).tolist()))
-        cosines |= {(b, a): cosine for (a, b), cosine in cosines.items()}
-        least = f"cosine >= {min(cosines.values()):.2f}"
-        whose = f"sha256 {files.sha256(path)[:8]}" if path != TABLE else "GloVe 50d counter-fitted"
-        description = f"{path.name}, {len(words):,} words, {whose}, {least} ({PAPERS} >= 0.5)"
-        return Synonyms(description, words, rows, None, cosines)
-    return Synonyms(
-        f"{path.name}, {len(words):,} words, sha256 {files.sha256(path)[:8]} ({PAPERS} >= 0.5)", words, rows, vectors
-    )
+        is_pair = neighbours >= 0  # False where a row is filled up with -1
+        a, b = is_pair.nonzero()[0].tolist(), neighbours[is_pair].tolist()
+        values = similarity[is_pair].astype(np.float32).tolist()
+        cosines = dict(zip(zip(a, b), values)) | dict(zip(zip(b, a), values))
+        description += f", cosine >= {min(values):.2f}"
+    return Synonyms(f"{description} ({PAPERS} >= 0.5)", words, rows, vectors, cosines)
 
 
-def textattacks_synonyms(folder):
-    """Those that TextAttack has fetched: the papers' own."""
+def cached_synonyms(folder):
+    """Synonyms from TextAttack's cache: the papers' own. Raises BadInput if they are missing or malformed."""
 
-    class Plain(pickle.Unpickler):
-        """Builds dictionaries, texts and numbers, and calls nothing."""
-
+    class SafeUnpickler(pickle.Unpickler):  # reads dictionaries, strings and numbers
         def find_class(self, module, name):
             raise pickle.UnpicklingError(f"it asks for {module}.{name}")
 
     try:
         with open(folder / "wordlist.pickle", "rb") as file:
-            number = Plain(file).load()
+            number_of = SafeUnpickler(file).load()
         neighbours, vectors = np.load(folder / "nn.npy"), np.load(folder / "paragram.npy")
-        words = sorted(number, key=number.get)
-        if not len(words) == len(neighbours) == len(vectors) or [number[word] for word in words] != list(
-            range(len(words))
-        ):
+        words = sorted(number_of, key=number_of.get)
+        numbers = [number_of[word] for word in words]
+        if numbers != list(range(len(neighbours))) or len(neighbours) != len(vectors):
             raise ValueError("its files do not belong together")
     except (OSError, ValueError, EOFError, AttributeError, TypeError, pickle.UnpicklingError) as error:
-        how = "TextAttack fetches it: WordEmbedding.counterfitted_GLOVE_embedding(); or --vectors embedded"
-        raise BadInput(f"{folder} is not TextAttack's table: {cli.one_line(error)}; {how}") from None
+        remedy = "TextAttack fetches it: WordEmbedding.counterfitted_GLOVE_embedding(); or --vectors bundled"
+        raise BadInput(f"{folder} is not TextAttack's table: {cli.one_line(error)}; {remedy}") from None
     return Synonyms("TextAttack's, counter-fitted Paragram-SL999", words, neighbours, vectors)
 
 
-# --------------------------------------------------------------------------------------------- masked language model
-
-
 class MaskedWords:
-    """BERT-Attack's substitutes for a word (Li et al. 2020), as TextAttack's WordSwapMaskedLM finds them, without its
-    padding to 512 tokens and without its k^n combinations.
+    """BERT-Attack's substitutes for a word (Li et al. 2020), equal to those of TextAttack's WordSwapMaskedLM.
 
-    A word that is one token has the k tokens that the masked language model finds likeliest in its place, where the
-    word stands unmasked. A word of n tokens has combinations of the k likeliest for each. TextAttack computes their
-    perplexities and means to sort by them, but does not: its k are the first in the order of a nested loop.
-    ranking: "loop", as it does, or "perplexity", as it means to.
+    For a word of one token they are the k tokens that the masked language model finds most likely in its place, with
+    the word unmasked; for a word of n tokens, k combinations of the k most likely per token. TextAttack ranks these by
+    perplexity, but returns the first in the order of a nested loop. ranking: "loop" as it does, or "perplexity".
     """
 
     def __init__(self, model, tokenizer, k, ranking, device, dtype):
         self.model, self.tokenizer, self.k, self.ranking = model.to(device).eval(), tokenizer, k, ranking
         self.device, self.dtype = device, dtype
-        self.last, self.top = None, None
+        self.last_text, self.last_predictions = None, None
 
     def __call__(self, text, masked_text, word, count_words, is_first):
-        """The substitutes for `word`, at most k. masked_text: `text` with [MASK] in its place; count_words: how many
-        words TextAttack sees in a string, since a substitute has to be one."""
-        encode, name_of = self.tokenizer.library.encode, self.tokenizer.library.id_to_token
-        masked = self.cut(encode(masked_text).ids)
-        if self.tokenizer.mask not in masked:  # it was cut off
+        """At most k substitutes for `word` in `text`, each a single word by `count_words`, TextAttack's word count.
+
+        masked_text: `text` with [MASK] in place of the word. is_first: whether the word is the first of the text.
+        """
+        encode, token_of = self.tokenizer.library.encode, self.tokenizer.library.id_to_token
+        masked = self.truncate(encode(masked_text).ids)
+        if self.tokenizer.mask not in masked:  # truncated
             return []
         start = masked.index(self.tokenizer.mask)
-        stop = start + len(encode(word, add_special_tokens=False).ids)
-        places = range(start, min(stop, self.model.config.max_length))
-        ids, scores = self.likeliest(text, places.stop)
-        columns = [[name_of(i) for i in ids[place]] for place in places]
-        if len(places) == 1:
-            return [name for name in columns[0] if count_words(name) == 1 and not self.is_piece(name, is_first)]
+        end = min(start + len(encode(word, add_special_tokens=False).ids), self.model.config.max_length)
+        ids, scores = self.predict(text, end)
+        columns = [[token_of(i) for i in row] for row in ids[start:end]]  # the k tokens of each position
+        if len(columns) == 1:
+            return [token for token in columns[0] if count_words(token) == 1 and not self.is_suffix(token, is_first)]
         if self.ranking == "loop":
             candidates = in_loop_order(columns, count_words)
         else:
-            joined = ("".join(names).replace("##", "") for names in best_first(columns, [scores[p] for p in places]))
-            candidates = (name for name in joined if count_words(name) == 1)
+            joined = ("".join(tokens).replace("##", "") for tokens in best_first(columns, scores[start:end]))
+            candidates = (candidate for candidate in joined if count_words(candidate) == 1)
         return list(itertools.islice(candidates, self.k))
 
-    def cut(self, ids):
-        """A text's tokens, no more than the model reads."""
+    def truncate(self, ids):
         longest = self.model.config.max_length
         return ids if len(ids) <= longest else ids[: longest - 1] + ids[-1:]
 
-    def is_piece(self, name, is_first):
-        """Whether a token only goes on a word."""
+    def is_suffix(self, token, is_first):
+        """Whether a token can only continue a word."""
         if self.tokenizer.family == "bert":
-            return "##" in name
-        return not is_first and not name.startswith("Ġ")
+            return "##" in token
+        return not is_first and not token.startswith("Ġ")
 
     @torch.inference_mode()
-    def likeliest(self, text, length):
-        """(ids, logits) of the k likeliest tokens at each place, as lists, at least at `length` places."""
-        if self.last != text or len(self.top[0]) < length:
-            ids = self.cut(self.tokenizer.library.encode(text).ids)
-            present = torch.arange(max(len(ids), length)) < len(ids)
-            ids = torch.tensor([ids + [self.tokenizer.pad] * (len(present) - len(ids))], device=self.device)
-            mask = None if present.all() else present[None].to(self.device)
+    def predict(self, text, length):
+        """(ids, logits) of the k most likely tokens at each position, as lists, for at least `length` positions."""
+        if self.last_text != text or len(self.last_predictions[0]) < length:
+            ids = self.truncate(self.tokenizer.library.encode(text).ids)
+            padding = max(0, length - len(ids))
+            mask = torch.tensor([[True] * len(ids) + [False] * padding], device=self.device) if padding else None
+            ids = torch.tensor([ids + [self.tokenizer.pad] * padding], device=self.device)  # (1, T)
             with autocast(self.device, self.dtype):
                 logits = self.model.mlm_logits(self.model(ids, mask)[0]).float()  # (T, V)
-            values, top = logits[:, : self.tokenizer.size].topk(self.k)  # a model may have room for more tokens
-            self.last, self.top = text, (top.tolist(), values.tolist())
-        return self.top
+            values, top = logits[:, : self.tokenizer.size].topk(self.k)  # the model may have more rows than tokens
+            self.last_text, self.last_predictions = text, (top.tolist(), values.tolist())
+        return self.last_predictions
 
 
-def in_loop_order(columns, count_words, begun=""):
-    """The combinations of one entry a column that are one word, as nested loops meet them. What has begun with two
-    words stays two, whatever follows, and is left at once; only Chinese is segmented anew with every character."""
-    name = begun.replace("##", "")
+def in_loop_order(columns, count_words, prefix=""):
+    """Yield the combinations of one token per column that are a single word, in the order of nested loops.
+
+    A prefix of two words is abandoned, since it never becomes one word again, except in Chinese.
+    """
+    word = prefix.replace("##", "")
     if not columns:
-        if count_words(name) == 1:
-            yield name
-    elif count_words(name) < 2 or re.search("[\u4e00-\u9fff]", name):
-        for piece in columns[0]:
-            yield from in_loop_order(columns[1:], count_words, begun + piece)
+        if count_words(word) == 1:
+            yield word
+    elif count_words(word) < 2 or re.search("[\u4e00-\u9fff]", word):
+        for token in columns[0]:
+            yield from in_loop_order(columns[1:], count_words, prefix + token)
 
 
 def best_first(columns, scores):
-    """The combinations of one entry a column, those with the largest sum of scores first; each column's scores fall.
-
-    The best successors of a combination each go one step down in one column, so that a heap of few suffices.
-    """
+    """Yield the combinations of one token per column by decreasing sum of scores. Each column is sorted by score, so
+    that the next best is one step down in one column from an earlier one, and a heap holds few candidates."""
     start = (0,) * len(columns)
     heap, seen = [(-sum(column[0] for column in scores), start)], {start}
     while heap:
         _, places = heapq.heappop(heap)
         yield tuple(column[place] for column, place in zip(columns, places))
         for i, place in enumerate(places):
-            after = places[:i] + (place + 1,) + places[i + 1 :]
-            if place + 1 < len(columns[i]) and after not in seen:
-                seen.add(after)
-                heapq.heappush(heap, (-math.fsum(column[p] for column, p in zip(scores, after)), after))
+            following = places[:i] + (place + 1,) + places[i + 1 :]
+            if place + 1 < len(columns[i]) and following not in seen:
+                seen.add(following)
+                total = math.fsum(column[p] for column, p in zip(scores, following))
+                heapq.heappush(heap, (-total, following))

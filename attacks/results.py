@@ -1,10 +1,9 @@
-"""What attacks found: a line of JSON for each example, the figures of the paper made of them, and how both are shown.
+"""The results of an attack: one line of JSON per example, the paper's metrics, and how both are printed.
 
-Clean% is the accuracy on all test rows; Aua%, accuracy under attack, is failed attacks / examples; Suc% is succeeded /
-(succeeded + failed); #Query the mean number of queries of an attack, failed or not. An example that the model
-misclassifies from the start is not attacked, and counts in Aua% alone; one whose attack ends in an error counts
-nowhere, and once the others are done the same command tries it again. The words changed and the similarity of the
-sentences are means over successful attacks: a success that changes the meaning is none.
+Clean% is the accuracy on all test rows. Aua%, accuracy under attack, is failed / (succeeded + failed + skipped), where
+examples that are misclassified without an attack are skipped. Suc% is succeeded / (succeeded + failed), and #Query the
+mean number of queries of these. Attacks that end in an error count nowhere, and are tried again when the command is
+rerun. The share of words changed and the similarity of the sentences are means over successful attacks.
 """
 
 import difflib
@@ -25,70 +24,69 @@ from runtime.cli import BadInput
 
 
 class Results:
-    """ATTACK.jsonl, a line an example in the order in which they end, and at last in that of the sample; and
-    ATTACK.json, how they were made, what they come to, and the errors. Several processes may append."""
+    """ATTACK.jsonl, a line per example that several processes may append, and ATTACK.json, the summary.
+
+    Raises BadInput if the files were written with other settings, unless `overwrite`.
+    """
 
     def __init__(self, path, provenance, name, used, sample, overwrite):
-        self.path, self.sample, self.rows = path, sample, {}
+        self.path, self.summary, self.sample = path, path.with_suffix(".json"), sample
         used_sha256 = hashlib.sha256(json.dumps(used, sort_keys=True).encode()).hexdigest()
         self.provenance = provenance | {"resources": used, "resources_sha256": used_sha256}
         self.provenance["settings"] = provenance["settings"] | {"attack": name}
-        self.summary = path.with_suffix(".json")
         path.parent.mkdir(parents=True, exist_ok=True)
         self.lock = filelock.FileLock(path.with_suffix(".lock"))
         with self.lock:
             if not is_up_to_date(self.summary, self.provenance, overwrite):
                 path.unlink(missing_ok=True)
                 files.write_json(self.summary, self.provenance)
-            elif path.is_file():  # a killed run may have left half a line
-                content = path.read_bytes()
-                os.truncate(path, content.rfind(b"\n") + 1)
+            elif path.is_file():  # an interrupted run may have left half a line
+                os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
         self.read()
 
     def read(self):
+        """Read `rows`, {example: row}, as written by all processes."""
         with self.lock:
-            content = self.path.read_bytes() if self.path.is_file() else b""
+            lines = self.path.read_bytes().splitlines() if self.path.is_file() else []
         try:
-            self.rows = {row["example"]: row for row in map(json.loads, content.splitlines())}
+            self.rows = {row["example"]: row for row in map(json.loads, lines)}
         except (ValueError, KeyError, TypeError):
-            raise BadInput(f"{self.path} has a line that is none of attack.py's: delete the file") from None
+            raise BadInput(f"{self.path} has a malformed line: delete the file") from None
 
     def add(self, row):
         self.rows[row["example"]] = row
         with self.lock, open(self.path, "ab") as file:
-            file.write(as_line(row))
+            file.write(to_json_line(row))
 
-    def show(self, bar, shared):
-        """Move the bar; shared: other processes write as well."""
-        if shared:
+    def show(self, bar, is_shared):
+        """Update the progress bar. is_shared: whether other processes write as well."""
+        if is_shared:
             self.read()
         bar.n = len(self.rows)
         bar.set_postfix_str(f"Aua {self.figures()['aua'] or 0:.1%}")
 
     def figures(self):
-        """The paper's figures, as shares; None where there is nothing to divide by."""
-        rows = self.rows.values()
-        counts = Counter(row["outcome"] for row in rows)
-        failed, succeeded, skipped = counts["failed"], counts["succeeded"], counts["skipped"]
-        attacked = [row for row in rows if row["outcome"] in ("failed", "succeeded")]
-        changed = [row for row in rows if row["outcome"] == "succeeded"]
+        """The metrics as fractions, each None if there is nothing to divide by, and the number of each outcome."""
+        outcomes = Counter(row["outcome"] for row in self.rows.values())
+        attacked = [row for row in self.rows.values() if row["outcome"] in ("failed", "succeeded")]
+        changed = [row for row in attacked if row["outcome"] == "succeeded"]
+        examples = len(attacked) + outcomes["skipped"]
         return {
-            "aua": failed / (len(attacked) + skipped) if attacked or skipped else None,
-            "suc": succeeded / len(attacked) if attacked else None,
+            "aua": outcomes["failed"] / examples if examples else None,
+            "suc": len(changed) / len(attacked) if attacked else None,
             "queries": mean(row["queries"] for row in attacked) if attacked else None,
             "words_changed": mean(row["words_changed"] / row["words"] for row in changed) if changed else None,
             "similarity": mean(row["similarity"] for row in changed) if changed else None,
-            "outcomes": dict(counts),
+            "outcomes": dict(+outcomes),
         }
 
     def summarize(self, clean, count):
-        """Write the summary and, when all examples are there, their lines in the order of the sample, but for errors,
-        which the same command then tries again; print `count` successful attacks, and how many ended in which way.
-        Returns the figures."""
+        """Write the summary: provenance, metrics and errors. Once all examples are done, sort their lines as in the
+        sample and drop errors. Print `count` successful attacks. Returns the metrics."""
         errors = {number: row["reason"] for number, row in self.rows.items() if row["outcome"] == "error"}
         if len(self.rows) == len(self.sample):
             with files.atomic_write(self.path) as tmp_path, open(tmp_path, "wb") as file:
-                file.writelines(as_line(self.rows[number]) for number in self.sample if number not in errors)
+                file.writelines(to_json_line(self.rows[number]) for number in self.sample if number not in errors)
             Path(self.lock.lock_file).unlink(missing_ok=True)
         figures = {"clean": clean, **self.figures(), "examples": len(self.rows), "errors": errors}
         files.write_json(self.summary, self.provenance | figures)
@@ -96,42 +94,50 @@ class Results:
             print_change(row)
         outcomes = ", ".join(f"{number} {outcome}" for outcome, number in sorted(figures["outcomes"].items()))
         print(f"{len(self.rows)} of {len(self.sample)} examples attacked: {outcomes or 'none'}; {self.path}")
-        for number, reason in list(errors.items())[:1]:
-            print(f"an error is in no figure; the first, of example {number}: {reason}")
+        if errors:
+            number, reason = next(iter(errors.items()))
+            print(f"errors count in no metric; the first, of example {number}: {reason}")
             if figures["suc"] is None:
                 raise BadInput(f"every attack ended in an error, such as {reason}: see {self.summary}")
         return figures
 
 
-def as_line(row):
+def to_json_line(row):
     return json.dumps(row, ensure_ascii=False).encode("utf8", "replace") + b"\n"
 
 
-def print_table(table):
-    """The figures of each attack in a line."""
-
-    def written(value, form):
-        return "-" if value is None else format(value, form)
-
+def print_table(figures_of):
+    """Print {attack: its metrics}, a line per attack."""
+    columns = {
+        "clean": ".1%",
+        "aua": ".1%",
+        "suc": ".1%",
+        "queries": ".1f",
+        "words_changed": ".1%",
+        "similarity": ".3f",
+    }
     print("              Clean%    Aua%    Suc%  #Query  words changed  similarity")
-    for name, row in table.items():
-        shares = "  ".join(f"{written(row[key], '.1%'):>6s}" for key in ("clean", "aua", "suc"))
-        print(f"{name:12s}  {shares}  {written(row['queries'], '.1f'):>6s}", end="  ")
-        print(f"{written(row['words_changed'], '.1%'):>13s}  {written(row['similarity'], '.3f'):>10s}")
+    for name, figures in figures_of.items():
+        values = ["-" if figures[column] is None else format(figures[column], f) for column, f in columns.items()]
+        print("{:12s}  {:>6s}  {:>6s}  {:>6s}  {:>6s}  {:>13s}  {:>10s}".format(name, *values))
 
 
 def print_change(row):
-    """A successful attack, before and after, the words marked that it changed."""
+    """Print a successful attack, before and after, with the changed words marked."""
     sides = [text if isinstance(text, str) else "\n    ".join(text) for text in (row["original"], row["perturbed"])]
-    pieces = [re.findall(r"\s+|\S+", side) for side in sides]
-    marked, colours = [[], []], ("31", "32")
-    for kind, *bounds in difflib.SequenceMatcher(None, *pieces, autojunk=False).get_opcodes():
-        for side, (start, end) in enumerate((bounds[:2], bounds[2:])):
-            text = "".join(pieces[side][start:end])
-            if kind != "equal" and text.strip():
-                text = f"\033[{colours[side]}m{text}\033[0m" if sys.stdout.isatty() else f"[{text}]"
-            marked[side].append(text)
-    sure = [f"{max(row[key]):.0%}" for key in ("probabilities", "probabilities_after")]
+    before, after = (re.findall(r"\s+|\S+", side) for side in sides)
+    old, new = "", ""
+    for kind, i, j, k, m in difflib.SequenceMatcher(None, before, after, autojunk=False).get_opcodes():
+        old += mark("".join(before[i:j]), "31", kind)
+        new += mark("".join(after[k:m]), "32", kind)
+    sure, sure_after = (f"{max(row[key]):.0%}" for key in ("probabilities", "probabilities_after"))
     print(f"example {row['example']}, {row['queries']} queries, similarity {row['similarity']:.3f}")
-    print(f"  {row['predicted']} {sure[0]}\n    {''.join(marked[0])}")
-    print(f"  {row['predicted_after']} {sure[1]}\n    {''.join(marked[1])}")
+    print(f"  {row['predicted']} {sure}\n    {old}")
+    print(f"  {row['predicted_after']} {sure_after}\n    {new}")
+
+
+def mark(text, colour, kind):
+    """Changed text in colour on a terminal, else in brackets."""
+    if kind == "equal" or not text.strip():
+        return text
+    return f"\033[{colour}m{text}\033[0m" if sys.stdout.isatty() else f"[{text}]"

@@ -1,4 +1,4 @@
-"""test_attacks."""
+"""Attacks: attack.py, the recipes, their resources and results, compared with TextAttack itself."""
 
 import itertools
 import json
@@ -20,22 +20,22 @@ import transformers
 
 import attack
 import data
-from attacks import counterfit, recipes, resources
+from attacks import counterfit, library, recipes, resources
 from benchmarks import bench
 from bert import Bert
 from checkpoints import safetensors as our_safetensors
 from inputs import batches, hub
 from inputs.batches import TokenizedSplit, rows_sha256
 from inputs.tokenizer import Tokenizer
-from runtime import files
+from runtime import distributed, files
 from runtime.cli import BadInput
 from tests.conftest import HERE, MINILM, call, change, count_words, spawn
 
 ANTONYMS = ("good bad", "happy sad", "love hate", "best worst", "beautiful ugly", "strong weak", "boring interesting")
 
 
-def test_antonyms_are_no_neighbours_in_the_embedded_table_and_synonyms_are():
-    table = resources.find_synonyms("embedded")
+def test_bundled_neighbours_include_synonyms_and_no_antonyms():
+    table = resources.find_synonyms("bundled")
     number = {word: i for i, word in enumerate(table.words)}
     lists = HERE.parent / "shared" / "resources" / "counterfit"
     pairs = [line.split() for line in ANTONYMS]
@@ -46,14 +46,14 @@ def test_antonyms_are_no_neighbours_in_the_embedded_table_and_synonyms_are():
             assert number[b] not in table.neighbours[number[a]], (a, b)
     for a, b in (("movie", "film"), ("terrible", "horrible"), ("brilliant", "superb"), ("funny", "amusing")):
         assert number[b] in table.neighbours[number[a]], (a, b)
-    assert resources.TABLE.stat().st_size <= 3e6 and len(table.words) > 20_000
+    assert resources.BUNDLED.stat().st_size <= 3e6 and len(table.words) > 20_000
     for word, row in enumerate(table.neighbours):
         cosines = [table.cosine(word, other) for other in row]
         assert row[0] == word and word not in row[1:] and cosines == sorted(cosines, reverse=True)
         assert cosines[0] == 1 and cosines[-1] >= 0.85 and 2 <= len(row) <= 51
 
 
-def fitting(**changed):
+def counterfit_options(**changed):
     return types.SimpleNamespace(
         **({"steps": 1, "delta": 1.0, "gamma": 0.0, "rho": 0.2, "k1": 0.1, "k2": 0.1, "k3": 0.1} | changed)
     )
@@ -66,17 +66,17 @@ BAD_LISTS = {
 
 
 @pytest.mark.parametrize("case", BAD_LISTS)
-def test_a_list_for_counterfitting_that_is_none_is_refused(tmp_path, case):
+def test_malformed_counterfitting_list_is_refused(tmp_path, case):
     content, message = BAD_LISTS[case]
     (tmp_path / "list.txt").write_bytes(content)
     with pytest.raises(BadInput, match=message):
-        counterfit.pairs(tmp_path, ["list.txt"], {})
+        counterfit.read_pairs(tmp_path, ["list.txt"], {})
     (tmp_path / "list.txt").write_text("a b\n\nb a\nc d\n")
-    assert counterfit.pairs(tmp_path, ["list.txt"], {"a": 4, "b": 2}).tolist() == [[2, 4]]
-    assert counterfit.pairs(tmp_path, ["list.txt"], {}).shape == (0, 2)
+    assert counterfit.read_pairs(tmp_path, ["list.txt"], {"a": 4, "b": 2}).tolist() == [[2, 4]]
+    assert counterfit.read_pairs(tmp_path, ["list.txt"], {}).shape == (0, 2)
 
 
-def test_a_step_of_counterfitting_is_the_papers_gradient():
+def test_counterfitting_step_is_the_gradient_of_the_paper():
     vectors = F.normalize(torch.randn(5, 8))
     nothing = torch.zeros(0, 2, dtype=torch.int64)
     u, v = vectors[0], vectors[1]
@@ -84,19 +84,19 @@ def test_a_step_of_counterfitting_is_the_papers_gradient():
     def gradient(a, b):  # of 1 - cos(a, b) by a, for unit vectors
         return (a @ b) * a - b
 
-    pulled = counterfit.counterfit(vectors, torch.tensor([[0, 1]]), nothing, fitting(rho=0.0))
+    pulled = counterfit.counterfit(vectors, torch.tensor([[0, 1]]), nothing, counterfit_options(rho=0.0))
     torch.testing.assert_close(pulled[0], F.normalize(u - 0.1 * gradient(u, v), dim=0))
     torch.testing.assert_close(pulled[2:], vectors[2:])
     near = F.normalize(torch.stack([u, u + 0.1 * v, v]))  # 0 and 1 are antonyms, and first neighbours
-    pushed = counterfit.counterfit(near, nothing, torch.tensor([[0, 1]]), fitting(k3=0.0))
+    pushed = counterfit.counterfit(near, nothing, torch.tensor([[0, 1]]), counterfit_options(k3=0.0))
     torch.testing.assert_close(pushed[0], F.normalize(near[0] + 0.1 * gradient(near[0], near[1]), dim=0))
     assert (pushed[0] @ pushed[1]) < (near[0] @ near[1])
-    held = counterfit.counterfit(near, nothing, torch.tensor([[0, 1]]), fitting(steps=2, k3=0.05))
-    free = counterfit.counterfit(near, nothing, torch.tensor([[0, 1]]), fitting(steps=2, k3=0.0))
+    held = counterfit.counterfit(near, nothing, torch.tensor([[0, 1]]), counterfit_options(steps=2, k3=0.05))
+    free = counterfit.counterfit(near, nothing, torch.tensor([[0, 1]]), counterfit_options(steps=2, k3=0.0))
     assert free[0] @ free[1] < held[0] @ held[1]  # first neighbours hold what antonyms push
 
 
-def test_the_table_of_neighbours_is_brute_forces_without_antonyms():
+def test_neighbours_equal_brute_force_without_antonyms():
     vectors = F.normalize(torch.randn(30, 4))
     antonyms = torch.tensor([[0, 1], [2, 7]])
     table = counterfit.nearest(vectors, 5, 0.3, antonyms)
@@ -116,7 +116,7 @@ PIECES = ["a", "##b", "c", ".", ",", "-", "'", "##s", "the", "##-", "!", "#"]
 
 
 @pytest.mark.parametrize("columns", [1, 2, 3, 4])
-def test_combinations_come_as_nested_loops_meet_them_or_by_their_scores(columns):
+def test_combinations_are_in_loop_order_or_sorted_by_score(columns):
     for seed in range(20):
         generator = np.random.Generator(np.random.PCG64(seed))
         pieces = [generator.permutation(PIECES)[:6].tolist() for _ in range(columns)]
@@ -129,14 +129,14 @@ def test_combinations_come_as_nested_loops_meet_them_or_by_their_scores(columns)
         assert found == expected
 
 
-def test_of_astronomically_many_combinations_the_first_come_at_once():
+def test_first_of_very_many_combinations_are_found_at_once():
     columns = [["a"], [".", "##b"]] + [["##c"] * 48] * 12
     found = itertools.islice(resources.in_loop_order(columns, count_words), 3)
     assert list(found) == ["ab" + 12 * "c"] * 3
 
 
-def test_sentence_vectors_equal_transformers_mean_pooling_whatever_the_batch():
-    encoder = resources.Encoder(torch.device("cpu"), torch.float32)
+def test_sentence_vectors_equal_mean_pooling_in_transformers():
+    encoder = resources.SentenceEncoder(torch.device("cpu"), torch.float32)
     peer = transformers.AutoModel.from_pretrained(MINILM).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(MINILM)
     texts = ["a fine film", "", "dull", "it is a long and winding road " * 60, "a fine film"]
@@ -150,7 +150,7 @@ def test_sentence_vectors_equal_transformers_mean_pooling_whatever_the_batch():
 
 @pytest.fixture(scope="session")
 def victim(tmp_path_factory):
-    """OUTPUT with MiniLM's first two layers as if fine-tuned on rt: a least-squares classifier on its pooled states."""
+    """An output folder with a model like finetune.py's: two layers of MiniLM with a least-squares classifier for rt."""
     output = tmp_path_factory.mktemp("victim")
     folder = output / "minilm" / "rt" / "none-vanilla-seed0"
     folder.mkdir(parents=True)
@@ -167,7 +167,7 @@ def victim(tmp_path_factory):
         model.classifier.weight.copy_(torch.linalg.lstsq(pooled, signs, driver="gelsd").solution.T)
     model.save(folder, data.TASKS["rt"].labels, {})
     tokenizer.save(folder)
-    noted(folder, data.TASKS["rt"])
+    set_provenance(folder, data.TASKS["rt"])
     head = Bert.load(MINILM, mlm=True).mlm_head.state_dict()  # untrained, so that no test waits for one to be fitted
     metadata = {"model_sha256": data.EMBEDDED["minilm"][2], "settings": {"seed": 0}, "corpus_sha256": "0" * 64}
     our_safetensors.write_safetensors(output / "minilm" / "mlm_head.safetensors", head, metadata)
@@ -176,8 +176,8 @@ def victim(tmp_path_factory):
     return output
 
 
-def noted(folder, task, max_length=None):
-    """Write into the model in `folder` that finetune.py made it of this task."""
+def set_provenance(folder, task, max_length=None):
+    """Record in the model in `folder` that finetune.py trained it on this task."""
     tensors, _ = our_safetensors.read_safetensors(folder / "model.safetensors")
     tensors = {name: tensor.clone() for name, tensor in tensors.items()}
     length = max_length or task.max_length
@@ -192,13 +192,13 @@ def noted(folder, task, max_length=None):
 
 @pytest.fixture(scope="session")
 def textattack(tmp_path_factory):
-    """TextAttack as attack.py imports it, with NLTK's data where a copy is at hand."""
+    """(TextAttack as attack.py imports it, which of NLTK's data are available)."""
     local = HERE.parent / "shared" / "resources" / "nltk_data"
     before = {"TA_CACHE_DIR": str(tmp_path_factory.mktemp("textattack")), "NLTK_DATA": str(local)}
     with unittest.mock.patch.dict(os.environ, before):
         environment = dict(os.environ)
-        imported = attack.import_textattack()
-        assert dict(os.environ) == environment, "importing it moved somebody's caches"
+        imported = library.import_textattack()
+        assert dict(os.environ) == environment, "the import redirected the caches of other libraries"
     assert not list(Path(before["TA_CACHE_DIR"]).glob("post_install_check_?"))
     return imported
 
@@ -211,7 +211,7 @@ STRANGE = (
 
 
 @pytest.mark.parametrize("name", recipes.RECIPES)
-def test_every_outcome_text_and_query_count_is_textattacks_own(textattack, victim, name):
+def test_outcomes_texts_and_query_counts_equal_textattack(textattack, victim, name):
     settings = {"task": "rt", "output": str(victim), "ticket": "none", "max_length": 64}
     if name == "bertattack":  # TextAttack takes k^n evaluations of a word of n pieces
         settings |= {"masked_lm": "minilm", "bert_attack_k": 6}
@@ -233,7 +233,7 @@ def test_every_outcome_text_and_query_count_is_textattacks_own(textattack, victi
 
 
 def run_attack(victim, tmp_path, *flags):
-    """attack.py on a copy of the victim; (exit code, the lines it wrote, its summary)."""
+    """Run attack.py on a copy of the victim. Returns (exit code, path of the results, summary)."""
     if not (tmp_path / "minilm").exists():
         shutil.copytree(victim, tmp_path, dirs_exist_ok=True)
     code = call(attack, "--output", tmp_path, "--ticket", "none", *flags)
@@ -242,13 +242,13 @@ def run_attack(victim, tmp_path, *flags):
     return code, path, json.loads(path.with_suffix(".json").read_text()) if path.exists() else None
 
 
-def test_an_attack_killed_and_started_again_ends_with_the_same_bytes(textattack, victim, tmp_path, capsys):
+def test_interrupted_attack_resumes_to_the_same_bytes(textattack, victim, tmp_path, capsys):
     code, path, summary = run_attack(victim, tmp_path, "--n", "5", "--attack", "textbugger", "--show", "1")
     whole = path.read_bytes()
     rows = [json.loads(line) for line in whole.splitlines()]
     assert code == 0 and len(rows) == 5
     lines = whole.splitlines(keepends=True)
-    path.write_bytes(lines[2] + lines[0] + lines[4][:30])  # as several processes killed leave it
+    path.write_bytes(lines[2] + lines[0] + lines[4][:30])  # as several interrupted processes leave it
     assert run_attack(victim, tmp_path, "--n", "5", "--attack", "textbugger")[0] == 0
     assert path.read_bytes() == whole and json.loads(path.with_suffix(".json").read_text()) == summary
     capsys.readouterr()
@@ -256,13 +256,13 @@ def test_an_attack_killed_and_started_again_ends_with_the_same_bytes(textattack,
     assert "n 5, not 6" in capsys.readouterr().err and path.read_bytes() == whole
 
 
-def test_the_figures_are_those_of_textattacks_own_metrics(textattack, victim, tmp_path, capsys):
+def test_metrics_equal_those_of_textattack(textattack, victim, tmp_path, capsys):
     kinds, attacks, original = [], textattack[0].attack_results, textattack[0].Attack.attack
 
     def remember(self, example, label):
         if len(kinds) == 4:
             kinds.append(None)
-            raise ValueError("this text makes TextAttack stumble\nand more")
+            raise ValueError("TextAttack cannot attack this text\nand more")
         kinds.append(original(self, example, label))
         return kinds[-1]
 
@@ -270,7 +270,7 @@ def test_the_figures_are_those_of_textattacks_own_metrics(textattack, victim, tm
         code, path, summary = run_attack(victim, tmp_path, "--n", "15", "--attack", "deepwordbug", "--show", "2")
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert code == 0 and len(rows) == 14 and summary["examples"] == 15
-    assert list(summary["errors"].values()) == ["ValueError this text makes TextAttack stumble"]
+    assert list(summary["errors"].values()) == ["ValueError TextAttack cannot attack this text"]
     results = [result for result in kinds if result is not None]
     metrics = textattack[0].metrics
     rates = metrics.AttackSuccessRate().calculate(results)
@@ -288,10 +288,10 @@ def test_the_figures_are_those_of_textattacks_own_metrics(textattack, victim, tm
     assert abs(summary["words_changed"] - share) < 1e-9 and 0 < share < 1
 
 
-def copied(victim, output, path, *columns):
-    """The victim as a model fine-tuned on a file of one's own; its folder."""
+def copy_victim(victim, output, path, *columns):
+    """The victim as a model fine-tuned on a custom file. Returns its folder."""
     folder = shutil.copytree(victim / "minilm" / "rt", output / "minilm" / path.stem) / "none-vanilla-seed0"
-    noted(folder, data.find_task(str(path), *columns))
+    set_provenance(folder, data.find_task(str(path), *columns))
     return folder
 
 
@@ -299,20 +299,20 @@ PAIRS = {
     "both": ("deepwordbug", ("question", "sentence"), None, {0, 1}),
     "the first": ("deepwordbug", ("question", "sentence"), "question", {0}),
     "the second": ("deepwordbug", ("question", "sentence"), "sentence", {1}),
-    "TextFooler's own": ("textfooler", ("premise", "hypothesis"), None, {1}),
-    "not TextFooler's own": ("textfooler", ("premise", "hypothesis"), "premise", {0}),
+    "TextFooler on NLI": ("textfooler", ("premise", "hypothesis"), None, {1}),
+    "TextFooler on NLI, the premise": ("textfooler", ("premise", "hypothesis"), "premise", {0}),
 }
 
 
 @pytest.mark.parametrize("case", PAIRS)
-def test_of_pairs_only_the_columns_asked_for_change(textattack, victim, tmp_path, case):
+def test_only_the_requested_columns_of_pairs_change(textattack, victim, tmp_path, case):
     name, columns, asked, allowed = PAIRS[case]
     lines = "".join(
         f"{texts[0][:60]}\t{texts[0][60:] or 'so'}\t{label}\n"
         for texts, label in data.TASKS["rt"].load(None)["test"][::4]
     )
     (tmp_path / "mine.tsv").write_text("\t".join((*columns, "y")) + "\n" + lines)
-    path = copied(victim, tmp_path, tmp_path / "mine.tsv", columns, "y") / f"{name}.jsonl"
+    path = copy_victim(victim, tmp_path, tmp_path / "mine.tsv", columns, "y") / f"{name}.jsonl"
     flags = ["--task", tmp_path / "mine.tsv", "--text-columns", *columns, "--label-column", "y", "--n", "8"]
     flags += ["--attack", name, "--ticket", "none", "--output", tmp_path]
     assert call(attack, *flags, *(["--attack-columns", asked] if asked else [])) == 0
@@ -321,7 +321,7 @@ def test_of_pairs_only_the_columns_asked_for_change(textattack, victim, tmp_path
     assert changed == allowed
 
 
-def test_nasty_texts_are_attacked_or_left_and_never_end_the_run(textattack, victim, tmp_path):
+def test_unusual_texts_do_not_end_the_run(textattack, victim, tmp_path):
     texts = [
         "",
         "   ",
@@ -335,68 +335,70 @@ def test_nasty_texts_are_attacked_or_left_and_never_end_the_run(textattack, vict
     texts += ["a fine and moving film"] * 4
     rows = [{"text": text, "label": i % 2} for i, text in enumerate(texts * 10)]
     (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    folder = copied(victim, tmp_path, tmp_path / "mine.jsonl")
+    folder = copy_victim(victim, tmp_path, tmp_path / "mine.jsonl")
     flags = ["--task", tmp_path / "mine.jsonl", "--n", "12", "--ticket", "none", "--output", tmp_path]
     for name in ("textfooler", "textbugger"):
         assert call(attack, *flags, "--attack", name) == 0
         assert len((folder / f"{name}.jsonl").read_text().splitlines()) == 12
 
 
-def test_without_nltks_data_or_a_network_all_four_attacks_run_and_say_what_they_miss(victim, tmp_path):
+def test_two_processes_run_all_attacks_without_nltk_data_or_a_network_and_name_the_replacements(victim, tmp_path):
     shutil.copytree(victim, tmp_path / "runs")
     environment = os.environ | {"HOME": str(tmp_path), "NLTK_DATA": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    flags = ["--attack", "all", "--n", "2", "--ticket", "none", "--output", tmp_path / "runs", "--workers", "2"]
-    process = spawn(["attack.py", *flags], env=environment)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--"]
+    flags = ["--attack", "all", "--n", "2", "--ticket", "none", "--output", tmp_path / "runs"]
+    process = spawn([*torchrun, "attack.py", *flags], env=environment)
     out, err = process.communicate()
     assert process.returncode == 0 and err == "", err
     assert "NLTK's tagger is not there" in out and "TextFooler's list" in out and "synonyms.npz" in out
     assert out.count("2 of 2 examples attacked") == 4 and out.count("Clean%") == 1
 
 
-def test_a_model_is_attacked_at_the_length_that_it_was_trained_and_measured_at(victim, tmp_path, capsys):
-    """The published accuracy is taken over only for that length."""
+def test_model_is_attacked_at_the_length_of_its_fine_tuning(victim, tmp_path, capsys):
+    """The accuracy in metrics.json is used for that length only."""
     shutil.copytree(victim, tmp_path, dirs_exist_ok=True)
     run = tmp_path / "minilm" / "rt" / "none-vanilla-seed0"
-    noted(run, data.TASKS["rt"], max_length=16)
+    set_provenance(run, data.TASKS["rt"], max_length=16)
     files.write_json(run / "metrics.json", {"test_accuracy": 0.125, "settings": {"precision": "bf16"}})
     flags = ["--attack", "deepwordbug", "--n", "1"]
     assert run_attack(victim, tmp_path, *flags)[2]["settings"]["max_length"] == 16
-    assert "12.50% right" in capsys.readouterr().out
+    assert "12.50% accuracy" in capsys.readouterr().out
     assert run_attack(victim, tmp_path, *flags, "--max-length", "8", "--overwrite")[2]["clean"] > 0.5
 
 
-def test_where_every_attack_ends_in_an_error_so_does_the_command(textattack, victim, tmp_path, capsys):
+def test_command_fails_if_every_attack_ends_in_an_error(textattack, victim, tmp_path, capsys):
     with unittest.mock.patch.object(textattack[0].Attack, "attack", side_effect=MemoryError("none left")):
         code, path, _ = run_attack(victim, tmp_path, "--n", "2", "--attack", "deepwordbug")
     captured = capsys.readouterr()
     assert code == 2 and "every attack ended in an error, such as MemoryError none left" in captured.err
-    assert "an error is in no figure; the first, of example" in captured.out
+    assert "errors count in no metric; the first, of example" in captured.out
     assert list(json.loads(path.with_suffix(".json").read_text())["errors"].values()) == ["MemoryError none left"] * 2
-    code, path, summary = run_attack(victim, tmp_path, "--n", "2", "--attack", "deepwordbug")  # memory is there again
+    code, path, summary = run_attack(
+        victim, tmp_path, "--n", "2", "--attack", "deepwordbug"
+    )  # memory is available again
     assert code == 0 and not summary["errors"] and len(path.read_text().splitlines()) == 2
 
 
-def test_one_of_several_processes_waits_for_no_others_that_are_gone(textattack, victim, tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    parents = itertools.chain([7], itertools.repeat(1))  # torchrun's number, then that of init
+def test_process_stops_when_torchrun_is_gone(textattack, victim, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(distributed, "WORLD", 2)  # and the other process never writes
+    parents = itertools.chain([7], itertools.repeat(1))  # the process id of torchrun, then that of init
     monkeypatch.setattr(os, "getppid", lambda: next(parents))
     code, path, summary = run_attack(victim, tmp_path, "--n", "2", "--attack", "deepwordbug")
-    assert code == 2 and "torchrun, and the other processes with it, are gone" in capsys.readouterr().err
+    assert code == 2 and "torchrun is gone" in capsys.readouterr().err
     assert summary["examples"] == 1
 
 
-def test_a_task_of_the_same_name_with_other_rows_is_not_attacked(victim, tmp_path, capsys, monkeypatch):
+def test_custom_task_with_other_rows_is_refused(victim, tmp_path, capsys, monkeypatch):
     rows = data.TASKS["rt"].load(None)["test"][::4]
     lines = [json.dumps({"text": texts[0], "label": label}) for texts, label in rows]
     (tmp_path / "mine.jsonl").write_text("\n".join(lines))
-    folder = copied(victim, tmp_path, tmp_path / "mine.jsonl")
+    folder = copy_victim(victim, tmp_path, tmp_path / "mine.jsonl")
     files.write_json(folder / "metrics.json", {"test_accuracy": 0.125, "settings": {"precision": "bf16"}})
     flags = ["--n", "2", "--ticket", "none", "--output", tmp_path, "--attack", "deepwordbug", "--task"]
     assert call(attack, *flags, tmp_path / "mine.jsonl") == 0
-    assert f"of which {folder} gets 12.50% right, as finetune.py found in bf16" in capsys.readouterr().out
+    assert f"{folder} has 12.50% accuracy, as finetune.py measured in bf16" in capsys.readouterr().out
     (tmp_path / "mine.jsonl").write_text("\n".join(lines[:-1]))
-    monkeypatch.setattr(batches, "encode", None)  # nothing is tokenized to tell the rows apart
+    monkeypatch.setattr(batches, "encode", None)  # rows are compared without tokenizing them
     (tmp_path / "other").mkdir()
     other = [json.dumps({"text": texts[0], "label": 1 - label}) for texts, label in rows]
     (tmp_path / "other" / "mine.jsonl").write_text("\n".join(other))
@@ -405,48 +407,48 @@ def test_a_task_of_the_same_name_with_other_rows_is_not_attacked(victim, tmp_pat
         assert f"{folder} was fine-tuned on other rows than those of {path}" in capsys.readouterr().err
 
 
-def test_a_classifiers_classes_count_by_their_names(victim, tmp_path, capsys):
+def test_classes_of_a_classifier_are_matched_by_name(victim, tmp_path, capsys):
     folder = shutil.copytree(victim / "minilm" / "rt" / "none-vanilla-seed0", tmp_path / "published")
     ids = torch.randint(1000, 9000, (3, 8))
     logits = Bert.load(folder).eval().class_logits(ids)
     for names in ("BA", "ab", ("LABEL_0", "LABEL_1"), "xy", ()):
         model = Bert.load(folder).eval()
-        attack.in_order(model, names, ("a", "b"))
+        attack.align_labels(model, names, ("a", "b"))
         assert torch.equal(model.class_logits(ids), logits.flip(1) if names == "BA" else logits)
         assert ("classes x, y are taken for a, b, in this order" in capsys.readouterr().out) == (names == "xy")
-    attack.in_order(model, ("Yes", "yes"), ("yes", "Yes"))
+    attack.align_labels(model, ("Yes", "yes"), ("yes", "Yes"))
     assert torch.equal(model.class_logits(ids), logits.flip(1))
     model = Bert.load(folder)
-    for parameter in model.classifier.parameters():  # the same model, with its classes the other way round
+    for parameter in model.classifier.parameters():  # the same model with its classes swapped
         parameter.data = parameter.data.flip(0)
     model.save(folder, ("POSITIVE", "NEGATIVE"), {})
     flags = ["--task", "rt", "--output", tmp_path, "--model", folder]
     assert call(attack, "--attack", "deepwordbug", "--n", "4", *flags) == 0
-    right = float(re.search(r"gets ([\d.]+)% right", capsys.readouterr().out)[1])
+    right = float(re.search(r"has ([\d.]+)% accuracy", capsys.readouterr().out)[1])
     assert right > 60  # and not below 40
     change(folder, id2label=dict(enumerate(data.SENTIMENT)))
     assert call(attack, "--attack", "deepwordbug", "--n", "4", *flags) == 2
     assert "(classes ['POSITIVE', 'NEGATIVE'], not ['negative', 'positive'])" in capsys.readouterr().err
 
 
-def test_no_other_model_is_attacked_than_that_of_the_ticket_asked_for(victim, tmp_path, capsys):
+def test_missing_fine_tuned_model_is_not_replaced_by_a_classifier(victim, tmp_path, capsys):
     folder = shutil.copytree(victim / "minilm" / "rt" / "none-vanilla-seed0", tmp_path / "published")
     for given in (["--ticket", "random"], ["--method", "freelb"], ["--ablation", "no-structure"]):
         assert call(attack, "--task", "rt", "--output", tmp_path, "--model", folder, *given) == 2
         assert f"makes one; or leave out {' '.join(given)}" in capsys.readouterr().err
 
 
-def test_results_are_told_by_the_resources_that_they_used(textattack, victim, tmp_path, capsys):
+def test_results_depend_on_the_resources_used_only(textattack, victim, tmp_path, capsys):
     flags = ["--n", "2", "--attack", "textfooler"]
     assert run_attack(victim, tmp_path, *flags)[0] == 0
-    assert run_attack(victim, tmp_path, *flags, "--vectors", "embedded", "--bert-attack-k", "20")[0] == 0
+    assert run_attack(victim, tmp_path, *flags, "--vectors", "bundled", "--bert-attack-k", "20")[0] == 0
     assert "2 of 2 examples" in capsys.readouterr().out
-    np.savez(tmp_path / "other.npz", **np.load(resources.TABLE))  # as large, and another file
+    np.savez(tmp_path / "other.npz", **np.load(resources.BUNDLED))  # as large, and another file
     assert run_attack(victim, tmp_path, *flags, "--vectors", tmp_path / "other.npz")[0] == 2
     assert "(another resources_sha256)" in capsys.readouterr().err
 
 
-def test_a_classifier_that_misses_a_part_is_not_attacked(victim, tmp_path, capsys):
+def test_incomplete_classifier_is_refused(victim, tmp_path, capsys):
     folder = shutil.copytree(victim / "minilm" / "rt" / "none-vanilla-seed0", tmp_path / "published")
     tensors, metadata = our_safetensors.read_with_metadata(folder / "model.safetensors")
     kept = {name: tensor.clone() for name, tensor in tensors.items() if "pooler" not in name}
@@ -455,7 +457,7 @@ def test_a_classifier_that_misses_a_part_is_not_attacked(victim, tmp_path, capsy
     assert "has no classifier for the 2 classes of rt" in capsys.readouterr().err
 
 
-def test_the_masked_language_model_is_of_the_revision_asked_for(monkeypatch):
+def test_revision_applies_to_the_masked_language_model_of_the_same_name(monkeypatch):
     asked = unittest.mock.Mock(side_effect=BadInput)
     monkeypatch.setattr(data, "find_model", asked)
     for masked_lm in ("a/b", "c/d"):
@@ -465,7 +467,7 @@ def test_the_masked_language_model_is_of_the_revision_asked_for(monkeypatch):
 
 
 @pytest.mark.parametrize("reachable", [True, False, "by a sign-in page"])
-def test_nltk_is_waited_for_as_the_hub_is_and_after_one_failure_not_again(tmp_path, monkeypatch, reachable):
+def test_nltk_downloads_have_the_timeout_of_the_hub_and_stop_after_one_failure(tmp_path, monkeypatch, reachable):
     import nltk
 
     asked = []
@@ -475,14 +477,14 @@ def test_nltk_is_waited_for_as_the_hub_is_and_after_one_failure_not_again(tmp_pa
         if reachable == "by a sign-in page":
             raise SyntaxError("not well-formed")
         if reachable:
-            (tmp_path / attack.NLTK[package]).mkdir(parents=True)
+            (tmp_path / library.NLTK_DATA[package]).mkdir(parents=True)
         return reachable
 
     monkeypatch.setattr(nltk, "download", download)
     monkeypatch.setattr(nltk.data, "path", [str(tmp_path)])
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-    assert attack.find_nltk_data(nltk) == dict.fromkeys(attack.NLTK, reachable is True)
-    assert asked == [(package, hub.TIMEOUT[1]) for package in list(attack.NLTK)[: 3 if reachable is True else 1]]
+    assert library.find_nltk_data(nltk) == dict.fromkeys(library.NLTK_DATA, reachable is True)
+    assert asked == [(package, hub.TIMEOUT[1]) for package in list(library.NLTK_DATA)[: 3 if reachable is True else 1]]
 
 
 BAD_ATTACKS = {
@@ -501,7 +503,7 @@ BAD_ATTACKS = {
 
 
 @pytest.mark.parametrize("case", BAD_ATTACKS)
-def test_a_bad_attack_gets_one_line_and_exit_code_2(textattack, victim, capsys, case):
+def test_bad_options_give_one_line_and_exit_code_2(textattack, victim, capsys, case):
     flags, message = BAD_ATTACKS[case]
     places = {"out": victim, "run": victim / "minilm" / "rt" / "none-vanilla-seed0"}
     assert call(attack, "--output", victim, "--ticket", "none", *(flag.format(**places) for flag in flags)) == 2
@@ -514,12 +516,12 @@ TABLES = {
     "numbers": {"neighbours": np.full((2, 2), 5, np.int32)},
     "vectors": {"vectors": np.zeros((3, 4), np.float16)},
     "pickled": {"words": np.array(["a", "b"], dtype=object)},
-    "nobody": {"neighbours": np.full((2, 2), -1, np.int32)},
+    "no neighbours": {"neighbours": np.full((2, 2), -1, np.int32)},
 }
 
 
 @pytest.mark.parametrize("case", TABLES)
-def test_vectors_of_another_shape_are_refused(case, tmp_path):
+def test_malformed_vectors_are_refused(case, tmp_path):
     table = {"words": np.array(["a", "b"]), "neighbours": np.zeros((2, 2), np.int32), "similarity": np.ones((2, 2))}
     np.savez(tmp_path / "good.npz", **table)
     assert resources.find_synonyms(str(tmp_path / "good.npz")).words == ["a", "b"]
@@ -528,7 +530,7 @@ def test_vectors_of_another_shape_are_refused(case, tmp_path):
         resources.find_synonyms(str(tmp_path / "bad.npz"))
 
 
-def test_textattacks_own_vectors_are_read_from_its_cache_without_running_code(tmp_path, monkeypatch):
+def test_cached_vectors_of_textattack_are_read_without_running_code(tmp_path, monkeypatch):
     folder = tmp_path / "word_embeddings" / "paragramcf"
     folder.mkdir(parents=True)
     monkeypatch.setenv("TA_CACHE_DIR", str(tmp_path))
@@ -543,13 +545,15 @@ def test_textattacks_own_vectors_are_read_from_its_cache_without_running_code(tm
         resources.find_synonyms("textattack")
 
 
-def test_only_attack_may_import_textattack_and_help_needs_no_model():
+def test_help_imports_no_large_library():
     running = []
-    for path in sorted(HERE.glob("*.py")):
-        if not path.read_text("utf8").endswith("runtime.run(main)\n"):
+    scripts = [*HERE.glob("*.py"), *HERE.glob("[a-z]*/*.py")]
+    for path in scripts:
+        if not path.read_text("utf8").endswith("cli.run(main)\n"):
             continue
-        check = f"import sys, runpy; sys.argv = [{path.name!r}, '--help']\n"
-        check += f"try: runpy.run_path({path.name!r}, run_name='__main__')\n"
+        module = ".".join(path.relative_to(HERE).with_suffix("").parts)
+        check = f"import sys, runpy; sys.argv = [{module!r}, '--help']\n"
+        check += f"try: runpy.run_module({module!r}, run_name='__main__')\n"
         check += "except SystemExit as stop: assert stop.code == 0\n"
         check += "assert not {'textattack', 'nltk', 'transformers', 'matplotlib.pyplot'} & set(sys.modules)"
         running.append(spawn(["-c", check]))

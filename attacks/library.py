@@ -1,0 +1,70 @@
+"""Import TextAttack without its downloads, and find the NLTK data that its recipes use."""
+
+import contextlib
+import io
+import logging
+import os
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+from inputs import hub
+
+NLTK_DATA = {  # package -> its folder, in NLTK's data folder or in a zip file of the same name
+    "stopwords": "corpora/stopwords/",
+    "averaged_perceptron_tagger_eng": "taggers/averaged_perceptron_tagger_eng/",
+    "universal_tagset": "taggers/universal_tagset/",
+}
+
+
+def cache_folder():
+    """TextAttack's own cache."""
+    return Path(os.environ.get("TA_CACHE_DIR") or Path.home() / ".cache" / "textattack")
+
+
+def import_textattack():
+    """Import TextAttack. Returns (the module, {NLTK package: whether its data is there}).
+
+    TextAttack reads NLTK's stop words at import, and starts downloads that have no timeout. Missing stop words are
+    replaced by an empty list (recipes.py fills them in), and its downloads are suppressed.
+    """
+    import nltk
+
+    nltk_data = find_nltk_data(nltk)
+    if not nltk_data["stopwords"]:
+        nltk.corpus.stopwords = SimpleNamespace(words=lambda language: [])
+    marker = cache_folder() / "post_install_check_3"
+    was_marked = marker.exists()
+    logging.disable(logging.WARNING)
+    # With TA_CACHE_DIR set, TextAttack redirects the caches of other libraries: restore the environment afterwards.
+    with mock.patch.dict(os.environ), mock.patch.object(nltk, "download"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import textattack
+    logging.disable(logging.NOTSET)
+    if not was_marked:
+        marker.unlink(missing_ok=True)  # so that TextAttack still downloads its data when it is used on its own
+    for name in ("textattack.shared.utils.install", "jieba"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    return textattack, nltk_data
+
+
+def find_nltk_data(nltk):
+    """{package: whether NLTK has it}. Missing packages are downloaded, unless offline or after one failure."""
+
+    def is_found(folder):
+        with contextlib.suppress(LookupError):
+            return bool(nltk.data.find(folder))
+        return False
+
+    found, can_download = {}, not hub.offline()
+    for package, folder in NLTK_DATA.items():
+        if can_download and not is_found(folder):
+            can_download = False
+            timeout = mock.patch.object(nltk.downloader, "NETWORK_TIMEOUT", hub.TIMEOUT[1])
+            # NLTK returns False on errors, except a sign-in page in place of its index, which raises SyntaxError.
+            with timeout, warnings.catch_warnings(), contextlib.suppress(SyntaxError):
+                warnings.simplefilter("ignore")
+                can_download = nltk.download(package, quiet=True, print_error_to=io.StringIO())
+        found[package] = is_found(folder)
+    return found
