@@ -72,12 +72,12 @@ def main():
 
 
 def read_list(folder, name):
-    """The words of each line of a list. Raises BadInput if it is no text."""
+    """The words of each line of a list."""
     path = Path(folder) / name
     try:
         return [line.split() for line in path.read_text("utf8").splitlines() if line.strip()]
-    except ValueError:
-        raise BadInput(f"{path} is not UTF-8 text: download it again") from None
+    except (OSError, ValueError):
+        raise BadInput(f"{path} is missing or not UTF-8 text: get github.com/nmrksic/counter-fitting") from None
 
 
 def glove(vocabulary):
@@ -128,7 +128,7 @@ def counterfit(vectors, synonyms, antonyms, options):
 
 
 def cosines(vectors, size=2000):
-    """Yield (start, cosines (size, n)) of the words from `start` on with all words."""
+    """Yield (start, the cosines (size, n) of the words from `start` on with all words)."""
     for start in range(0, len(vectors), size):
         yield start, vectors[start : start + size] @ vectors.T
 

@@ -26,8 +26,7 @@ RECIPES = {
 def build(textattack, nltk_data, name, options, task, victim):
     """Build the recipe `name` against the victim, with `textattack` and `nltk_data` from library.import_textattack.
     Returns (TextAttack's Attack, {resource: description})."""
-    used = {}
-    recipes = textattack.attack_recipes
+    used, recipes = {}, textattack.attack_recipes
     synonyms = resources.find_synonyms(options.vectors)
     number_of = {word: number for number, word in enumerate(synonyms.words)}
     embedding = textattack.shared.WordEmbedding(synonyms.vectors, number_of, synonyms.words, synonyms.neighbours)

@@ -93,7 +93,7 @@ class Synonyms:
     """Nearest neighbours among counter-fitted word vectors (Mrksic et al. 2016)."""
 
     description: str
-    words: list  # (n,)
+    words: list
     neighbours: list  # for each word the numbers of its nearest words, itself first
     vectors: np.ndarray | None  # (n, d) float32
     cosines: dict | None = None  # {(number, number): cosine} of neighbours, if there are no vectors
@@ -167,6 +167,7 @@ class MaskedWords:
     def __init__(self, model, tokenizer, k, ranking, device, dtype):
         self.model, self.tokenizer, self.k, self.ranking = model.to(device).eval(), tokenizer, k, ranking
         self.device, self.dtype = device, dtype
+        tokenizer.library.enable_truncation(model.config.max_length)
         self.last_text, self.last_predictions = None, None
 
     def __call__(self, text, masked_text, word, count_words, is_first):
@@ -175,7 +176,7 @@ class MaskedWords:
         masked_text: `text` with [MASK] in place of the word. is_first: whether the word is the first of the text.
         """
         encode, token_of = self.tokenizer.library.encode, self.tokenizer.library.id_to_token
-        masked = self.truncate(encode(masked_text).ids)
+        masked = encode(masked_text).ids
         if self.tokenizer.mask not in masked:  # truncated
             return []
         start = masked.index(self.tokenizer.mask)
@@ -191,10 +192,6 @@ class MaskedWords:
             candidates = (candidate for candidate in joined if count_words(candidate) == 1)
         return list(itertools.islice(candidates, self.k))
 
-    def truncate(self, ids):
-        longest = self.model.config.max_length
-        return ids if len(ids) <= longest else ids[: longest - 1] + ids[-1:]
-
     def is_suffix(self, token, is_first):
         """Whether a token can only continue a word."""
         if self.tokenizer.family == "bert":
@@ -205,7 +202,7 @@ class MaskedWords:
     def predict(self, text, length):
         """(ids, logits) of the k most likely tokens at each position, as lists, for at least `length` positions."""
         if self.last_text != text or len(self.last_predictions[0]) < length:
-            ids = self.truncate(self.tokenizer.library.encode(text).ids)
+            ids = self.tokenizer.library.encode(text).ids
             padding = max(0, length - len(ids))
             mask = torch.tensor([[True] * len(ids) + [False] * padding], device=self.device) if padding else None
             ids = torch.tensor([ids + [self.tokenizer.pad] * padding], device=self.device)  # (1, T)

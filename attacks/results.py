@@ -77,7 +77,7 @@ class Results:
             "queries": mean(row["queries"] for row in attacked) if attacked else None,
             "words_changed": mean(row["words_changed"] / row["words"] for row in changed) if changed else None,
             "similarity": mean(row["similarity"] for row in changed) if changed else None,
-            "outcomes": dict(+outcomes),
+            "outcomes": dict(outcomes),
         }
 
     def summarize(self, clean, count):
@@ -107,19 +107,13 @@ def to_json_line(row):
 
 
 def print_table(figures_of):
-    """Print {attack: its metrics}, a line per attack."""
-    columns = {
-        "clean": ".1%",
-        "aua": ".1%",
-        "suc": ".1%",
-        "queries": ".1f",
-        "words_changed": ".1%",
-        "similarity": ".3f",
-    }
+    """Print {attack: its metrics} as a table."""
+    formats = {"clean": ".1%", "aua": ".1%", "suc": ".1%", "queries": ".1f", "words_changed": ".1%"}
+    formats["similarity"] = ".3f"
     print("              Clean%    Aua%    Suc%  #Query  words changed  similarity")
     for name, figures in figures_of.items():
-        values = ["-" if figures[column] is None else format(figures[column], f) for column, f in columns.items()]
-        print("{:12s}  {:>6s}  {:>6s}  {:>6s}  {:>6s}  {:>13s}  {:>10s}".format(name, *values))
+        cells = ["-" if figures[column] is None else format(figures[column], form) for column, form in formats.items()]
+        print("{:12s}  {:>6s}  {:>6s}  {:>6s}  {:>6s}  {:>13s}  {:>10s}".format(name, *cells))
 
 
 def print_change(row):

@@ -61,7 +61,7 @@ def counterfit_options(**changed):
 
 BAD_LISTS = {
     "three words": (b"en_a en_b\nen_a en_b en_c\n", "has a line that is no pair of words"),
-    "not UTF-8": (b"\xff\xfe\n", "is not UTF-8 text"),
+    "not UTF-8": (b"\xff\xfe\n", "is missing or not UTF-8 text"),
 }
 
 
@@ -137,14 +137,14 @@ def test_first_of_very_many_combinations_are_found_at_once():
 
 def test_sentence_vectors_equal_mean_pooling_in_transformers():
     encoder = resources.SentenceEncoder(torch.device("cpu"), torch.float32)
-    peer = transformers.AutoModel.from_pretrained(MINILM).eval()
+    reference = transformers.AutoModel.from_pretrained(MINILM).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(MINILM)
     texts = ["a fine film", "", "dull", "it is a long and winding road " * 60, "a fine film"]
     expected = []
     for text in texts:
         batch = tokenizer(text, truncation=True, max_length=256, return_tensors="pt")
         with torch.no_grad():
-            expected.append(F.normalize(peer(**batch).last_hidden_state[0].mean(0), dim=0))
+            expected.append(F.normalize(reference(**batch).last_hidden_state[0].mean(0), dim=0))
     torch.testing.assert_close(encoder(texts), torch.stack(expected), atol=1e-5, rtol=1e-5)
 
 
@@ -219,7 +219,7 @@ def test_outcomes_texts_and_query_counts_equal_textattack(textattack, victim, na
     outcomes, label_of = [], {}
     for build in (bench.attack_of, bench.unwrapped):
         recipe, examples = build(*textattack, options)
-        if name == "textfooler":  # whose windows of 15 words are cut otherwise among other letters than English ones
+        if name == "textfooler":  # its windows of 15 words depend on the letters
             for number, text in enumerate(STRANGE, 10_000):
                 label = label_of.setdefault(text, int(recipe.goal_function.model([text]).argmax()))
                 examples[number] = OrderedDict(text=text), label
