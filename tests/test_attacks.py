@@ -373,9 +373,7 @@ def test_command_fails_if_every_attack_ends_in_an_error(textattack, victim, tmp_
     assert code == 2 and "every attack ended in an error, such as MemoryError none left" in captured.err
     assert "errors count in no metric; the first, of example" in captured.out
     assert list(json.loads(path.with_suffix(".json").read_text())["errors"].values()) == ["MemoryError none left"] * 2
-    code, path, summary = run_attack(
-        victim, tmp_path, "--n", "2", "--attack", "deepwordbug"
-    )  # memory is available again
+    code, path, summary = run_attack(victim, tmp_path, "--n", "2", "--attack", "deepwordbug")  # retries the errors
     assert code == 0 and not summary["errors"] and len(path.read_text().splitlines()) == 2
 
 
@@ -438,7 +436,7 @@ def test_missing_fine_tuned_model_is_not_replaced_by_a_classifier(victim, tmp_pa
         assert f"makes one; or leave out {' '.join(given)}" in capsys.readouterr().err
 
 
-def test_results_depend_on_the_resources_used_only(textattack, victim, tmp_path, capsys):
+def test_results_depend_only_on_the_resources_used(textattack, victim, tmp_path, capsys):
     flags = ["--n", "2", "--attack", "textfooler"]
     assert run_attack(victim, tmp_path, *flags)[0] == 0
     assert run_attack(victim, tmp_path, *flags, "--vectors", "bundled", "--bert-attack-k", "20")[0] == 0
