@@ -41,7 +41,7 @@ from inputs.finetuned import load_finetuned
 from inputs.tokenizer import Tokenizer
 from runtime import cli, distributed, files
 from runtime.cli import BadInput, option
-from runtime.cpu import keep_memory
+from runtime.cpu import tune_allocator
 from runtime.device import DEFAULT_MODEL, pick_device, pick_precision, precision_name, run_banner
 
 
@@ -83,7 +83,7 @@ def main():
     rank, world, launcher = distributed.RANK, distributed.WORLD, os.getppid()
     if rank:
         sys.stdout = open(os.devnull, "w")
-    keep_memory()
+    tune_allocator()
     device = pick_device()
     dtype = pick_precision(device, options.precision)
     print(run_banner(options.model, device, dtype))

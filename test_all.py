@@ -25,23 +25,26 @@ from checkpoints import safetensors as our_safetensors
 from inputs.batches import TokenizedSplit
 from inputs.tokenizer import Tokenizer
 from runtime.cli import BadInput
-from tests.conftest import corpus, own_caches, seeded, tiny  # noqa: F401, fixtures
-from tests.conftest import (
+from tests.conftest import (  # noqa: F401, fixtures
     BALL,
     MASKS,
     adversarial,
     adversarial_case,
     call,
+    corpus,
     gradients,
     inputs,
     kill_when,
     moved_against,
     one_step,
+    own_caches,
     quick_search,
     recorded,
     saved,
+    seeded,
     spawn,
     states_equal,
+    tiny,
 )
 
 ODD_SIZES = [

@@ -84,7 +84,9 @@ class InfoBERT:
 
         def extra_loss(gradient):
             rows, columns = robust_tokens(gradient, token_mask)
-            order = torch.randperm(len(rows), device=rows.device)  # batch_size tokens at a time, as in the authors' code
+            order = torch.randperm(
+                len(rows), device=rows.device
+            )  # batch_size tokens at a time, as in the authors' code
             bounds = [
                 self.anchor(seen["tokens"][rows[part], columns[part]], seen["sentences"][rows[part]])
                 for part in order.split(self.batch_size)

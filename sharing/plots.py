@@ -2,7 +2,6 @@
 
 import math
 
-
 from runtime.files import atomic_write
 
 
