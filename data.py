@@ -52,7 +52,7 @@ def find_model(name, revision=None):
     """(path, sha256 of its weights) of a model.
 
     name: a bundled model; a path to a folder, a weights file or one of Google's zip archives; or a model on the hub,
-    at the branch or commit `revision`. Raises BadInput for an unknown name, for a bundled model whose weights are not
+    at the branch or commit `revision`. Raises BadInput for an unknown name, for a bundled model with weights other than
     the published ones, and for a model that cannot be fetched.
     """
     path = Path(name)

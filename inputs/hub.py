@@ -43,7 +43,10 @@ class HubRetry(urllib3.Retry):
     """urllib3's retries of connections and statuses, except that a long Retry-After is an error."""
 
     def parse_retry_after(self, retry_after):
-        seconds = super().parse_retry_after(retry_after)
+        try:
+            seconds = super().parse_retry_after(retry_after)
+        except urllib3.exceptions.InvalidHeader:
+            return 0  # the usual back-off
         if seconds > MAX_RETRY_AFTER:
             raise BadInput(f"the hub is busy: try again in {seconds:.0f} seconds")
         return seconds

@@ -33,12 +33,19 @@ def test_one_fault_is_retried(server, fault):
     assert server.waits == ([3] if fault == "503" else [0.5])
 
 
+def test_invalid_retry_after_is_ignored(server):
+    server.files["large.bin"], server.faults, server.retry_after = LARGE, ["503"] * 2, "soon"
+    assert hub.fetch("owner/name", "large.bin").read_bytes() == LARGE
+    assert server.waits == [1]  # urllib3 waits before the second retry, but not before the first
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_permanent_fault_is_an_error_in_one_line_and_leaves_no_file(server, fault, tmp_path):
     server.files["large.bin"], server.faults = LARGE, [fault] * 99
     with pytest.raises(BadInput, match="cannot fetch large.bin of owner/name from 127.0.0.1.*, 5 attempts") as error:
         hub.fetch("owner/name", "large.bin")
     assert "\n" not in str(error.value)
+    assert sum(command == "GET" for command, *_ in server.seen) == hub.ATTEMPTS
     assert [
         path for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".incomplete" and path.stat().st_size
     ] == []
