@@ -151,7 +151,7 @@ def find_victim(options, task, splits, device, dtype):
         model, tokenizer, max_length, _ = load_finetuned(run, task, splits, options, device)
         sha256, class_names, masked_lm = files.sha256(run / "model.safetensors"), task.labels, options.model
         folder = run
-    elif options.model in data.EMBEDDED or options.model in data.ON_HUB:
+    elif options.model in data.BUNDLED or options.model in data.ON_HUB:
         raise BadInput(f"there is no fine-tuned model in {run}: {remedy}")
     elif options.ticket not in ("drawn", "none") or options.method != "vanilla" or options.ablation:
         given = cli.flags(options, "ticket", "method", "ablation")

@@ -48,7 +48,7 @@ class TextModel:
         rows = [(text if isinstance(text, tuple) else (text,), 0) for text in texts]
         rows = TokenizedSplit(self.tokenizer, rows, self.max_length, self.device, cached=False)
         tokens = np.split(rows.ids.numpy(), rows.ends[:-1].tolist())
-        keys = [(ids.tobytes(), second) for ids, second in zip(tokens, rows.second.tolist())]
+        keys = [(ids.tobytes(), second) for ids, second in zip(tokens, rows.second_start.tolist())]
         if len(self.cache) > 10_000:
             self.cache.clear()
         number_of = {key: number for number, key in enumerate(keys) if key not in self.cache}

@@ -169,7 +169,7 @@ def victim(tmp_path_factory):
     tokenizer.save(folder)
     set_provenance(folder, data.TASKS["rt"])
     head = Bert.load(MINILM, mlm=True).mlm_head.state_dict()  # untrained, so that no test waits for one to be fitted
-    metadata = {"model_sha256": data.EMBEDDED["minilm"][2], "settings": {"seed": 0}, "corpus_sha256": "0" * 64}
+    metadata = {"model_sha256": data.BUNDLED["minilm"][2], "settings": {"seed": 0}, "corpus_sha256": "0" * 64}
     our_safetensors.write_safetensors(output / "minilm" / "mlm_head.safetensors", head, metadata)
     settings = json.loads((folder / "tokenizer_config.json").read_text())  # so that TextAttack pads to 64, not to 512
     (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"model_max_length": 64}))

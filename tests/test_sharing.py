@@ -60,7 +60,7 @@ def test_export_refuses_to_replace_a_model_that_is_no_export(tiny, tmp_path, cap
     other = shutil.copytree(tiny, tmp_path / "other")
     original = (other / "model.safetensors").read_bytes()
     assert call(finetune, *flags, "--ticket", "none", "--export-hf", other) == 2
-    assert "--overwrite, or another --export-hf" in capsys.readouterr().err
+    assert "use --overwrite or another --export-hf" in capsys.readouterr().err
     assert (other / "model.safetensors").read_bytes() == original
 
 
@@ -88,7 +88,7 @@ def test_export_replaces_only_exports_and_never_the_model_itself(tiny, tmp_path,
     assert (
         call(finetune, *flags, shutil.copytree(run, tmp_path / "copy")) == 2
     )  # a run's folder is no export: with a ticket its layers are narrow
-    assert "(export None, not 'dense'): --overwrite, or another --export-hf" in capsys.readouterr().err
+    assert "(export None, not 'dense'): use --overwrite or another --export-hf" in capsys.readouterr().err
 
 
 def test_impossible_exports_are_refused_before_and_after_training(tiny, corpus, tmp_path, capsys):
@@ -103,7 +103,7 @@ def test_impossible_exports_are_refused_before_and_after_training(tiny, corpus, 
     for trained in (False, True):
         assert (tmp_path / "narrow" / "rt").exists() == trained
         assert call(finetune, *flags, "--model", tmp_path / "narrow", "--export-hf", tmp_path / "dense") == 2
-        assert "narrow was pruned elsewhere" in capsys.readouterr().err
+        assert "narrow was pruned by unknown masks" in capsys.readouterr().err
         assert call(finetune, *flags, "--model", tmp_path / "narrow") == 0
         capsys.readouterr()
 
