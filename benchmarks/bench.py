@@ -15,7 +15,6 @@ loaded weights or adversarial texts are compared, so that a fast wrong answer ca
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -99,10 +98,8 @@ def run_workers(options, cases, folder):
         for case in cases:
             worker = ["--worker", ";".join((*case, str(folder)))]
             command = [sys.executable, "-m", "benchmarks.bench", *sys.argv[1:], *worker]
-            process = subprocess.run(command, env=env, capture_output=True, text=True)
-            if process.returncode:
-                raise BadInput(f"{' '.join(case)} failed: {cli.last_words(process.stderr, process.returncode)}")
-            found[case].append(json.loads(process.stdout.splitlines()[-1]))
+            output = scale.run_process(command, " ".join(case), env)
+            found[case].append(json.loads(output.splitlines()[-1]))
             bar.update()
     bar.close()
     return found

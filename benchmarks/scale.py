@@ -125,14 +125,19 @@ def measure_attack(n, folder):
 
 
 def run(script, *flags):
-    """Seconds of a script. Raises BadInput with the last line of its errors if it fails."""
-    start = time.perf_counter()
-    path = Path(__file__).resolve().parents[1] / script
-    command = [sys.executable, path, "--model", "minilm", *map(str, flags)]
-    process = subprocess.run(command, capture_output=True, text=True)
-    if process.returncode:
-        raise BadInput(f"{script} failed: {cli.last_words(process.stderr, process.returncode)}")
+    """Seconds of a script."""
+    path, start = Path(__file__).resolve().parents[1] / script, time.perf_counter()
+    run_process([sys.executable, path, "--model", "minilm", *map(str, flags)], script)
     return time.perf_counter() - start
+
+
+def run_process(command, name, env=None):
+    """The output of a command. Raises BadInput with the last line of its errors if it fails."""
+    process = subprocess.run(command, env=env, capture_output=True, text=True)
+    if process.returncode:
+        lines = process.stderr.strip().splitlines() or [f"exit code {process.returncode}"]
+        raise BadInput(f"{name} failed: {lines[-1]}")
+    return process.stdout
 
 
 def fit_lines(figures):
