@@ -7,10 +7,9 @@ scale heads and neurons (eq. 3 and 4), and `pruned` removes them, which leaves l
 
 Left out: decoding, cross attention, next-sentence prediction, relative positions, activations other than GELU.
 
-Shapes: B examples, T tokens, d hidden size, H heads, s = d / H the size of a head, F neurons, V vocabulary.
+Shapes: B examples, T tokens, d hidden size, H heads of size s, N neurons, V vocabulary; H and N without what is pruned.
 """
 
-import math
 import os
 from dataclasses import asdict, dataclass, fields, replace
 
@@ -52,8 +51,8 @@ class Config:
 
     @property
     def is_pruned(self):
-        narrow = min(self.heads or (math.inf,)) < self.num_attention_heads
-        return narrow or min(self.neurons or (math.inf,)) < self.intermediate_size
+        fewer_heads = self.heads is not None and min(self.heads) < self.num_attention_heads
+        return fewer_heads or (self.neurons is not None and min(self.neurons) < self.intermediate_size)
 
     @property
     def first_position(self):
@@ -67,8 +66,7 @@ class Config:
 
     @staticmethod
     def read(path):
-        """The Config of the model at `path`, a folder or a weights file. Raises BadInput if it is not a BERT or RoBERTa
-        that this file can run."""
+        """The Config of the model at `path`, a folder or a file. Raises BadInput if this module cannot run it."""
         not_sizes = ("model_type", "num_labels", "heads", "neurons")
         sizes = {f.name: f.type for f in fields(Config) if f.name not in not_sizes}
         config = Config(**huggingface.read_config(path, sizes))
@@ -90,12 +88,10 @@ class Linear(nn.Linear):
 
 
 class Embedding(nn.Embedding):
-    """nn.Embedding. Bert.initialize initializes it."""
-
     reset_parameters = Linear.reset_parameters
 
 
-CLS_ONLY = "the first token of every example"  # a value of `positions`
+CLS_ONLY = object()  # as `positions`: compute the last layer at the first token of every example only
 
 
 class Layer(nn.Module):
@@ -115,10 +111,8 @@ class Layer(nn.Module):
         self.dropout = Dropout(config.hidden_dropout_prob)
 
     def attention(self, x, bias, first_only=False):
-        """x (B, T, d) -> the outputs of all heads, (B, T, H s), or at the first token only, (B, 1, H s).
-
-        bias: (B, 1, 1, T), 0 at tokens and very negative at padding; None: no padding.
-        """
+        """x (B, T, d) -> the outputs of all heads (B, T, H s), or at the first token only (B, 1, H s).
+        bias (B, 1, 1, T): 0 at tokens and very negative at padding; None: no padding."""
         (B, T, _), width = x.shape, self.heads * self.head_size
         if first_only:
             weight, offset = self.query_key_value.weight, self.query_key_value.bias
@@ -130,7 +124,7 @@ class Layer(nn.Module):
         if x.is_cuda or (q.dtype == torch.float32 and not torch.is_grad_enabled()):
             p = self.attention_dropout.p if self.training else 0.0
             context = F.scaled_dot_product_attention(q, k, v, None if bias is None else bias.to(q.dtype), p)
-        else:  # on a CPU two plain products are faster than SDPA in bfloat16 and in the backward pass
+        else:  # elsewhere two plain products are faster than SDPA
             scores = (q * self.head_size**-0.5) @ k.transpose(2, 3)  # (B, H, T or 1, T)
             if bias is not None:
                 scores = scores + bias.to(scores.dtype)
@@ -141,7 +135,7 @@ class Layer(nn.Module):
     def forward(self, x, bias=None, gates=None, positions=None):
         """x (B, T, d) -> (B, T, d); with `positions`, n indices into the B T tokens: (n, d); with CLS_ONLY: (B, d).
 
-        gates: the coefficients of the layer (c_H (H,), c_F (F,)), on the outputs of the heads (eq. 3) and on the
+        gates: the coefficients of the layer (c_H (H,), c_F (N,)), on the outputs of the heads (eq. 3) and on the
         neurons (eq. 4). They scale the columns of the next matrix: the same product with fewer multiplications.
         """
         context = self.attention(x, bias, first_only=positions is CLS_ONLY)
@@ -149,10 +143,10 @@ class Layer(nn.Module):
             context, x = context[:, 0], x[:, 0]
         elif positions is not None:
             context, x = context.flatten(0, 1)[positions], x.flatten(0, 1)[positions]
-        w_o, w_2 = self.attention_output.weight, self.output.weight  # (d, H s) and (d, F)
+        w_o, w_2 = self.attention_output.weight, self.output.weight  # (d, H s) and (d, N)
         if gates is not None:
             w_o = w_o * gates[0].repeat_interleave(self.head_size)  # eq. 3: c_H^h Att^h(x)
-            w_2 = w_2 * gates[1]  # eq. 4, with one c_F per neuron
+            w_2 = w_2 * gates[1]  # eq. 4: GELU(x W_1 + b_1) diag(c_F) W_2 + b_2
         attended = linear(context, w_o, self.attention_output.bias)
         x = self.attention_norm(x + self.dropout(attended))
         activation = F.gelu(self.intermediate(x))
@@ -195,7 +189,7 @@ class Bert(nn.Module):
 
         ids: (B, T) token ids. attention_mask: (B, T), True at tokens and False at padding; None: no padding.
         segments: (B, T) of 0 and 1; None: all 0. positions: indices into the B T tokens, or CLS_ONLY: the last layer
-        computes only those. gates: (c_H (layers, H), c_F (layers, F)). delta: (B, T, d), the perturbation of eq. 6,
+        computes only those. gates: (c_H (layers, H), c_F (layers, N)). delta: (B, T, d), the perturbation of eq. 6,
         added to the token embeddings.
         """
         return self.encode(self.embed(ids, segments, delta), attention_mask, positions, gates)
@@ -216,7 +210,7 @@ class Bert(nn.Module):
         """
         bias = None
         if attention_mask is not None:
-            lowest = torch.finfo(torch.bfloat16).min  # finite: a row of nothing but padding is not NaN
+            lowest = torch.finfo(torch.bfloat16).min  # finite: a row of padding alone gives no NaN
             bias = torch.zeros(attention_mask.shape, device=x.device)
             bias = bias.masked_fill_(~attention_mask.bool(), lowest)[:, None, None]  # (B, 1, 1, T)
         for i, layer in enumerate(self.layers):
@@ -236,15 +230,12 @@ class Bert(nn.Module):
     @property
     def decoder(self):
         """The output matrix (V, d) of the MLM head."""
-        return (self.mlm_head.decoder or self.word_embeddings).weight
+        return (self.word_embeddings if self.mlm_head.decoder is None else self.mlm_head.decoder).weight
 
     def mlm_loss(self, states, labels):
-        """The mean cross entropy of `mlm_logits(states)` and labels (n,), computed in float32 also under autocast.
-
-        On a CPU the softmax takes 32 rows of V at a time, which stay in the cache.
-        """
+        """The mean cross entropy of `mlm_logits(states)` and labels (n,), computed in float32 also under autocast."""
         products = linear(self.mlm_head(states), self.decoder)  # (n, V)
-        size = max(1, len(labels)) if products.is_cuda else 32
+        size = max(1, len(labels)) if products.is_cuda else 32  # on a CPU, rows that stay in the cache
         losses = [
             F.cross_entropy(rows.float() + self.mlm_head.bias, expected, reduction="sum")
             for rows, expected in zip(products.split(size), labels.split(size))
@@ -267,7 +258,7 @@ class Bert(nn.Module):
         return self.classifier(self.dropout(pooled))
 
     def pruned(self, head_mask, ffn_mask):
-        """A smaller Bert without the heads and neurons whose mask, (layers, H) and (layers, F) bool, is False.
+        """A smaller Bert without the heads and neurons whose mask, (layers, H) and (layers, N) bool, is False.
 
         It equals this model with those gates at 0, and is m * theta_0 of Algorithm 2, line 6. Only a full model can be
         pruned. A layer may lose all its neurons: its FFN is then the output bias.
@@ -296,10 +287,7 @@ class Bert(nn.Module):
         return model
 
     def save(self, folder, labels, metadata):
-        """Write config.json and model.safetensors with the names that transformers uses.
-
-        labels: names of the classes. metadata: {key: JSON value}, the provenance, written into the header.
-        """
+        """Write config.json and model.safetensors as in transformers. labels: class names. metadata: provenance."""
         huggingface.write_config(folder, asdict(self.config), labels)
         tensors = huggingface.to_huggingface(self.state_dict(), self.config.model_type)
         safetensors.write_safetensors(os.path.join(folder, "model.safetensors"), tensors, metadata)
@@ -308,11 +296,10 @@ class Bert(nn.Module):
     def load(path, mlm=False, num_labels=None):
         """Load the model at `path`, a folder or a weights file, as published or as `save` wrote it.
 
-        mlm: with an MLM head. num_labels: classes of the classifier; None: as in the file. The widths of the layers are
-        those of the tensors. A head that is missing, or has another number of classes, is newly initialized and
-        listed in `model.initialized`; tensors without use are listed in `model.unused`. Parameters are memory-mapped
-        where possible: the file must not change while the model is in use. Raises BadInput that names the tensor if
-        one of the encoder is missing or has another shape than the configuration says.
+        mlm: with an MLM head. num_labels: classes of the classifier; None: as in the file. A head that is missing, or
+        has another number of classes, is initialized and listed in `model.initialized`; unused tensors are listed in
+        `model.unused`. Parameters are memory-mapped: the file must not change while the model is in use. Raises
+        BadInput if a tensor of the encoder is missing or does not have the shape of the configuration.
         """
         config = Config.read(path)
         mapped = huggingface.read_weights(path)
@@ -320,9 +307,9 @@ class Bert(nn.Module):
         mapped.release()
         heads, neurons = huggingface.layer_widths(tensors, config, path)
         found_labels = len(tensors.get("classifier.bias", ()))
-        if num_labels not in (None, found_labels):
-            tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("classifier.")}
         num_labels = found_labels if num_labels is None else num_labels
+        if num_labels != found_labels:
+            tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("classifier.")}
         config = replace(config, heads=heads, neurons=neurons, num_labels=num_labels)
         with torch.device("meta"):  # no memory yet: a wrong configuration cannot fill the machine
             model = Bert(config, mlm)

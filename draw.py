@@ -23,7 +23,7 @@ from runtime.cli import BadInput, option
 from runtime.device import DEFAULT_MODEL
 from sharing.plots import plot_ticket
 
-# task -> (tau_ffn, classes). Section 3.5 and Table 2 give the paper's five tasks; imdb-bundled is like imdb, others 0.2
+# task -> (tau_F, classes). Section 3.5 has 0.2 and 0.3; which task has which follows from the parameters in Table 2
 TASKS = {
     "sst2": (0.2, 2),
     "qqp": (0.2, 2),
@@ -38,7 +38,7 @@ TASKS = {
 
 @dataclass
 class Options:
-    task: str = option("rt", f"sets the ratios: {', '.join(TASKS)}; a custom file: 0.2", group="pruning")
+    task: str = option("rt", f"sets tau_F: {', '.join(TASKS)}; 0.2 for a custom file", group="pruning")
     tau_head: float = option(1 / 6, "pruning ratio of the heads", at_least=0, below=1, group="pruning")
     tau_ffn: float = option(
         None, "pruning ratio of the neurons, instead of the task's", at_least=0, below=1, group="pruning"
@@ -87,7 +87,7 @@ def main():
 def report(head_mask, ffn_mask, config):
     """Print what the masks keep in each layer, and the number of parameters before and after."""
     columns = "  ".join(f"{layer + 1:5}" for layer in range(len(head_mask)))
-    print(f"  kept in layer   {columns}    of each   in all")
+    print(f"  kept in layer   {columns}    of each    total")
     for name, mask in (("heads", head_mask), ("neurons", ffn_mask)):
         row = "  ".join(f"{kept:5,}" for kept in mask.sum(1).tolist())
         print(f"  {name:15s} {row}    {mask.shape[1]:7,}   {int(mask.sum()):,} of {mask.numel():,}")

@@ -7,14 +7,12 @@
     python finetune.py --task rt --ablation no-structure    the ablations of Table 6
     torchrun --nproc-per-node 2 finetune.py --task rt       on two GPUs, each with half of every batch
 
-Fine-tuning starts from the pre-trained weights theta_0, not from those of the search. What the ticket prunes is removed.
-The epoch with the best accuracy on held-out training rows is kept, and only it is tested. Interrupted runs resume when
-rerun, from the last epoch.
+Fine-tuning starts from the pre-trained weights theta_0, not from those of the search. Only the epoch with the best
+accuracy on held-out training rows is kept and tested. Interrupted runs resume when rerun, from the last epoch.
 """
 
 from dataclasses import asdict, dataclass
 from itertools import islice
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -24,7 +22,7 @@ from baselines.infobert import Anchor, InfoBERT
 from bert import Bert, Config, pruning_slices
 from checkpoints import huggingface
 from checkpoints.provenance import is_up_to_date, versions
-from checkpoints.runs import FinetuneRun
+from checkpoints.runs import FinetuneRun, effective_settings
 from checkpoints.tickets import find_ticket
 from freelb import ADVERSARIES, freelb, initial_delta
 from inputs.batches import TokenizedSplit, rows_sha256
@@ -36,7 +34,6 @@ from runtime.device import (
     DEFAULT_MODEL,
     MODEL_HELP,
     autocast,
-    peak_memory,
     pick_device,
     pick_precision,
     precision_name,
@@ -55,7 +52,7 @@ class Options:
     ticket: str = option("drawn", "drawn (by draw.py), none, random, or a file", group="model")
     ablation: str = option(
         None,
-        "reinitialize all weights of the ticket, or prune none and reinitialize those",
+        "no-initialization: a ticket of new weights; no-structure: new weights where it prunes",
         choices=ABLATIONS,
         group="model",
     )
@@ -68,27 +65,23 @@ class Options:
     method: str = option("vanilla", "ordinary or adversarial training", choices=tuple(ADVERSARIES), group="adversary")
     adv_steps: int = option(None, "K, passes per step [3]", at_least=1, group="adversary")
     adv_lr: float = option(None, "size of an ascent step [0.03; infobert: 0.04]", at_least=0, group="adversary")
-    adv_init_mag: float = option(
-        None, "magnitude of the first perturbation [0.05; infobert: 0.08]", at_least=0, group="adversary"
-    )
-    adv_max_norm: float = option(
-        None, "epsilon, L2 norm per example; 0: no bound [0.2; infobert: 0]", at_least=0, group="adversary"
-    )
+    adv_init_mag: float = option(None, "of the first delta [0.05; infobert: 0.08]", at_least=0, group="adversary")
+    adv_max_norm: float = option(None, "epsilon; 0: no bound [0.2; infobert: 0]", at_least=0, group="adversary")
     alpha: float = option(5e-3, "weight of InfoBERT's anchored features", at_least=0, group="adversary")
     beta: float = option(5e-3, "weight of InfoBERT's information bottleneck", at_least=0, group="adversary")
-    epochs: int = option(10, "N, passes over the training rows", at_least=1, group="optimization")
+    epochs: int = option(10, "N, number of epochs", at_least=1, group="optimization")
     batch_size: int = option(32, "rows per step", at_least=1, group="optimization")
     learning_rate: float = option(1e-4, "eta, peak rate of AdamW", above=0, group="optimization")
-    warmup: float = option(0.1, "share of the steps", at_least=0, below=1, group="optimization")
-    weight_decay: float = option(0.01, "of matrices", at_least=0, group="optimization")
-    clip_norm: float = option(1.0, "largest norm of the gradient", above=0, group="optimization")
-    seed: int = option(
-        0, "of everything random; each seed has its own folder", at_least=0, below=2**63, group="optimization"
+    warmup: float = option(
+        0.1, "fraction of the steps with a rising learning rate", at_least=0, below=1, group="optimization"
     )
+    weight_decay: float = option(0.01, "of AdamW, on matrices only", at_least=0, group="optimization")
+    clip_norm: float = option(1.0, "largest norm of the gradient", above=0, group="optimization")
+    seed: int = option(0, "random seed", at_least=0, below=2**63, group="optimization")
     output: str = option("runs", "folder; results go to OUTPUT/MODEL/TASK", group="output")
     export_hf: str = option(None, "also write a dense copy for transformers to this folder", group="output")
     overwrite: bool = option(False, "replace a model made with other settings, or the export", group="output")
-    precision: str = option("auto", "bf16 where it is fast", choices=("auto", "bf16", "fp32"), group="machine")
+    precision: str = option("auto", "auto: bf16 where supported", choices=("auto", "bf16", "fp32"), group="machine")
     grad_accum_steps: int = option(1, "parts of a step, computed in turn to save memory", at_least=1, group="machine")
     checkpointing: bool = option(False, "recompute activations to save memory, a third more work", group="machine")
 
@@ -111,8 +104,9 @@ def main():
         masks, ticket_sha256 = find_ticket(options, folder / "ticket.safetensors", model_sha256, config)
         tokenizer = Tokenizer(source)
         if (options.max_length or 0) > config.max_length:
-            reads = f"{options.model} reads at most {config.max_length} tokens"
-            raise BadInput(f"--max-length {options.max_length}: {reads}")
+            raise BadInput(
+                f"--max-length {options.max_length}: {options.model} reads at most {config.max_length} tokens"
+            )
         max_length = min(options.max_length or task.max_length, config.max_length)
         rows = task.load(options.data_revision)
         rows["train"] = data.first_rows(rows["train"], options.train_rows, options.task)
@@ -121,24 +115,20 @@ def main():
     del rows  # the texts are no longer needed
     print(f"task {options.task}: {', '.join(f'{len(of):,} {name}' for name, of in splits.items())} rows; {task.note}")
     truncated = sum(split.num_truncated for split in splits.values())
-    print(
-        f"ticket: {options.ticket}" + (f"; {truncated:,} texts truncated to {max_length} tokens" if truncated else "")
-    )
+    print(f"ticket: {options.ticket}; {truncated:,} texts truncated to {max_length} tokens")
     folder /= files.run_name(options)
     provenance = {
         "script": "finetune.py",
-        "settings": effective_settings(options) | {"precision": precision_name(dtype)},
+        "settings": effective_settings(options, NOT_SETTINGS) | {"precision": precision_name(dtype)},
         "task_sha256": task_sha256,
         "model_sha256": model_sha256,
         "ticket_sha256": ticket_sha256,
         "config": asdict(config),
         "versions": versions(),
     }
-    has_export = False
-    if options.export_hf:
-        if not isinstance(masks, tuple) and Bert.load(source).config.is_pruned:
-            raise BadInput(f"{options.model} was pruned by unknown masks: it cannot be exported as a dense model")
-        has_export = distributed.broadcast_from_main(lambda: is_exported(options, source, folder, provenance))
+    wants_export = options.export_hf and distributed.broadcast_from_main(
+        lambda: not is_exported(options, source, masks, folder, provenance)
+    )
     model_path = folder / "model.safetensors"
     with distributed.file_lock(folder / "finetune.state.safetensors"):
         if not distributed.broadcast_from_main(lambda: is_up_to_date(model_path, provenance, options.overwrite)):
@@ -150,15 +140,12 @@ def main():
     distributed.shutdown()
     if distributed.is_main_process():
         report(options, folder)
-        if options.export_hf:
-            if not has_export:
-                pruned = masks if isinstance(masks, tuple) and options.ablation != "no-structure" else None
-                export(Path(options.export_hf), folder, pruned, tokenizer, task, provenance)
-            print(f"for transformers, with zeros where the ticket pruned: {options.export_hf}")
+        if wants_export:
+            export(options, folder, masks, tokenizer, task, provenance)
 
 
 def finetune(options, model, weight_masks, splits, run, dtype):
-    """Algorithm 2, lines 7 to 10, on model = m * theta_0. weight_masks: {name: mask of a weight}, for RobustT's tickets.
+    """Algorithm 2, lines 7 to 10, on model = m * theta_0. weight_masks: {name: mask of a weight}, for RobustT tickets.
     run: FinetuneRun, which logs, saves and resumes. Leaves the weights of the best epoch in `model`."""
     modules, infobert = {"model": model}, None
     if options.method == "infobert":
@@ -166,25 +153,25 @@ def finetune(options, model, weight_masks, splits, run, dtype):
         infobert = InfoBERT(model, modules["anchor"], options.alpha, options.beta, options.batch_size)
     parameters = list(nn.ModuleDict(modules).parameters())
     optimizer = optim.adamw(parameters, options.learning_rate, options.weight_decay)
-    settings = run.checkpoint.provenance["settings"]
-    steps, lr, init_mag, max_norm = (settings[f"adv_{name}"] for name in ("steps", "lr", "init_mag", "max_norm"))
+    adv_steps, adv_lr, adv_init_mag, adv_max_norm = run.adversary  # the options, or the defaults of the method
+    first_epoch = run.resume(optimizer, modules)  # 0, or the first epoch that is not done
 
-    for epoch in range(run.resume(optimizer, modules), options.epochs):  # Line 7: for epoch <- 1 ... N
+    for epoch in range(first_epoch, options.epochs):  # Line 7: for epoch <- 1 ... N
         model.train()
         for step, batch in run.batches(epoch):
             optim.seed_step(options.seed, step)
-            delta, loss = initial_delta(batch.token_mask, model.config.hidden_size, init_mag, max_norm), 0.0
+            loss, delta = 0.0, initial_delta(batch.token_mask, model.config.hidden_size, adv_init_mag, adv_max_norm)
             for rows in distributed.micro_batches(len(delta), options.grad_accum_steps):
                 part, extra_loss = batch.rows(rows), None
                 share = len(part.labels) / len(batch.labels)
 
-                def loss_of(delta):  # L_CrossEntropy: this part's share of the batch mean
-                    return model.class_loss(*part, delta=delta) * share
+                def loss_of(perturbation):  # L_CrossEntropy: this part's share of the batch mean
+                    return model.class_loss(*part, delta=perturbation) * share
 
                 if infobert:
                     loss_of, extra_loss = infobert.losses(*part, share)
+                adversary = adv_steps, adv_lr, adv_max_norm, extra_loss, options.method == "pgd"
                 with autocast(delta.device, dtype):  # ordinary training: K = 1 and delta = 0
-                    adversary = steps, lr, max_norm, extra_loss, options.method == "pgd"
                     loss += freelb(loss_of, delta[rows], part.token_mask, *adversary)
             distributed.sum_gradients(parameters)
             for name, mask in weight_masks.items():  # no gradient, no weight decay: pruned weights stay 0
@@ -209,16 +196,10 @@ def run_finetuning(options, model, weight_masks, splits, folder, provenance, tok
     test_accuracy = accuracy(model, splits["test"], options.batch_size, dtype)
     model = restore_vocabulary(model, words, all_words, run.decay())
     pruned = sum((~mask).sum().item() for mask in weight_masks.values())
-    metrics = {
-        "best_epoch": run.best_epoch,
-        "validation_accuracy": max(run.scores),
-        "validation_accuracy_by_epoch": run.scores,
+    metrics = run.metrics() | {
         "test_accuracy": test_accuracy,
         "test_rows": len(splits["test"]),
         "parameters": sum(p.numel() for p in model.parameters()) - pruned,
-        "seconds": run.seconds,
-        "tokens_per_second": options.epochs * len(splits["train"].ids) / run.seconds,
-        "peak_memory": max(run.memory, peak_memory(splits["train"].device)),
     }
     if distributed.is_main_process():
         files.write_json(folder / "metrics.json", provenance | metrics)
@@ -267,27 +248,12 @@ def accuracy(model, split, batch_size, dtype):
     return distributed.all_reduce_sum(correct).item() / len(split)
 
 
-def effective_settings(options):
-    """The settings that a run depends on: the adversary's defaults filled in, and what the method ignores reset."""
-    settings = {name: value for name, value in asdict(options).items() if name not in NOT_SETTINGS}
-    settings["ticket"] = Path(options.ticket).name  # its content is identified by its sha256
-    defaults = dict(zip(("adv_steps", "adv_lr", "adv_init_mag", "adv_max_norm"), ADVERSARIES[options.method]))
-    defaults |= {"alpha": Options.alpha, "beta": Options.beta}
-    ignored = {"vanilla": tuple(defaults), "infobert": ()}.get(options.method, ("alpha", "beta"))
-    for name, default in defaults.items():
-        if name in ignored and settings[name] != getattr(Options, name):
-            print(f"--{name.replace('_', '-')} {settings[name]} has no effect with --method {options.method}")
-        if name in ignored or settings[name] is None:
-            settings[name] = default
-    return settings
-
-
 def report(options, folder):
     """Print the accuracies, the cost and the folder of the model."""
     metrics = files.read_json(folder / "metrics.json")
     print(
-        f"best of {options.epochs} epochs by the held-out rows: epoch {metrics['best_epoch']}, "
-        f"{metrics['validation_accuracy']:.2%} there, {metrics['test_accuracy']:.2%} on the test rows"
+        f"best of {options.epochs} epochs on the held-out rows: epoch {metrics['best_epoch']}, "
+        f"accuracy {metrics['validation_accuracy']:.2%}; test accuracy {metrics['test_accuracy']:.2%}"
     )
     print(f"{metrics['parameters']:,} parameters, {metrics['seconds']:.0f} s of training; model: {folder}")
 

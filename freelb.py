@@ -4,7 +4,7 @@ import torch
 
 from runtime.cpu import RepeatedDropout
 
-# method: K, step size, magnitude of the first delta, epsilon (0: no bound). InfoBERT's are its authors'.
+# method: K, step size, magnitude of the first delta, epsilon (0: no bound). The paper gives none: docs/decisions.md
 ADVERSARIES = {
     "vanilla": (1, 0.0, 0.0, 0.0),
     "pgd": (3, 0.03, 0.05, 0.2),
@@ -14,7 +14,7 @@ ADVERSARIES = {
 
 
 def initial_delta(token_mask, dim, init_mag, max_norm):
-    """The first delta (B, T, dim): uniform within init_mag / sqrt(tokens x dim), 0 at padding. token_mask: (B, T)."""
+    """The first delta (B, T, dim): uniform within init_mag / sqrt(tokens x dim), 0 where token_mask (B, T) is 0."""
     mask = token_mask.float()[..., None]  # (B, T, 1)
     delta = torch.zeros(*token_mask.shape, dim, device=mask.device)
     if init_mag:
@@ -24,12 +24,12 @@ def initial_delta(token_mask, dim, init_mag, max_norm):
 
 
 def freelb(loss_of, delta, token_mask, steps, lr, max_norm, extra_loss=None, only_last=False):
-    """Add the gradient of L_adv (eq. 6) to the parameters' .grad, and return L_adv: the mean of K = `steps` passes.
+    """Add the gradient of L_adv (eq. 6) to the parameters' .grad, and return L_adv, a scalar without extra_loss.
 
-    loss_of(delta): the loss with delta (B, T, dim) added to the token embeddings. Between two passes delta moves by
-    `lr` along its gradient, and stays within the L2 radius `max_norm` per example (epsilon; 0: no bound).
-    extra_loss(gradient at delta): a loss for the parameters only, added in every pass (InfoBERT). only_last: PGD.
-    K = 1 with delta = 0 is an ordinary training step.
+    FreeLB averages K = `steps` passes. only_last: PGD, where only the last pass counts. loss_of(delta): the loss with
+    delta (B, T, dim) added to the token embeddings. After each pass but the last, the delta of each example moves by
+    `lr` along its gradient, and is projected onto the L2 ball of radius max_norm (epsilon; 0: no bound).
+    extra_loss(gradient at delta): InfoBERT's second loss, for the parameters only. K = 1, delta = 0: ordinary training.
     """
     mask, adversarial_loss = token_mask.float()[..., None], 0.0
     same_dropout = RepeatedDropout(steps, delta.device)
@@ -41,7 +41,7 @@ def freelb(loss_of, delta, token_mask, steps, lr, max_norm, extra_loss=None, onl
             loss = loss_of(delta)
         if extra_loss is None and weight:  # one backward pass for theta, c and delta
             (loss * weight).backward()
-            gradient = delta.grad  # None in the last pass of ordinary training
+            gradient = delta.grad  # None in the last pass, which needs no ascent
         else:
             gradient = torch.autograd.grad(loss, delta, retain_graph=extra_loss is not None)[0]
             if extra_loss is not None:

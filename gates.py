@@ -37,23 +37,24 @@ def draw_mask(coefficients, tau, at_least_one=False):
     smallest elsewhere is pruned instead. Raises BadInput if tau leaves too few for that.
     """
     layers, n = coefficients.shape
-    count = math.ceil(tau * layers * n - 1e-9)  # 0.1 x 30 is 3.0000000000000004 in floating point
+    count = math.ceil(tau * layers * n - 1e-9)  # rounding must not prune one more: 0.1 * 3 * 10 is 3.0000000000000004
     if at_least_one:
         if count > layers * (n - 1):
             raise BadInput(
                 f"tau {tau:.4g} prunes {count} of {layers * n} heads, but each of the {layers} layers keeps one: "
                 f"choose at most {n - 1}/{n}"
             )
-        best = n - 1 - coefficients.flip(1).argmax(1, keepdim=True)  # (layers, 1); the last of equals
-        coefficients = coefficients.scatter(1, best, math.inf)
+        best = n - 1 - coefficients.flip(1).argmax(1, keepdim=True)  # (layers, 1): the largest, the last of equals
+        coefficients = coefficients.scatter(1, best, math.inf)  # never among the smallest
     mask = torch.ones(layers * n, dtype=torch.bool)  # line 1: m <- 1
-    mask[coefficients.flatten().argsort(stable=True)[:count]] = False  # lines 1 to 5: c <= c*, the count-th smallest
+    smallest = coefficients.flatten().argsort(stable=True)[:count]  # c* is the last of these
+    mask[smallest] = False  # lines 2 to 5: m <- 0 where c <= c*
     return mask.view(layers, n)
 
 
 def draw_masks(head, ffn, tau_head, tau_ffn):
     """The (head mask, FFN mask) of a ticket. Every layer keeps at least one head."""
-    return draw_mask(head, tau_head, at_least_one=True), draw_mask(ffn, tau_ffn)
+    return draw_mask(head, tau_head, at_least_one=True), draw_mask(ffn, tau_ffn)  # lines 3 and 4
 
 
 def hamming(mask, other):
@@ -77,7 +78,8 @@ class EarlyStopping:
         distances = [math.nan, math.nan]
         if previous:
             distances = [hamming(old, new) for old, new in zip(previous, self.masks)]
-        self.streak = self.streak + 1 if all(distance < self.gamma for distance in distances) else 0
+        is_stable = all(distance < self.gamma for distance in distances)  # never with NaN
+        self.streak = self.streak + 1 if is_stable else 0
         return distances
 
     @property

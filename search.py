@@ -1,14 +1,14 @@
 """Algorithm 1: learn the importance coefficients c of every attention head and FFN neuron on masked language modelling,
 with FreeLB as the adversary, until the masks drawn from c stop changing.
 
-    python search.py                                    bundled MiniLM on BBC News, without a network
+    python search.py --model minilm                     the bundled MiniLM on BBC News, offline
     python search.py --adv-steps 1 --adv-init-mag 0     the vanilla ticket, without an adversary (Table 3)
     python search.py --objective rt                     on the loss of a task instead of MLM (Table 4)
     python search.py --seeds 10                         ten searches, one after another
     torchrun --nproc-per-node 2 search.py               on two GPUs, each with half of every batch
 
-Interrupted runs resume when rerun, from the last mini-epoch, and end with the same bytes. The defaults are those of
-section 3.5 of the paper where it gives them, except for the corpus and, without CUDA, the model.
+Interrupted runs resume when rerun, from the last mini-epoch, and on a CPU end with the same bytes. The defaults are
+those of section 3.5 of the paper where it gives them, except for the corpus and, without CUDA, the model.
 """
 
 import shlex
@@ -37,8 +37,10 @@ from sharing.plots import plot_search
 class Options:
     model: str = option(DEFAULT_MODEL, MODEL_HELP, group="model")
     revision: str = option(None, "branch or commit of a model on the hub", group="model")
-    mlm_head_steps: int = option(200, "to fit an MLM head if the model has none", at_least=1, group="model")
-    mlm_head_learning_rate: float = option(3e-3, "of that fit", above=0, group="model")
+    mlm_head_steps: int = option(
+        200, "training steps of a new MLM head, if the model has none", at_least=1, group="model"
+    )
+    mlm_head_learning_rate: float = option(3e-3, "peak learning rate of those steps", above=0, group="model")
     objective: str = option("mlm", "mlm on the corpus; or a task, for its classification loss", group="data")
     corpus: str = option("bbc", "bbc, imdb, wikitext-2-raw-v1 (the paper's), a text file or a folder", group="data")
     data_revision: str = option(None, "branch or commit of data on the hub", group="data")
@@ -59,15 +61,19 @@ class Options:
     epochs: int = option(1, "passes over the corpus, at most", at_least=1, group="optimization")
     batch_size: int = option(32, "examples per step", at_least=1, group="optimization")
     learning_rate: float = option(2e-5, "eta_0, of theta and c (AdamW)", above=0, group="optimization")
-    learning_rate_c: float = option(None, "of c, instead of eta_0", above=0, group="optimization")
-    warmup: float = option(0.1, "share of the steps", at_least=0, below=1, group="optimization")
-    weight_decay: float = option(0.01, "of the matrices of theta; c has none", at_least=0, group="optimization")
+    learning_rate_c: float = option(None, "learning rate of c, if not eta_0", above=0, group="optimization")
+    warmup: float = option(
+        0.1, "fraction of the steps with a rising learning rate", at_least=0, below=1, group="optimization"
+    )
+    weight_decay: float = option(0.01, "of AdamW, on the matrices of theta only", at_least=0, group="optimization")
     clip_norm: float = option(1.0, "largest norm of the gradient", above=0, group="optimization")
-    seed: int = option(0, "of masking, batches, dropout, perturbations", at_least=0, below=2**63, group="optimization")
-    seeds: int = option(1, "searches, from --seed on; file names then end in the seed", at_least=1, group="output")
+    seed: int = option(0, "random seed", at_least=0, below=2**63, group="optimization")
+    seeds: int = option(
+        1, "number of searches, from --seed on; then file names end in the seed", at_least=1, group="output"
+    )
     output: str = option("runs", "folder; results go to OUTPUT/MODEL", group="output")
     overwrite: bool = option(False, "replace the results of another search", group="output")
-    precision: str = option("auto", "bf16 where it is fast", choices=("auto", "bf16", "fp32"), group="machine")
+    precision: str = option("auto", "auto: bf16 where supported", choices=("auto", "bf16", "fp32"), group="machine")
     grad_accum_steps: int = option(1, "parts of a step, computed in turn to save memory", at_least=1, group="machine")
     checkpointing: bool = option(False, "recompute activations to save memory, a third more work", group="machine")
 
@@ -86,8 +92,8 @@ def main():
         folder, model_sha256 = data.find_model(options.model, options.revision)
         print(run_banner(options.model, device, dtype))
         tokenizer, config = Tokenizer(folder), Config.read(folder)
-        c = Coefficients(config.num_hidden_layers, config.num_attention_heads, config.intermediate_size)
-        draw_masks(*c.gates, options.tau_head, options.tau_ffn)  # refuse impossible ratios before the work
+        ones = Coefficients(config.num_hidden_layers, config.num_attention_heads, config.intermediate_size)
+        draw_masks(*ones.gates, options.tau_head, options.tau_ffn)  # impossible ratios are refused now, not later
         examples, num_labels, examples_sha256 = load_examples(options, tokenizer, config, device)
     for seed in range(options.seed, options.seed + options.seeds):
         suffix = "" if num_labels == 0 else f"-{files.task_folder(options.objective)}"
@@ -116,7 +122,7 @@ def main():
 
 
 def starting_point(options, folder, num_labels, run, tokenizer, output, dtype):
-    """(model, c) as Algorithm 1 begins: pre-trained weights, with an MLM head fitted if they have none, and ones."""
+    """Algorithm 1, line 1: (theta_0 with an MLM head, fitted if it was published without one; c = 1)."""
     torch.manual_seed(options.seed)
     model = Bert.load(folder, mlm=num_labels == 0, num_labels=num_labels)
     config = model.config
@@ -137,8 +143,7 @@ def starting_point(options, folder, num_labels, run, tokenizer, output, dtype):
 def search(options, model, c, examples, run, dtype):
     """Algorithm 1. model: theta_0. c: Coefficients, all 1. examples: Blocks or TokenizedSplit. run: SearchRun, which
     logs, saves and resumes. Trains both in place and returns the EarlyStopping object."""
-    # Line 1: theta <- theta_0, c <- 1
-    model.train()
+    model.train()  # Line 1, theta <- theta_0 and c <- 1: see `starting_point`
     parameters = [*model.parameters(), *c.parameters()]
     c_group = {"params": c.parameters(), "weight_decay": 0.0}
     c_group["lr_scale"] = (options.learning_rate_c or options.learning_rate) / options.learning_rate
@@ -146,34 +151,34 @@ def search(options, model, c, examples, run, dtype):
     stopping = EarlyStopping(options.tau_head, options.tau_ffn, options.gamma, options.patience)
     step = run.resume(optimizer, model, c, stopping)
 
-    while step < run.steps and not stopping.should_stop:  # Line 2: repeat
-        chosen = run.chosen(step)
+    # Lines 2 and 5: repeat until both masks were stable in 5 mini-epochs in a row (section 2.2.2), or for --epochs
+    while step < run.steps and not stopping.should_stop:
+        indices = run.example_indices(step)
         optim.seed_step(options.seed, 2, step)
-        batch, loss = examples.batch(chosen), 0.0  # masks 15 % of the tokens, anew in every step
+        batch, loss = examples.batch(indices), 0.0  # masks 15 % of the tokens, anew in every step
         delta = initial_delta(batch.token_mask, model.config.hidden_size, options.adv_init_mag, options.adv_max_norm)
         for rows in distributed.micro_batches(len(delta), options.grad_accum_steps):
             part = batch.rows(rows)
             share = len(part.labels) / max(1, len(batch.labels))
 
-            def loss_of(delta):  # L(f(x + delta; theta, c), y) in eq. 6: this part's share of the batch mean
-                return objective(model, part, c.gates, delta) * share
+            def loss_of(perturbation):  # L(f(x + delta; theta, c), y) in eq. 6: this part's share of the batch mean
+                return objective(model, part, c.gates, perturbation) * share
 
-            with autocast(delta.device, dtype):  # Eq. 6: add the gradient of L_adv(theta, c) to .grad
-                adversary = options.adv_steps, options.adv_lr, options.adv_max_norm
-                loss += freelb(loss_of, delta[rows], part.token_mask, *adversary)
-        distributed.sum_gradients(parameters)
+            adversary = options.adv_steps, options.adv_lr, options.adv_max_norm
+            with autocast(delta.device, dtype):
+                loss += freelb(loss_of, delta[rows], part.token_mask, *adversary)  # Eq. 6: adds the gradient of L_adv
+        distributed.sum_gradients(parameters)  # over the processes, before R(c), which counts once
         c.penalty(options.lambda_head, options.lambda_ffn).backward()  # Eq. 5, R(c): .grad is now that of eq. 7
         torch.nn.utils.clip_grad_norm_(parameters, options.clip_norm)
         optim.set_learning_rate(optimizer, options.learning_rate, step, run.steps, options.warmup)
-        optimizer.step()  # Lines 3 and 4: theta <- theta - eta_0 grad_theta, c <- c - eta_0 grad_c (by AdamW)
+        optimizer.step()  # Lines 3 and 4, by AdamW and at once: both gradients are taken at the old theta
         optimizer.zero_grad()
         step += 1
         run.log(loss)
-        if step in run.mini_epoch_ends:
+        if step in run.mini_epoch_ends:  # a mini-epoch is 0.05 epoch
             distances = stopping.update(c.head.detach().cpu(), c.ffn.detach().cpu())
             run.end_mini_epoch(optimizer, model, c, distances)
-    # Line 5: until both distances stayed below gamma `patience` times in a row (section 2.2.2)
-    return stopping  # Line 6: return c, trained in place
+    return stopping  # Line 6: return c, which was trained in place; SearchRun.write saves it
 
 
 def objective(model, batch, gates, delta):
@@ -209,11 +214,11 @@ def report(path, plot_path, options):
     plot_search(trace, settings, plot_path)
     reason = f"both distances stayed below gamma = {settings['gamma']:g} {settings['patience']} times in a row"
     if not metadata["stopped_early"]:
-        reason = "the limit; the masks had not converged"
+        reason = "stopped by --epochs before the masks were stable"
     print(f"searched {len(trace['trace.loss'])} of {metadata['mini_epochs_at_most']} mini-epochs: {reason}")
     print(f"coefficients: {path}, distances: {plot_path}")
     coefficients = "" if path.stem == "coefficients" else f" --coefficients {shlex.quote(str(path))}"
-    task = "sst2" if options.objective == "mlm" else shlex.quote(options.objective)
+    task = "rt" if options.objective == "mlm" else shlex.quote(options.objective)
     print(f"next: python draw.py --task {task}{cli.flags(options, 'model', 'output')}{coefficients}")
 
 

@@ -268,7 +268,7 @@ def test_a_killed_search_resumes_and_ends_with_the_same_bytes(tmp_path, corpus):
         ),
     )
     out, err = spawn(command[1]).communicate()
-    assert "searched 10 of 10 mini-epochs: the limit" in out and err == ""
+    assert "searched 10 of 10 mini-epochs: stopped by --epochs" in out and err == ""
     assert "has no MLM head" in whole.communicate()[0]
     for name in ("coefficients.safetensors", "mlm_head.safetensors", "search.png"):
         assert (folder / name).read_bytes() == (tmp_path / "whole" / "headless" / name).read_bytes()
@@ -279,7 +279,7 @@ def test_search_draw_and_finetune_chain(tiny, corpus, tmp_path, capsys):
     assert call(search, *quick_search(tiny, corpus, tmp_path)[1:], "--gamma", "0.9", "--patience", "2") == 0
     lines = capsys.readouterr().out.splitlines()
     assert "searched 3 of 10 mini-epochs: both distances stayed below gamma = 0.9 2 times in a row" in lines[-3]
-    assert lines[-1].startswith("next: python draw.py --task sst2 --model")
+    assert lines[-1].startswith("next: python draw.py --task rt --model")
     tensors, metadata = our_safetensors.read_with_metadata(tmp_path / "tiny" / "coefficients.safetensors")
     assert tensors["head"].shape == (2, 3) and tensors["ffn"].shape == (2, 40)
     assert tensors["trace.head"].shape == (3, 2, 3) and torch.equal(tensors["trace.ffn"][-1], tensors["ffn"])

@@ -2,11 +2,14 @@
 
 import math
 import time
+from dataclasses import asdict
+from pathlib import Path
 
 import torch
 
 from checkpoints import safetensors
 from checkpoints.provenance import Checkpoint
+from freelb import ADVERSARIES
 from runtime import cli, distributed, optim
 from runtime.cli import BadInput
 from runtime.device import peak_memory
@@ -22,8 +25,10 @@ class SearchRun:
         self.options, self.examples, self.checkpoint = options, examples, checkpoint
         self.steps_per_epoch = math.ceil(len(examples) / options.batch_size)
         self.steps = options.epochs * self.steps_per_epoch
-        mini_epochs = math.ceil(options.epochs / options.mini_epoch - 1e-9)
-        ends = (math.ceil((i + 1) * options.mini_epoch * self.steps_per_epoch - 1e-9) for i in range(mini_epochs))
+        # A mini-epoch ends at the first step at or after each multiple of 0.05 epochs. 1e-9: 0.05 is not exact
+        length = options.mini_epoch * self.steps_per_epoch  # in steps, not always an integer
+        count = math.ceil(options.epochs / options.mini_epoch - 1e-9)
+        ends = [math.ceil(number * length - 1e-9) for number in range(1, count + 1)]
         self.mini_epoch_ends = sorted({min(self.steps, end) for end in ends})
         self.trace = {name: [] for name in ("trace.head", "trace.ffn", "trace.distances", "trace.loss")}
         self.epoch, self.order, self.status = None, None, ""
@@ -41,7 +46,7 @@ class SearchRun:
         self.bar = cli.progress(self.steps, step, "search")
         return step
 
-    def chosen(self, step):
+    def example_indices(self, step):
         """The indices of the examples of a step."""
         epoch, number = divmod(step, self.steps_per_epoch)
         if epoch != self.epoch:
@@ -83,10 +88,26 @@ class SearchRun:
             safetensors.write_safetensors(path, final | result, self.checkpoint.provenance | ended)
 
 
+def effective_settings(options, not_settings):
+    """What fine-tuning depends on: the options, with the adversary's defaults, and without what the method ignores."""
+    settings = {name: value for name, value in asdict(options).items() if name not in not_settings}
+    settings["ticket"] = Path(options.ticket).name  # its content is identified by its sha256
+    defaults = dict(zip(("adv_steps", "adv_lr", "adv_init_mag", "adv_max_norm"), ADVERSARIES[options.method]))
+    defaults |= {name: getattr(type(options), name) for name in ("alpha", "beta")}
+    ignored = {"vanilla": tuple(defaults), "infobert": ()}.get(options.method, ("alpha", "beta"))
+    for name, default in defaults.items():
+        if name in ignored and settings[name] != getattr(type(options), name):
+            print(f"--{name.replace('_', '-')} {settings[name]} has no effect with --method {options.method}")
+        if name in ignored or settings[name] is None:
+            settings[name] = default
+    return settings
+
+
 class FinetuneRun:
     """The log and the checkpoints of fine-tuning (finetune.py), and the model of the best epoch.
 
-    scores: the held-out accuracy of every epoch. seconds: of training. memory: peak memory in bytes.
+    adversary: K, step size, first magnitude, epsilon. scores: the held-out accuracy of every epoch. seconds: of
+    training. memory: peak memory in bytes.
     """
 
     def __init__(self, options, split, folder, provenance):
@@ -95,6 +116,8 @@ class FinetuneRun:
         saved = self.checkpoint.metadata
         self.scores, self.seconds = saved.get("scores", []), saved.get("seconds", 0.0)
         self.memory = saved.get("peak_memory", 0)
+        settings = provenance["settings"]
+        self.adversary = [settings[f"adv_{name}"] for name in ("steps", "lr", "init_mag", "max_norm")]
         self.steps_per_epoch = math.ceil(len(split) / options.batch_size)
         self.steps = options.epochs * self.steps_per_epoch
 
@@ -146,6 +169,17 @@ class FinetuneRun:
         self.bar.close()
         read = distributed.broadcast_from_main(lambda: dict(safetensors.read_safetensors(self.best_path())[0]))
         model.load_state_dict(read)
+
+    def metrics(self):
+        """The held-out accuracy and the cost of the run."""
+        return {
+            "best_epoch": self.best_epoch,
+            "validation_accuracy": max(self.scores),
+            "validation_accuracy_by_epoch": self.scores,
+            "seconds": self.seconds,
+            "tokens_per_second": self.options.epochs * len(self.split.ids) / self.seconds,
+            "peak_memory": max(self.memory, peak_memory(self.split.device)),
+        }
 
     def decay(self):
         """The factor by which AdamW's weight decay has shrunk an embedding without gradients by the best epoch."""

@@ -108,7 +108,7 @@ def shown(default):
 
 
 def parse_bounded(field, text):
-    """Convert `text` to the field's type and check its bounds. A number may be a fraction. argparse prints the error."""
+    """Convert `text`, a fraction if need be, to the field's type and check its bounds. argparse prints the error."""
     try:
         value = float(Fraction(text)) if field.type is float and "/" in text else field.type(text)
         if field.type is float and not math.isfinite(value):

@@ -91,7 +91,7 @@ def linear(x, weight, bias=None):
 
 
 def tune_allocator():
-    """Let glibc keep the memory that tensors free, and oneDNN the code that it generates. Call before the first product.
+    """Let glibc keep the memory that tensors free, and oneDNN its generated code. Call before the first product.
 
     glibc returns every large block to the kernel, which zeroes it page by page at the next use: about a third of a
     training step. oneDNN generates code for every shape of a bfloat16 product, which takes longer than a small product,

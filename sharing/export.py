@@ -14,15 +14,21 @@ from runtime.cli import BadInput
 SIGNATURE = "Made by orticket's `finetune.py`"  # identifies an export by its model card, also a partial one
 
 
-def is_exported(options, source, folder, provenance):
-    """Whether --export-hf already contains the export of the run with this provenance. source, folder: the model before
-    and after fine-tuning. Raises BadInput where the target cannot be written, is the folder of one of these two, or has
-    files that no export wrote and that --overwrite does not allow to replace."""
+def is_exported(options, source, masks, folder, provenance):
+    """Whether --export-hf already holds the export of the run with this provenance.
+
+    source, folder: the model before and after fine-tuning. masks: those of its ticket, (head mask, FFN mask) or not.
+    Raises BadInput if the model cannot be exported, or if the target cannot be written, is the folder of one of these
+    models, or has files that no export wrote and that --overwrite does not allow to replace.
+    """
+    if not isinstance(masks, tuple) and Bert.load(source).config.is_pruned:
+        raise BadInput(f"{options.model} was pruned by unknown masks: it cannot be exported as a dense model")
     target = files.writable(Path(options.export_hf))
     if target.resolve() in (folder.resolve(), (source if source.is_dir() else source.parent).resolve()):
         raise BadInput(f"--export-hf {target} is the folder of the model itself: give another")
     provenance, card = dense_provenance(provenance), target / "README.md"
     if is_up_to_date(target / "model.safetensors", provenance, options.overwrite, "another --export-hf"):
+        print_target(target)
         return True
     may_replace = options.overwrite or (card.is_file() and SIGNATURE in card.read_text("utf8", errors="replace"))
     for name in ("README.md", "config.json", "tokenizer.json", "tokenizer_config.json"):
@@ -31,13 +37,20 @@ def is_exported(options, source, folder, provenance):
     return False
 
 
-def export(target, folder, masks, tokenizer, task, provenance):
-    """Write the model in `folder` to `target`, dense where it was pruned by `masks`, with tokenizer and model card."""
-    model = Bert.load(folder) if masks is None else Bert.load(folder).dense(*masks)
+def export(options, folder, masks, tokenizer, task, provenance):
+    """Write the model in `folder` to --export-hf, dense where it was pruned, with tokenizer and model card."""
+    target, model = Path(options.export_hf), Bert.load(folder)
+    if model.config.is_pruned:
+        model = model.dense(*masks)
     with files.atomic_write(target / "README.md") as tmp_path:
         Path(tmp_path).write_text(model_card(files.read_json(folder / "metrics.json"), task), "utf8")
     tokenizer.save(target)
     model.save(target, task.labels, dense_provenance(provenance))
+    print_target(target)
+
+
+def print_target(target):
+    print(f"for transformers, with zeros where the ticket pruned: {target}")
 
 
 def dense_provenance(provenance):

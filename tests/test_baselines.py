@@ -67,7 +67,7 @@ def test_infobert_with_zero_weights_is_freelb_and_the_anchor_never_moves_delta(t
         model.zero_grad()
         if alpha is None:
             extra_loss = None
-            loss_of = lambda delta: F.cross_entropy(model.class_logits(ids, mask, None, delta=delta), labels)  # noqa: E731
+            loss_of = lambda delta: model.class_loss(ids, mask, None, labels, delta=delta)  # noqa: E731
         else:
             loss_of, extra_loss = infobert.InfoBERT(model, anchor, alpha, beta, 4).losses(ids, mask, None, labels)
         deltas = []

@@ -113,7 +113,7 @@ BAD = {
     "a gigantic seed": (finetune, ["--seed", "1" + "0" * 30], "must be below"),
     "three texts": (finetune, ["--task", "mine.csv", "--text-columns", *"abc"], "--text-columns a b c: BERT reads"),
     "columns of a task that has its own": (finetune, ["--text-columns", "a"], "rt has fixed columns"),
-    "a revision of what is here": (search, ["--model", "minilm", "--revision", "v1"], "--revision v1 applies to models on"),
+    "a revision of a bundled model": (search, ["--model", "minilm", "--revision", "v1"], "--revision v1 applies to"),
     "columns of a corpus": (search, ["--label-column", "y"], "--label-column y needs a custom task as --objective"),
     "too long": (finetune, ["--max-length", "999", "--ticket", "none"], "--max-length 999: minilm reads at most 512"),
     "another model's ticket": (finetune, ["--ticket", "{tmp}/ticket.safetensors"], "drawn for another model"),
