@@ -1,8 +1,7 @@
 """Algorithm 2, lines 6 to 10: fine-tune a ticket on a task at ordinary cost, or a baseline to compare it with.
 
     python finetune.py --task rt                            the ticket that draw.py drew for rt
-    python finetune.py --task rt --ticket none              the full model
-    python finetune.py --task rt --ticket random            a random ticket of the same size
+    python finetune.py --task rt --ticket none              the full model; or random, a random ticket of the same size
     python finetune.py --task rt --method freelb            adversarial training; or pgd, infobert
     python finetune.py --task rt --ablation no-structure    the ablations of Table 6
     torchrun --nproc-per-node 2 finetune.py --task rt       on two GPUs, each with half of every batch
@@ -100,9 +99,8 @@ def main():
     folder = files.output_folder(options.output, options.model) / files.task_folder(options.task)
     with distributed.main_process_first():
         source, model_sha256 = data.find_model(options.model, options.revision)
-        config = Config.read(source)
+        tokenizer, config = Tokenizer(source), Config.read(source)
         masks, ticket_sha256 = find_ticket(options, folder / "ticket.safetensors", model_sha256, config)
-        tokenizer = Tokenizer(source)
         if (options.max_length or 0) > config.max_length:
             raise BadInput(
                 f"--max-length {options.max_length}: {options.model} reads at most {config.max_length} tokens"
@@ -112,7 +110,7 @@ def main():
         rows["train"] = data.first_rows(rows["train"], options.train_rows, options.task)
         task_sha256 = rows_sha256(tokenizer, max_length, *rows.values())
         splits = {name: TokenizedSplit(tokenizer, part, max_length, device) for name, part in rows.items()}
-    del rows  # the texts are no longer needed
+    del rows  # the texts are not needed any more
     print(f"task {options.task}: {', '.join(f'{len(of):,} {name}' for name, of in splits.items())} rows; {task.note}")
     truncated = sum(split.num_truncated for split in splits.values())
     print(f"ticket: {options.ticket}; {truncated:,} texts truncated to {max_length} tokens")
@@ -129,9 +127,9 @@ def main():
     wants_export = options.export_hf and distributed.broadcast_from_main(
         lambda: not is_exported(options, source, masks, folder, provenance)
     )
-    model_path = folder / "model.safetensors"
+    path = folder / "model.safetensors"
     with distributed.file_lock(folder / "finetune.state.safetensors"):
-        if not distributed.broadcast_from_main(lambda: is_up_to_date(model_path, provenance, options.overwrite)):
+        if not distributed.broadcast_from_main(lambda: is_up_to_date(path, provenance, options.overwrite)):
             model, weight_masks = starting_point(options, source, masks, task)
             run_finetuning(options, model.to(device), weight_masks, splits, folder, provenance, tokenizer, task, dtype)
         if distributed.is_main_process():
