@@ -232,11 +232,10 @@ def download_to(session, location, blob, checksum, size, name):
             raise RetryableError(f"{length} bytes of {kind}, not the file")
         try:
             with open(tmp_path, "ab" if start else "wb") as file, progress(size, start, name, "B") as bar:
-                for chunk in response.iter_content(CHUNK):
-                    file.write(chunk)
-                    bar.update(len(chunk))
-        except requests.RequestException:
-            pass  # the body broke off; what has arrived is kept
+                with contextlib.suppress(requests.RequestException):  # the body broke off: what has arrived is kept
+                    for chunk in response.iter_content(CHUNK):
+                        file.write(chunk)
+                        bar.update(len(chunk))
         except OSError as error:
             raise BadInput(f"cannot write {tmp_path}: {error.strerror or error}") from None
     found = tmp_path.stat().st_size
