@@ -102,8 +102,7 @@ def hold_out(rows):
 
 
 def split_tenths(rows):
-    """Split rows that have no splits: every tenth is a test row, and every tenth of the others is for validation. Rows
-    are sorted by label, so that each split has every class in the same proportion."""
+    """Make every tenth row a test row, and every tenth of the others a validation row. Rows are sorted by label."""
     rows = list(rows)
     return hold_out([row for i, row in enumerate(rows) if i % 10]) | {"test": rows[::10]}
 
@@ -206,18 +205,20 @@ def find_task(name, text_columns=("text",), label_column="label"):
 
 
 def custom_task(path, files, text_columns, label_column):
-    """The Task of table files {split: path}; its labels are those of the training rows, in order."""
+    """The Task of table files {split: path}. Its labels are those of the training rows, sorted, numbers by value."""
     tables = {split: read_table(file, text_columns, label_column) for split, file in files.items()}
-    labels = {label for _, _, label in tables["train"]}
-    labels = sorted(labels, key=int if all(label.isdecimal() for label in labels) else str)
+    labels = sorted({label for _, _, label in tables["train"]})
+    if all(label.isdecimal() for label in labels):  # by value: 2 before 10, and 01 before 1
+        labels.sort(key=lambda label: (len(label.lstrip("0")), label.lstrip("0")))
     if len(labels) < 2:
         raise BadInput(f"{path} has no two labels in column {label_column!r}: {labels}")
+    numbers = {label: number for number, label in enumerate(labels)}
     splits = {}
     for split, table in tables.items():
         for line, _, label in table:
-            if label not in labels:
+            if label not in numbers:
                 raise BadInput(f"{files[split]} line {line} has label {label!r}, which no training row has")
-        splits[split] = [(texts, labels.index(label)) for _, texts, label in table]
+        splits[split] = [(texts, numbers[label]) for _, texts, label in table]
     note = "the test rows are its test file"
     if "test" not in splits:
         splits, note = split_tenths(sort_by_label(splits["train"])), "the test rows are a tenth of the file"

@@ -161,6 +161,14 @@ def test_invalid_custom_file_is_an_error_with_its_line(tmp_path, case):
     assert "\n" not in str(error.value) and name in str(error.value)
 
 
+def test_equal_numbers_with_different_digits_are_numbered_alike_in_every_process(tmp_path):
+    """The labels are sorted by value, then by text. The order of a set would depend on the process."""
+    labels = [f"{zeros}{number}" for number in range(1, 20) for zeros in ("00", "0", "")]
+    rows = [f"text {i},{label}" for i, label in enumerate(labels * 30)]
+    (tmp_path / "mine.csv").write_text("\n".join(["text,label", *rows]))
+    assert data.find_task(str(tmp_path / "mine.csv")).labels == tuple(labels)
+
+
 def test_label_only_in_the_test_file_is_an_error_with_its_line(tmp_path):
     (tmp_path / "train.csv").write_text("text,label\na,x\nb,y\n")
     (tmp_path / "test.csv").write_text("text,label\na,x\nb,z\n")
