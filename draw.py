@@ -5,7 +5,7 @@
 
 The least important heads and neurons of all layers together are pruned, and every layer keeps at least one head. All
 tasks share the coefficients and differ only in the ratio of the neurons, so that no data and no model are needed here.
-finetune.py goes on with line 6: it applies the masks to theta_0.
+finetune.py continues with line 6: it applies the masks to theta_0.
 """
 
 from dataclasses import dataclass, replace

@@ -155,7 +155,7 @@ def search(options, model, c, examples, run, dtype):
     while step < run.steps and not stopping.should_stop:
         indices = run.example_indices(step)
         optim.seed_step(options.seed, 2, step)
-        batch, loss = examples.batch(indices), 0.0  # masks 15 % of the tokens, anew in every step
+        batch, loss = examples.batch(indices), 0.0  # masks 15 % of the tokens, at random in every step
         delta = initial_delta(batch.token_mask, model.config.hidden_size, options.adv_init_mag, options.adv_max_norm)
         for rows in distributed.micro_batches(len(delta), options.grad_accum_steps):
             part = batch.rows(rows)

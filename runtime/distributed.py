@@ -1,4 +1,4 @@
-"""Several processes started by torchrun: `torchrun --nproc-per-node N search.py ...`, and finetune.py likewise.
+"""Several processes started by torchrun: `torchrun --nproc-per-node N search.py ...`. finetune.py works the same way.
 
 Every process holds the whole model and computes its rows of each batch; `sum_gradients` adds the gradients up once a
 step, so that all processes take the same step. Everything random about a batch (its order, its masked words, FreeLB's
@@ -48,7 +48,7 @@ def shutdown():
 def micro_batches(batch_size, accum_steps=1):
     """Yield the rows of a batch that this process computes, as slices, in at most `accum_steps` parts.
 
-    With several parts, torch is seeded anew for each, so that each has its own dropout in every process.
+    With several parts, torch is seeded again for each, so that each has its own dropout in every process.
     """
     parts, seed = WORLD * accum_steps, torch.initial_seed()
     for part in range(RANK * accum_steps, (RANK + 1) * accum_steps):
