@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import resource
 import sys
 from pathlib import Path
 
@@ -66,4 +65,10 @@ def peak_memory(device):
         return torch.cuda.max_memory_allocated(device)
     with contextlib.suppress(OSError, IndexError):  # Linux's getrusage includes the parent's memory before exec
         return int(Path("/proc/self/status").read_text("utf8").split("VmHWM:")[1].split()[0]) * 1024
+    if sys.platform == "win32":
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset
+    import resource  # Unix only
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

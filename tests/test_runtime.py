@@ -19,6 +19,15 @@ from runtime.cpu import Dropout, linear
 from tests.conftest import HERE, call, quick_search
 
 
+@pytest.mark.parametrize("script", ["search", "draw", "finetune", "attack"])
+def test_scripts_start_without_modules_that_only_unix_has(script):
+    hidden = ("resource", "fcntl", "pwd", "grp", "termios")
+    code = f"import sys, runpy; sys.modules |= dict.fromkeys({hidden!r}); sys.argv = ['{script}.py', '--help'];"
+    code += f"runpy.run_module({script!r}, run_name='__main__')"
+    ended = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
+    assert ended.returncode == 0 and ended.stdout.startswith("usage:"), ended.stderr
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_dropout_is_unbiased_and_drops_its_share(dtype):
     x, dropout = torch.ones(1001, 999, dtype=dtype), Dropout(0.1).train()
