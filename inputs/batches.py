@@ -4,18 +4,17 @@ Token ids are stored as one flat int32 array with the rows' ends, in memory and 
 disk.
 """
 
-import contextlib
+import array
 import hashlib
 import os
 from typing import NamedTuple
 
-import filelock
 import numpy as np
 import torch
 
 from checkpoints import safetensors
 from runtime.cli import BadInput, progress
-from runtime.files import atomic_write, cache_folder, sha256
+from runtime.files import atomic_write, build_once, cache_folder, sha256
 from runtime.optim import seed_step
 
 CHUNK = 1000  # texts tokenized at a time: the library's encodings take a hundred times the memory of their ids
@@ -89,16 +88,15 @@ class TokenizedSplit:
 
     def batches(self, batch_size, generator=None):
         """Yield a `Batch` at a time, in the order of `length_sorted_batches`."""
-        for chosen in length_sorted_batches(self.lengths.numpy(), batch_size, generator):
-            yield self.batch(torch.from_numpy(chosen))
+        return map(self.batch, length_sorted_batches(self.lengths, batch_size, generator))
 
     def epoch(self, batch_size, seed, epoch):
         """The rows of each step of an epoch, in an order that depends on the seed and the epoch alone."""
-        generator = np.random.Generator(np.random.PCG64([seed, epoch]))
-        return list(map(torch.from_numpy, length_sorted_batches(self.lengths.numpy(), batch_size, generator)))
+        return length_sorted_batches(self.lengths, batch_size, np.random.Generator(np.random.PCG64([seed, epoch])))
 
     def batch(self, chosen):
         """The rows numbered `chosen` (B,), padded to the longest of them."""
+        chosen = torch.as_tensor(chosen)
         lengths = self.lengths[chosen, None]  # (B, 1)
         columns = torch.arange(int(lengths.max()))
         mask = columns < lengths  # (B, T)
@@ -128,21 +126,18 @@ def encode(tokenizer, texts, max_length):
     special = tokenizer.library.num_special_tokens_to_add(any(len(text) > 1 for text in texts))
     if max_length <= special:
         raise BadInput(f"--max-length {max_length} has room for no more than the {special} special tokens")
-    ids, lengths, second_start, num_truncated = [np.zeros(0, np.int32)], [], [], 0
+    ids, lengths, second_start, num_truncated = array.array("i"), [], [], 0
     tokenizer.library.enable_truncation(max_length)
-    try:
-        for start in range(0, len(texts), CHUNK):
-            chunk = [text[0] if len(text) == 1 else text for text in texts[start : start + CHUNK]]
-            for encoding in tokenizer.library.encode_batch_fast(chunk):
-                ids.append(np.array(encoding.ids, dtype=np.int32))
-                lengths.append(len(ids[-1]))
-                second_start.append(lengths[-1] - sum(encoding.type_ids))
-                num_truncated += bool(encoding.overflowing)
-            ids = [np.concatenate(ids)]
-    finally:
-        tokenizer.library.no_truncation()
+    for start in range(0, len(texts), CHUNK):
+        chunk = [text[0] if len(text) == 1 else text for text in texts[start : start + CHUNK]]
+        for encoding in tokenizer.library.encode_batch_fast(chunk):
+            ids.extend(encoding.ids)
+            lengths.append(len(encoding))
+            second_start.append(lengths[-1] - sum(encoding.type_ids))
+            num_truncated += bool(encoding.overflowing)
+    tokenizer.library.no_truncation()
     return {
-        "ids": torch.from_numpy(ids[0]),
+        "ids": torch.from_numpy(np.array(ids, dtype=np.int32)),
         "ends": torch.tensor(lengths, dtype=torch.int64).cumsum(0),
         "second_start": torch.tensor(second_start, dtype=torch.int32),
         "num_truncated": torch.tensor(num_truncated),
@@ -168,17 +163,6 @@ def rows_sha256(tokenizer, max_length, *splits):
         digest.update(np.array([label for _, label in rows], np.int64).tobytes())
         whole.update(digest.digest())
     return whole.hexdigest()
-
-
-@contextlib.contextmanager
-def build_once(path):
-    """Yield True if the block must build `path`. Of several processes, one builds it and the others wait."""
-    if path.is_file():  # without the lock: the cache may be read-only
-        yield False
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(f"{path}.lock"):
-        yield not path.is_file()
 
 
 def length_sorted_batches(lengths, batch_size, generator):
@@ -217,13 +201,12 @@ class Blocks:
                         file.write(ids)
         self.file = open(path, "rb")  # stays open: the cache may be cleared during a search
         self.tokens = os.path.getsize(path) // 4
-        self.count = self.tokens // (block - 2)
-        if self.count == 0:
+        if len(self) == 0:
             raise BadInput(f"the corpus has {self.tokens} tokens, not enough for one block of {block}")
         self.sha256 = sha256(path)
 
     def __len__(self):
-        return self.count
+        return self.tokens // (self.block - 2)
 
     def rows(self, chosen):
         """The blocks numbered `chosen`, (B, block) int64."""

@@ -24,8 +24,6 @@ def load_finetuned(folder, task, splits, options, device):
     count = min(metadata["settings"]["train_rows"] or math.inf, len(splits["train"]))
     trained = splits | {"train": data.first_rows(splits["train"], count, options.task)}
     if rows_sha256(tokenizer, max_length, *trained.values()) != metadata["task_sha256"]:
-        raise BadInput(
-            f"{folder} was fine-tuned on other rows than those of {options.task}: use the --text-columns, "
-            "--label-column and --data-revision of its fine-tuning, or fine-tune with --overwrite"
-        )
+        remedy = "use its --text-columns, --label-column and --data-revision, or fine-tune with --overwrite"
+        raise BadInput(f"{folder} was fine-tuned on other rows than those of {options.task}: {remedy}")
     return model, tokenizer, max_length, metadata

@@ -67,8 +67,8 @@ def fetch(repository, name, revision="main", dataset=False):
     what = f"{name} of {repository}"
     if offline():
         raise BadInput(f"{what} is not in the cache {folder}, and HF_HUB_OFFLINE forbids fetching it")
-    kind = "datasets/" if dataset else ""
-    url = f"{endpoint()}/{kind}{repository}/resolve/{urllib.parse.quote(revision, safe='')}/{urllib.parse.quote(name)}"
+    path = f"{repository}/resolve/{urllib.parse.quote(revision, safe='')}/{urllib.parse.quote(name)}"
+    url = f"{endpoint()}/{'datasets/' if dataset else ''}{path}"
     folder.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(folder / ".fetching"):
         return in_cache(folder, name, revision) or download(url, what, folder, name, revision)
@@ -136,8 +136,11 @@ def download(url, what, folder, name, revision):
     urllib3 retries failed connections and busy servers. The loop here retries what is wrong with a response: a body
     that breaks off, a wrong checksum, a location that has expired.
     """
-    reason = None
-    with hub_session() as session:
+    retry = HubRetry(ATTEMPTS - 1, backoff_factor=BACKOFF, status_forcelist=RETRY_STATUSES, raise_on_status=False)
+    with requests.Session() as session:
+        session.headers["Accept-Encoding"] = "identity"
+        for scheme in ("https://", "http://"):
+            session.mount(scheme, requests.adapters.HTTPAdapter(max_retries=retry))
         for attempt in range(ATTEMPTS):
             if attempt > 0:
                 time.sleep(BACKOFF * 2 ** (attempt - 1))
@@ -149,21 +152,13 @@ def download(url, what, folder, name, revision):
                 return link_snapshot(folder, commit, name, blob, revision)
             except RetryableError as error:
                 reason = error
-            except requests.RequestException as error:  # urllib3 has made all attempts
-                reason = type(error).__name__ if error.response is None else f"status {error.response.status_code}"
-                break
+            except requests.RequestException as error:
+                status = getattr(error.response, "status_code", None)
+                reason = f"status {status}" if status else type(error).__name__
+                if status is None or status in RETRY_STATUSES:  # urllib3 has made all attempts
+                    break
     host = urllib.parse.urlsplit(url).netloc
     raise BadInput(f"cannot fetch {what} from {host}: {reason}, {ATTEMPTS} attempts; try again, or set HF_ENDPOINT")
-
-
-def hub_session():
-    """A session in which urllib3 makes up to ATTEMPTS attempts at each request."""
-    session = requests.Session()
-    session.headers["Accept-Encoding"] = "identity"
-    retry = HubRetry(ATTEMPTS - 1, backoff_factor=BACKOFF, status_forcelist=RETRY_STATUSES, raise_on_status=False)
-    for scheme in ("https://", "http://"):
-        session.mount(scheme, requests.adapters.HTTPAdapter(max_retries=retry))
-    return session
 
 
 def link_snapshot(folder, commit, name, blob, revision):
@@ -197,7 +192,7 @@ def head(session, url, what):
         raise BadInput(f"{what}: the hub refuses access ({response.status_code}); check the name and HF_TOKEN")
     if response.status_code == 404:
         raise NotOnHub(f"the hub has no {what} ({url})")
-    raise_for_status(response)
+    response.raise_for_status()
     checksum = headers.get("X-Linked-Etag", headers.get("ETag", "")).removeprefix("W/").strip('"')
     size = headers.get("X-Linked-Size", headers.get("Content-Length", ""))
     commit = headers.get("X-Repo-Commit", "")
@@ -205,14 +200,6 @@ def head(session, url, what):
     if not is_file or not size.isdecimal():
         raise RetryableError("a response without checksum, size and commit, such as a sign-in page")
     return location, checksum, int(size), commit
-
-
-def raise_for_status(response):
-    """Raise for a status of 400 or more: requests.HTTPError if urllib3 has retried it, else RetryableError."""
-    if response.status_code in RETRY_STATUSES:
-        response.raise_for_status()
-    if response.status_code >= 400:
-        raise RetryableError(f"status {response.status_code}")
 
 
 def download_to(session, location, blob, checksum, size, name):
@@ -224,7 +211,7 @@ def download_to(session, location, blob, checksum, size, name):
     if 0 < start < size:
         headers["Range"] = f"bytes={start}-"
     with session.get(location, headers=headers, timeout=TIMEOUT, stream=True) as response:
-        raise_for_status(response)
+        response.raise_for_status()
         if response.status_code != 206:  # the whole file
             start = 0
         length, kind = response.headers.get("Content-Length"), response.headers.get("Content-Type")

@@ -3,7 +3,7 @@
 It is no part of Algorithm 1. search.py needs the head for its loss, BERT-Attack for its substitutes.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 import filelock
 import torch
@@ -15,48 +15,39 @@ from inputs.batches import Blocks, mask_tokens
 from runtime import cli, files, optim
 from runtime.device import autocast, pick_precision, precision_name
 
-
-@dataclass
-class Settings:
-    """What the fitted head depends on, with the defaults of search.py."""
-
-    seed: int = 0
-    block: int = 128
-    batch_size: int = 32
-    warmup: float = 0.1
-    mlm_head_steps: int = 200
-    mlm_head_learning_rate: float = 3e-3
-    precision: str = "auto"
+# what the fitted head depends on, with the defaults of search.py
+SETTINGS = {"seed": 0, "block": 128, "batch_size": 32, "warmup": 0.1, "precision": "auto"}
+SETTINGS |= {"mlm_head_steps": 200, "mlm_head_learning_rate": 3e-3}
 
 
 def fit_mlm_head(name, provenance, model, tokenizer, blocks, path, dtype):
     """Fit the MLM head of `model` on the corpus `blocks`, and write it to `path`. Reuse `path` if it is up to date.
 
-    name: of the model, for the message. provenance: its "settings" hold at least those of `Settings`. The bias starts
+    name: of the model, for the message. provenance: its "settings" hold at least `SETTINGS`. The bias starts
     at the log frequencies of the corpus's tokens, so that the head need not learn them.
     """
-    settings = {key: provenance["settings"][key] for key in asdict(Settings())}
+    settings = {key: provenance["settings"][key] for key in SETTINGS}
     provenance = provenance | {"settings": settings}
-    head, device, options = model.mlm_head, model.mlm_head.bias.device, Settings(**settings)
+    head, device = model.mlm_head, model.mlm_head.bias.device
     if is_up_to_date(path, provenance, overwrite=True):
         head.load_state_dict(safetensors.read_safetensors(path)[0])
         return
     print(f"{name} has no MLM head: fitting one with the encoder frozen, saved to {path}")
     counts = blocks.frequencies(model.config.vocab_size) + 0.5
     head.bias.data.copy_((counts / counts.sum()).log())
-    steps, rate = options.mlm_head_steps, options.mlm_head_learning_rate
+    steps, rate = settings["mlm_head_steps"], settings["mlm_head_learning_rate"]
     optimizer = torch.optim.AdamW(head.parameters(), lr=rate, weight_decay=0.0, fused=True)
     bar = cli.progress(steps, description="MLM head")
     for step in range(steps):
-        optim.seed_step(options.seed, 3, step)
-        rows = torch.randint(len(blocks), (min(options.batch_size, len(blocks)),))
+        optim.seed_step(settings["seed"], 3, step)
+        rows = torch.randint(len(blocks), (min(settings["batch_size"], len(blocks)),))
         ids, positions, labels = (t.to(device) for t in mask_tokens(blocks.rows(rows), tokenizer))
         with autocast(device, dtype):
             with torch.no_grad():
                 states = model.eval()(ids, positions=positions)
             loss = model.mlm_loss(states, labels)
         loss.backward(inputs=list(head.parameters()))
-        optim.set_learning_rate(optimizer, rate, step, steps, options.warmup)
+        optim.set_learning_rate(optimizer, rate, step, steps, settings["warmup"])
         optimizer.step()
         optimizer.zero_grad()
         bar.update()
@@ -77,18 +68,17 @@ def find_mlm_head(name, output, model, model_sha256, tokenizer, device):
             if metadata.get("model_sha256") == model_sha256:
                 model.mlm_head.load_state_dict(tensors)
                 return metadata
-        settings = Settings()
-        blocks = Blocks(tokenizer, *data.find_corpus("bbc"), settings.block)
-        dtype = pick_precision(device, settings.precision)
+        blocks = Blocks(tokenizer, *data.find_corpus("bbc"), SETTINGS["block"])
+        dtype = pick_precision(device, SETTINGS["precision"])
         provenance = {
             "script": "search.py",
-            "settings": asdict(settings) | {"precision": precision_name(dtype)},
+            "settings": SETTINGS | {"precision": precision_name(dtype)},
             "model_sha256": model_sha256,
             "config": asdict(tokenizer.config),
             "corpus_sha256": blocks.sha256,
             "versions": versions(),
         }
-        torch.manual_seed(settings.seed)
+        torch.manual_seed(SETTINGS["seed"])
         model.mlm_head.apply(model.initialize)
         fit_mlm_head(name, provenance, model.to(device), tokenizer, blocks, path, dtype)
     return safetensors.read_with_metadata(path)[1]

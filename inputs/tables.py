@@ -52,8 +52,7 @@ def read_table(path, text_columns, label_column):
                 raise BadInput(f"{path} line {line} has no column {column!r}, only {', '.join(map(repr, record))}")
         texts, label = tuple(record[column] for column in text_columns), record[label_column]
         if label is None or isinstance(label, (dict, list, float)) or not str(label).strip():
-            expected = "a word or an integer is expected"
-            raise BadInput(f"{path} line {line} has no label in column {label_column!r}: {label!r}; {expected}")
+            raise BadInput(f"{path} line {line} has no label in {label_column!r}: {label!r} is no word or integer")
         if not all(isinstance(text, str) for text in texts):
             raise BadInput(f"{path} line {line} has no text in column {text_columns[0]!r}: {texts!r}"[:200])
         if not all(text.strip() for text in texts):
@@ -74,16 +73,16 @@ def separated(path, text, suffix):
         line = text[: text.index("\0")].count("\n") + 1
         raise BadInput(f"{path} line {line} has a NUL character: save the file as UTF-8")
     reader = csv.reader(io.StringIO(text, newline=""), strict=True, **dialect)
-    header, repeated, row_start = None, [], 1
+    repeated, row_start = [], 1
     try:
+        header = next(reader, [])
+        for column in header:
+            if column and header.count(column) > 1:
+                raise BadInput(f"{path} has the column {column!r} twice: rename one")
+        row_start = reader.line_num + 1  # of the next row
         for fields in reader:
-            row_start = reader.line_num + 1  # of the next row
-            if header is None:
-                header = fields
-                for column in header:
-                    if column and header.count(column) > 1:
-                        raise BadInput(f"{path} has the column {column!r} twice: rename one")
-            elif fields == header:
+            row_start = reader.line_num + 1
+            if fields == header:
                 repeated.append(reader.line_num)
             elif fields and len(fields) != len(header):
                 raise BadInput(f"{path} line {reader.line_num} has {len(fields)} fields, the header {len(header)}")

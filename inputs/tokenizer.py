@@ -38,21 +38,14 @@ class Tokenizer:
         self.folder, self.config = path if path.is_dir() else path.parent, Config.read(path)
         self.library = read_library(self.folder)
         self.size = self.library.get_vocab_size()
-        self.family = self.config.model_type
-        for family in (self.config.model_type, *SPECIAL_TOKENS):
-            if self.library.token_to_id(SPECIAL_TOKENS[family][2]) is not None:
-                self.family = family
-                break
+        families, id_of = (self.config.model_type, *SPECIAL_TOKENS), self.library.token_to_id
+        self.family = next((of for of in families if id_of(SPECIAL_TOKENS[of][2]) is not None), families[0])
         for token in SPECIAL_TOKENS[self.family]:
-            if self.library.token_to_id(token) is None:
+            if id_of(token) is None:
                 raise BadInput(f"the vocabulary in {self.folder} has no {token}: it is not a {self.family} vocabulary")
-        ids = map(self.library.token_to_id, SPECIAL_TOKENS[self.family])
-        self.pad, _, self.cls, self.sep, self.mask = ids
+        self.pad, _, self.cls, self.sep, self.mask = map(id_of, SPECIAL_TOKENS[self.family])
         if self.size > self.config.vocab_size:
-            raise BadInput(
-                f"the vocabulary in {self.folder} has {self.size} tokens, the model {self.config.vocab_size}: "
-                "they do not belong together"
-            )
+            raise BadInput(f"{self.folder}: the vocabulary has {self.size} tokens, the model {self.config.vocab_size}")
         self.library.no_padding()
         self.library.no_truncation()
         self.digest = hashlib.sha256(self.library.to_str().encode()).hexdigest()  # identifies how texts are tokenized

@@ -8,6 +8,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import filelock
+
 from runtime.cli import BadInput
 
 
@@ -44,6 +46,17 @@ def read_json(path):
             return json.load(file)
     except ValueError as error:
         raise BadInput(f"{path} is not JSON: {error}") from None
+
+
+@contextlib.contextmanager
+def build_once(path):
+    """Yield True if the block must build `path`. Of several processes, one builds it and the others wait."""
+    if path.exists():  # without the lock: the cache may be read-only
+        yield False
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(f"{path}.lock"):
+        yield not path.exists()
 
 
 def sha256(path):

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import data
-from inputs import batches
 from inputs.batches import TokenizedSplit, rows_sha256
 from inputs.tokenizer import Tokenizer
+from runtime import files
 from runtime.cli import BadInput
 from tests.conftest import LARGE
 
@@ -138,7 +138,7 @@ INVALID = {
     "too many fields": ("a.csv", b"text,label\na,1\nb,2,3\n", "line 3 has 3 fields, the header 2"),
     "UTF-16": ("a.CSV", "text,label\na,1\n".encode("utf-16-le"), "line 1 has a NUL character: save the file as UTF-8"),
     "a JSON list": ("a.json", b'[\n{"text": "a", "label": 1}\n]', "is one JSON list"),
-    "label no word": ("a.jsonl", b'{"text": "a", "label": 1.5}', "1.5; a word or an integer is expected"),
+    "label no word": ("a.jsonl", b'{"text": "a", "label": 1.5}', "1.5 is no word or integer"),
     "not UTF-8": ("a.csv", b"text,label\na,1\n\xff\xfe,2\n", "line 3 is not UTF-8"),
     "not JSON": ("a.jsonl", b'{"text": "a", "label": 1}\n{"text"\n', "line 2 is not JSON"),
     "no object": ("a.jsonl", b"1\n", "line 1 is not a JSON object"),
@@ -218,7 +218,7 @@ def test_rows_sha256_and_cache_tell_labels_and_pairs_apart(tiny, monkeypatch):
     made = [TokenizedSplit(tokenizer, of, 16, torch.device("cpu")) for of in (rows, *others)]
     assert len({rows_sha256(tokenizer, 16, of) for of in (rows, *others)}) == 4
     assert [len(of.ends) for of in made] == [2, 2, 1, 2]
-    monkeypatch.setattr(batches.filelock, "FileLock", None)  # a cached file needs no lock: the cache may be read-only
+    monkeypatch.setattr(files.filelock, "FileLock", None)  # a cached file needs no lock: the cache may be read-only
     assert torch.equal(TokenizedSplit(tokenizer, rows, 16, torch.device("cpu")).ids, made[0].ids)
     with pytest.raises(BadInput, match="--max-length 3 has room for no more than the 3 special tokens"):
         TokenizedSplit(tokenizer, others[1], 3, torch.device("cpu"), cached=False)

@@ -1,7 +1,6 @@
 """search.py beyond the specification: the MLM head, the adversary, learning rates, overwriting, divergence."""
 
 import unittest.mock
-from dataclasses import replace
 
 import pytest
 import torch
@@ -34,8 +33,8 @@ def test_a_refused_search_leaves_the_mlm_head_of_another(tmp_path, corpus, capsy
 def test_an_attack_fits_the_same_mlm_head_as_a_search(tmp_path, corpus, monkeypatch):
     saved(tmp_path / "headless", transformers.BertModel)
     assert call(search, *quick_search(tmp_path / "headless", corpus, tmp_path / "one", "--mlm-head-steps", 3)[1:]) == 0
-    settings = mlm_head.Settings(block=16, batch_size=4, mlm_head_steps=3, precision="fp32")
-    monkeypatch.setattr(mlm_head, "Settings", lambda **given: replace(settings, **given))
+    changed = {"block": 16, "batch_size": 4, "mlm_head_steps": 3, "precision": "fp32"}
+    monkeypatch.setattr(mlm_head, "SETTINGS", mlm_head.SETTINGS | changed)
     find_corpus = data.find_corpus
     monkeypatch.setattr(data, "find_corpus", lambda name: find_corpus(str(corpus)))
     path, sha256 = data.find_model(str(tmp_path / "headless"))
