@@ -4,21 +4,19 @@ Not here: HDF5 (tf_model.h5), Flax, ONNX.
 """
 
 import hashlib
-import json
 import os
 import pickle
 import re
 import warnings
 import zipfile
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
-import filelock
 import torch
 
 from checkpoints.safetensors import MappedTensors, read_safetensors
 from checkpoints.tensorflow1 import read_tensorflow
 from runtime.cli import BadInput, one_line
-from runtime.files import atomic_write, cache_folder, read_json, sha256, write_json
+from runtime.files import atomic_write, build_once, cache_folder, read_json, sha256, write_json
 
 SUPPORTED = {
     "model_type": ("bert", "roberta"),
@@ -51,15 +49,10 @@ def read_config(path, sizes):
 def config_json(path):
     """(path, content) of config.json, or of bert_config.json as Google names it, of the model at `path`."""
     folder = Path(path) if os.path.isdir(path) else Path(path).parent
-    path = folder / "config.json"
-    if not path.is_file() and (folder / "bert_config.json").is_file():
-        path = folder / "bert_config.json"
-    try:
-        return path, dict(json.loads(path.read_text("utf8")))
-    except FileNotFoundError:
-        raise BadInput(f"{path} is not there: a model folder holds config.json beside its weights") from None
-    except (ValueError, TypeError, RecursionError) as error:
-        raise BadInput(f"{path} is not a model configuration: {error}") from None
+    for path in (folder / "config.json", folder / "bert_config.json"):
+        if path.is_file():
+            return path, read_json(path)
+    raise BadInput(f"{folder} has no config.json beside its weights")
 
 
 def label_names(path):
@@ -117,7 +110,7 @@ def weight_files(path):
         raise BadInput(f"{path} has several weights, {', '.join(f.name for f in found[:4])}: give one of these files")
     first = found[0]
     if first.suffix == ".json":
-        parts = [first.parent / name for name in sorted(set(shards(first).values()))]
+        parts = [first.parent / name for name in shards(first)]
         for part in parts:
             if not part.is_file():
                 raise BadInput(f"{first} names a file {part.name!r}, which is not a file beside it")
@@ -128,15 +121,14 @@ def weight_files(path):
 
 
 def shards(index):
-    """{tensor name: file name} of an index of shards, {"weight_map": {...}}. The files are in the index's folder."""
-    entries = read_json(index)
-    entries = entries.get("weight_map") if isinstance(entries, dict) else None
+    """The names of the files beside an index of shards, {"weight_map": {tensor name: file name}}."""
+    entries = read_json(index).get("weight_map")
     if not isinstance(entries, dict) or not entries:
         raise BadInput(f"{index} has no weight_map, so it does not say where the tensors are")
     for name in entries.values():
         if not isinstance(name, str) or Path(name).name != name:
             raise BadInput(f"{index} names a file {name!r}, which is not a file beside it")
-    return entries
+    return sorted(set(entries.values()))
 
 
 def read_weights(path):
@@ -146,14 +138,10 @@ def read_weights(path):
         return read_tensorflow(first)
     if first.suffix != ".json":
         return read_file(first)
-    tensors, entries = MappedTensors(), shards(first)
-    for part in parts:
-        shard = read_file(part)
+    tensors = MappedTensors()
+    for shard in map(read_file, parts):
+        tensors |= shard
         tensors.files += shard.files
-        for name in (name for name, file in entries.items() if file == part.name):
-            if name not in shard:
-                raise BadInput(f"{first} says that {part.name} has {name}, which it does not have")
-            tensors[name] = shard[name]
     return tensors
 
 
@@ -174,32 +162,22 @@ def unpack(archive):
     Raises BadInput for an archive that is damaged or too large, or has a path that leads out of the folder.
     """
     folder = cache_folder() / "unpacked" / sha256(archive)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(f"{folder}.lock"):  # of several processes, one unpacks
-        if not folder.is_dir():
+    with build_once(folder) as is_missing:
+        if is_missing:
             try:
-                archived = zipfile.ZipFile(archive)
-                outside = [name for name in archived.namelist() if is_path_traversal(name)]
-                too_large = sum(member.file_size for member in archived.infolist()) > LARGEST_ARCHIVE
-                damaged = None if outside or too_large else archived.testzip()
+                with zipfile.ZipFile(archive) as archived, atomic_write(folder) as tmp_path:
+                    for path in map(PureWindowsPath, archived.namelist()):  # splits at / and \
+                        if path.anchor or ".." in path.parts:
+                            raise BadInput(f"{archive} has a file {str(path)!r}, which leads out of its folder")
+                    if sum(member.file_size for member in archived.infolist()) > LARGEST_ARCHIVE:
+                        raise BadInput(f"{archive} claims to hold more than {LARGEST_ARCHIVE:,} bytes")
+                    archived.extractall(tmp_path)
+            except BadInput:
+                raise
             except Exception as error:  # zipfile raises many types of exception for a damaged archive
                 raise BadInput(f"{archive} is not a valid zip archive: {one_line(error)}") from None
-            if outside:
-                raise BadInput(f"{archive} has a file {outside[0]!r}, which leads out of its folder")
-            if too_large:
-                raise BadInput(f"{archive} claims to hold more than {LARGEST_ARCHIVE:,} bytes")
-            if damaged:
-                raise BadInput(f"{archive} is not a valid zip archive: {damaged} is damaged")
-            with archived, atomic_write(folder) as tmp_path:
-                archived.extractall(tmp_path)
     configs = [path for path in folder.rglob("*") if path.name in ("config.json", "bert_config.json")]
     return min(configs, key=lambda path: (len(path.parts), path)).parent if configs else folder
-
-
-def is_path_traversal(name):
-    """Whether a file of this name in an archive would be unpacked outside of its folder."""
-    parts = re.split(r"[/\\]", name)
-    return ".." in parts or parts[0] == "" or ":" in parts[0]
 
 
 def read_bin(path):

@@ -25,7 +25,6 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-MAX_HEADER = 100_000_000  # bytes, as in the reference implementation
 
 
 class MappedTensors(dict):
@@ -60,36 +59,34 @@ def read_safetensors(path):
 
     if not os.path.isfile(path):
         raise BadInput(f"{path} is not there")
-    with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        if size < 8:
-            raise bad(f"{size} bytes")
-        length = int.from_bytes(file.read(8), "little")
-        if length > min(size - 8, MAX_HEADER):
-            raise bad(f"its header claims {length} of {size} bytes")
-        try:
-            header = json.loads(file.read(length))
-            metadata = header.pop("__metadata__", {})
-            entries = [(e["data_offsets"], name, e["dtype"], e["shape"]) for name, e in header.items()]
-            entries.sort()
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise bad(f"header: {type(error).__name__} {error}") from None
-    tensors, mapped, start = MappedTensors(), map_file(path), 8 + length
+    size = os.path.getsize(path)
+    if size < 8:
+        raise bad(f"{size} bytes")
+    mapped = map_file(path)
+    start = 8 + int.from_bytes(mapped[:8], "little")
+    if start > size:
+        raise bad(f"its header claims {start - 8} of {size} bytes")
+    try:
+        header = json.loads(mapped[8:start])
+        metadata = header.pop("__metadata__", {})
+        entries = [(e["data_offsets"], name, DTYPES[e["dtype"]], e["shape"]) for name, e in header.items()]
+        entries.sort()
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise bad(f"header: {type(error).__name__} {error}") from None
+    tensors, offset = MappedTensors(), 0
     tensors.files.append(mapped)
     for offsets, name, dtype, shape in entries:
-        if not isinstance(dtype, str) or dtype not in DTYPES:
-            raise bad(f"{name} has dtype {dtype!r}, not one of {', '.join(DTYPES)}")
         if not (isinstance(shape, list) and all(type(n) is int and 0 <= n < 2**63 for n in shape)):
             raise bad(f"{name} has shape {shape}")
         count = math.prod(shape)
-        end = start + count * DTYPES[dtype].itemsize
-        if offsets != [start - 8 - length, end - 8 - length] or end > size:
-            raise bad(f"{name} claims bytes {offsets}, not {[start - 8 - length, end - 8 - length]}")
-        flat = torch.frombuffer(mapped, dtype=DTYPES[dtype], count=count, offset=start) if count else torch.empty(0)
-        tensors[name] = flat.to(DTYPES[dtype]).view(shape)
-        start = end
-    if start != size:
-        raise bad(f"{size - start} bytes too many")
+        end = offset + count * dtype.itemsize
+        if offsets != [offset, end] or start + end > size:
+            raise bad(f"{name} claims bytes {offsets}, not {[offset, end]}")
+        flat = torch.frombuffer(mapped, dtype=dtype, count=count, offset=start + offset) if count else torch.empty(0)
+        tensors[name] = flat.to(dtype).view(shape)
+        offset = end
+    if start + offset != size:
+        raise bad(f"{size - start - offset} bytes too many")
     return tensors, metadata
 
 
@@ -110,10 +107,16 @@ def write_safetensors(path, tensors, metadata):
             file.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
 
 
-def read_with_metadata(path):
-    """(tensors, metadata) of a file by `write_safetensors`. Raises BadInput if another program wrote it."""
+def read_with_metadata(path, *scripts):
+    """(tensors, metadata) of a file by `write_safetensors`. Raises BadInput if another program wrote it.
+
+    scripts: names of scripts; a file that none of them wrote is an error, too.
+    """
     tensors, metadata = read_safetensors(path)
     try:
-        return tensors, {key: json.loads(value) for key, value in metadata.items() if key != "format"}
+        metadata = {key: json.loads(value) for key, value in metadata.items() if key != "format"}
     except (ValueError, TypeError, AttributeError, RecursionError):
         raise BadInput(f"{path} was not written by this project: its metadata is not JSON") from None
+    if scripts and not (metadata.get("script") in scripts and isinstance(metadata.get("settings"), dict)):
+        raise BadInput(f"{path} was not written by {' or '.join(scripts)}")
+    return tensors, metadata

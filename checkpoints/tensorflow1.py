@@ -78,8 +78,7 @@ def table(data):
     """{key: value} of a LevelDB table."""
     if int.from_bytes(data[-8:], "little") != MAGIC:
         raise ValueError("no table: its last bytes are not the magic number")
-    _, at = varints(data[-48:], 0, 2)
-    where, _ = varints(data[-48:], at, 2)
+    (_, _, *where), _ = varints(data[-48:], 0, 4)
     blocks = [block(data, *varints(handle, 0, 2)[0]) for handle in block(data, *where).values()]
     return {key: value for entries in blocks for key, value in entries.items()}
 

@@ -18,21 +18,18 @@ def read_coefficients(path):
 
     Raises BadInput if it is another file, or if its shapes are not those of its model.
     """
-    tensors, metadata = safetensors.read_with_metadata(path)
-    try:
-        config = Config(**metadata["config"])
-        known = metadata["script"] == "search.py" and isinstance(metadata["settings"]["model"], str)
-        known = known and {"head", "ffn"} <= tensors.keys()
-        known = known and {"model_sha256", "corpus_sha256", "versions"} <= metadata.keys()
-    except (KeyError, TypeError):
-        known = False
-    if not known:
-        raise BadInput(f"{path} holds no coefficients: give a file that search.py wrote")
-    for name, width in (("head", config.num_attention_heads), ("ffn", config.intermediate_size)):
-        expected, found = (config.num_hidden_layers, width), tensors[name]
-        if found.shape != expected or found.dtype != torch.float32 or not torch.isfinite(found).all():
-            raise BadInput(f"{path}: {name} is not a finite float32 tensor of shape {expected}: search again")
-    return tensors["head"], tensors["ffn"], metadata
+    tensors, metadata = safetensors.read_with_metadata(path, "search.py")
+    return *heads_and_neurons(path, tensors, Config(**metadata["config"]), torch.float32), metadata
+
+
+def heads_and_neurons(path, tensors, config, dtype):
+    """The tensors head (layers, heads) and ffn (layers, neurons). Raises BadInput if they do not fit the model."""
+    found = [tensors.get(name, torch.empty(0)) for name in ("head", "ffn")]
+    for tensor, width in zip(found, (config.num_attention_heads, config.intermediate_size)):
+        shape = config.num_hidden_layers, width
+        if tensor.shape != shape or tensor.dtype != dtype or not torch.isfinite(tensor).all():
+            raise BadInput(f"{path} has no finite {dtype} tensor of shape {shape}: make it again")
+    return found
 
 
 def find_ticket(options, drawn, model_sha256, config):
@@ -50,23 +47,17 @@ def find_ticket(options, drawn, model_sha256, config):
     if not path.is_file():
         remedy = f"run {command} first" if path == drawn else "give drawn, random, none or a file"
         raise BadInput(f"there is no ticket {path}: {remedy}")
-    tensors, metadata = safetensors.read_with_metadata(path)
-    is_robustt = metadata.get("script") == "robustt.py"
-    if not is_robustt and (metadata.get("script") != "draw.py" or not {"head", "ffn"} <= tensors.keys()):
-        raise BadInput(f"{path} is not a ticket: give a file that draw.py or robustt.py wrote")
+    tensors, metadata = safetensors.read_with_metadata(path, "draw.py", "robustt.py")
     drawn_for = metadata["settings"].get("task", options.task)
     if (drawn_for in data.TASKS) != (options.task in data.TASKS) and path == drawn:  # imdb and a custom imdb.csv
         raise BadInput(f"{path} was drawn for {drawn_for}: run {command} again")
     if metadata.get("model_sha256") != model_sha256:
         raise BadInput(f"{path} was drawn for another model than {options.model}")
-    if is_robustt:
+    if metadata["script"] == "robustt.py":
         if options.ablation:
             raise BadInput(f"--ablation {options.ablation} needs a ticket of heads and neurons, not of single weights")
         return tensors, files.sha256(path)
-    masks = tensors["head"], tensors["ffn"]
-    for mask, width in zip(masks, (config.num_attention_heads, config.intermediate_size)):
-        if mask.dtype != torch.bool or mask.shape != (config.num_hidden_layers, width):
-            raise BadInput(f"{path} has a mask that does not fit the model: run {command} again")
+    masks = tuple(heads_and_neurons(path, tensors, config, torch.bool))
     if not masks[0].any(1).all():
         raise BadInput(f"{path} leaves a layer without a head: run {command} again")
     if options.ticket == "random":

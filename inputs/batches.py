@@ -6,6 +6,7 @@ disk.
 
 import array
 import hashlib
+import itertools
 import os
 from typing import NamedTuple
 
@@ -72,7 +73,14 @@ class TokenizedSplit:
         self.pad, self.device = tokenizer.pad, device
         self.labels = torch.tensor([label for _, label in rows], dtype=torch.int64)
         texts = [texts for texts, _ in rows]
-        encoding = (cached_encoding if cached else encode)(tokenizer, texts, max_length)
+        if cached:
+            path = cache_folder() / "encodings" / f"{rows_sha256(tokenizer, max_length, rows)}.safetensors"
+            with build_once(path) as is_missing:
+                if is_missing:
+                    safetensors.write_safetensors(path, encode(tokenizer, texts, max_length), {})
+            encoding, _ = safetensors.read_safetensors(path)
+        else:
+            encoding = encode(tokenizer, texts, max_length)
         self.ids, self.ends = encoding["ids"], encoding["ends"]
         self.second_start, self.num_truncated = encoding["second_start"], int(encoding["num_truncated"])
         self.lengths = torch.diff(self.ends, prepend=torch.zeros(1, dtype=torch.int64))
@@ -107,15 +115,6 @@ class TokenizedSplit:
         return Batch(*(part if part is None else part.to(self.device) for part in parts))
 
 
-def cached_encoding(tokenizer, texts, max_length):
-    """What `encode` returns, from the cache or else written to it."""
-    path = cache_folder() / "encodings" / f"{texts_digest(tokenizer, texts, max_length).hexdigest()}.safetensors"
-    with build_once(path) as is_missing:
-        if is_missing:
-            safetensors.write_safetensors(path, encode(tokenizer, texts, max_length), {})
-    return safetensors.read_safetensors(path)[0]
-
-
 def encode(tokenizer, texts, max_length):
     """Tokenize tuples of one or two texts. Returns a dictionary of tensors:
 
@@ -144,22 +143,15 @@ def encode(tokenizer, texts, max_length):
     }
 
 
-def texts_digest(tokenizer, texts, max_length):
-    """A hashlib object fed with tuples of texts and with what decides how they are tokenized."""
-    digest = hashlib.sha256(tokenizer.digest.encode() + str(max_length).encode())
-    for row in texts:
-        digest.update(len(row).to_bytes(8, "little"))
-        for text in row:
-            encoded = text.encode("utf8")
-            digest.update(len(encoded).to_bytes(8, "little") + encoded)
-    return digest
-
-
 def rows_sha256(tokenizer, max_length, *splits):
     """The sha256 of the rows of these splits, with their labels, as they are tokenized."""
     whole = hashlib.sha256()
     for rows in splits:
-        digest = texts_digest(tokenizer, [texts for texts, _ in rows], max_length)
+        digest = hashlib.sha256(f"{tokenizer.digest}{max_length}".encode())
+        for texts, _ in rows:
+            digest.update(len(texts).to_bytes(8, "little"))
+            for encoded in (text.encode("utf8") for text in texts):
+                digest.update(len(encoded).to_bytes(8, "little") + encoded)
         digest.update(np.array([label for _, label in rows], np.int64).tobytes())
         whole.update(digest.digest())
     return whole.hexdigest()
@@ -236,24 +228,18 @@ class Blocks:
 
 
 def token_stream(tokenizer, documents, size):
-    """Yield the token ids of each document, int32, with [SEP] after them."""
-    with progress(size, description="tokens", unit="B") as bar:
-        for texts in chunks(documents):
-            for encoding in tokenizer.library.encode_batch_fast(texts, add_special_tokens=False):
-                yield np.array([*encoding.ids, tokenizer.sep], dtype=np.int32)
-            bar.update(sum(len(text.encode("utf8")) for text in texts))
-
-
-def chunks(documents):
-    """Yield lists of documents, about a megabyte at a time."""
+    """Yield the token ids of each document, int32, with [SEP] after them. Tokenizes about a megabyte at a time."""
     texts, length = [], 0
-    for text in documents:
-        texts.append(text)
-        length += len(text)
-        if length > 2**20:
-            yield texts
-            texts, length = [], 0
-    yield texts
+    with progress(size, description="tokens", unit="B") as bar:
+        for text in itertools.chain(documents, [None]):  # None: the end
+            if text is not None:
+                texts.append(text)
+                length += len(text.encode("utf8"))
+            if text is None or length > 2**20:
+                for encoding in tokenizer.library.encode_batch_fast(texts, add_special_tokens=False):
+                    yield np.array([*encoding.ids, tokenizer.sep], dtype=np.int32)
+                bar.update(length)
+                texts, length = [], 0
 
 
 def mask_tokens(ids, tokenizer, share=0.15):

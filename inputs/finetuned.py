@@ -17,9 +17,7 @@ def load_finetuned(folder, task, splits, options, device):
     be theirs, and its training rows could be their test rows. A custom file may have changed, or have a namesake.
     """
     model, tokenizer = Bert.load(folder).to(device), Tokenizer(folder)
-    metadata = safetensors.read_with_metadata(folder / "model.safetensors")[1]
-    if metadata.get("script") != "finetune.py":
-        raise BadInput(f"{folder} was not written by finetune.py: give another --output")
+    metadata = safetensors.read_with_metadata(folder / "model.safetensors", "finetune.py")[1]
     max_length = min(metadata["settings"]["max_length"] or task.max_length, model.config.max_length)
     count = min(metadata["settings"]["train_rows"] or math.inf, len(splits["train"]))
     trained = splits | {"train": data.first_rows(splits["train"], count, options.task)}

@@ -101,7 +101,7 @@ def fetch_model(repository, revision="main", alias=None):
     for name in WEIGHTS:  # last: if they are there, the model is complete
         with contextlib.suppress(NotOnHub):
             path = fetch(repository, name, revision)
-            for shard in sorted(set(shards(path).values())) if path.suffix == ".json" else ():
+            for shard in shards(path) if path.suffix == ".json" else ():
                 fetch(repository, shard, revision)
             return folder
     raise BadInput(f"the hub's {repository} has no weights that bert.py reads: none of {', '.join(WEIGHTS)}")

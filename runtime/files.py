@@ -40,12 +40,15 @@ def write_json(path, value):
 
 
 def read_json(path):
-    """Raises BadInput if the file is not JSON."""
+    """The JSON object in a file, as a dictionary. Raises BadInput if the file holds none."""
     try:
         with open(path, encoding="utf8") as file:
-            return json.load(file)
-    except ValueError as error:
+            value = json.load(file)
+    except (ValueError, RecursionError) as error:
         raise BadInput(f"{path} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise BadInput(f"{path} is not a JSON object")
+    return value
 
 
 @contextlib.contextmanager
