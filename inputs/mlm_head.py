@@ -63,22 +63,21 @@ def find_mlm_head(name, output, model, model_sha256, tokenizer, device):
     """
     path = files.output_folder(output, name) / "mlm_head.safetensors"
     with filelock.FileLock(f"{path}.lock"):  # one of several processes fits, the others wait
-        if path.is_file():
-            tensors, metadata = safetensors.read_with_metadata(path)
-            if metadata.get("model_sha256") == model_sha256:
-                model.mlm_head.load_state_dict(tensors)
-                return metadata
-        blocks = Blocks(tokenizer, *data.find_corpus("bbc"), SETTINGS["block"])
-        dtype = pick_precision(device, SETTINGS["precision"])
-        provenance = {
-            "script": "search.py",
-            "settings": SETTINGS | {"precision": precision_name(dtype)},
-            "model_sha256": model_sha256,
-            "config": asdict(tokenizer.config),
-            "corpus_sha256": blocks.sha256,
-            "versions": versions(),
-        }
-        torch.manual_seed(SETTINGS["seed"])
-        model.mlm_head.apply(model.initialize)
-        fit_mlm_head(name, provenance, model.to(device), tokenizer, blocks, path, dtype)
-    return safetensors.read_with_metadata(path)[1]
+        found = safetensors.read_with_metadata(path)[1] if path.is_file() else {}
+        if found.get("model_sha256") != model_sha256:
+            blocks = Blocks(tokenizer, *data.find_corpus("bbc"), SETTINGS["block"])
+            dtype = pick_precision(device, SETTINGS["precision"])
+            provenance = {
+                "script": "search.py",
+                "settings": SETTINGS | {"precision": precision_name(dtype)},
+                "model_sha256": model_sha256,
+                "config": asdict(tokenizer.config),
+                "corpus_sha256": blocks.sha256,
+                "versions": versions(),
+            }
+            torch.manual_seed(SETTINGS["seed"])
+            model.mlm_head.apply(model.initialize)
+            fit_mlm_head(name, provenance, model.to(device), tokenizer, blocks, path, dtype)
+    tensors, metadata = safetensors.read_with_metadata(path)
+    model.mlm_head.load_state_dict(tensors)
+    return metadata
