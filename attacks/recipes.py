@@ -87,7 +87,7 @@ def set_encoder(constraint, name, victim):
 
 def masked_swap(textattack, options, victim):
     """(BERT-Attack's transformation with our masked language model, description of the model)."""
-    name, k, ranking = options.masked_lm, options.bert_attack_k, options.bert_attack_ranking
+    name, k = options.masked_lm, options.bert_attack_k
     path, sha256 = data.find_model(name, options.revision if name == options.model else None)
     model, tokenizer = Bert.load(path, mlm=True), Tokenizer(path)
     description = f"{Path(name).name}, sha256 {sha256[:8]}"
@@ -97,7 +97,7 @@ def masked_swap(textattack, options, victim):
         description += f", with a head fitted to it on a corpus of sha256 {metadata['corpus_sha256'][:8]}, {how}"
     if k > tokenizer.size:
         raise BadInput(f"--bert-attack-k {k} is more than the {tokenizer.size:,} tokens of {name}")
-    substitutes = resources.MaskedWords(model, tokenizer, k, ranking, victim.device, victim.dtype)
+    substitutes = resources.MaskedWords(model, tokenizer, k, victim.device, victim.dtype)
     mask = tokenizer.library.id_to_token(tokenizer.mask)
 
     def count_words(text):
@@ -117,4 +117,4 @@ def masked_swap(textattack, options, victim):
 
     swap = WordSwapMaskedLM()
     swap.substitutes = substitutes
-    return swap, f"{description} (BERT-Attack's: bert-base-uncased), k = {k}, in the order of the {ranking}"
+    return swap, f"{description} (BERT-Attack's: bert-base-uncased), k = {k}"

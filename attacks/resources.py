@@ -3,9 +3,7 @@
 Each is the papers' own if available, or else a replacement that needs no network; its description says which.
 """
 
-import heapq
 import itertools
-import math
 import pickle
 import re
 from dataclasses import dataclass
@@ -26,14 +24,13 @@ from runtime.device import autocast
 
 PAPERS = "the papers': counter-fitted Paragram-SL999, cosine"
 BUNDLED = Path(__file__).with_name("synonyms.npz")  # written by counterfit.py
-RANKINGS = ("loop", "perplexity")  # of MaskedWords
 
 
 class TextModel:
-    """A model that reads texts, in batches of similar length.
+    """The model under attack: n texts or pairs -> class logits (n, labels), float32 on the CPU.
 
-    Equal token sequences, such as different misspellings of a word, are computed once. This saves time, and rounding
-    errors do not choose among them.
+    Batches have texts of similar length. Equal token sequences, such as different misspellings of a word, are computed
+    once. This saves time, and rounding errors do not choose among them.
     """
 
     def __init__(self, model, tokenizer, max_length, device, dtype, batch_size=64):
@@ -42,9 +39,7 @@ class TextModel:
         self.cache = {}  # (token ids, start of the second text) -> result
 
     @torch.inference_mode()
-    def compute(self, texts, function):
-        """Apply function(ids (B, T), mask (B, T) or None, segments (B, T) or None) -> (B, ...) to n texts or pairs.
-        Returns (n, ...) float32 on the CPU."""
+    def __call__(self, texts):
         rows = [(text if isinstance(text, tuple) else (text,), 0) for text in texts]
         rows = TokenizedSplit(self.tokenizer, rows, self.max_length, self.device, cached=False)
         tokens = np.split(rows.ids.numpy(), rows.ends[:-1].tolist())
@@ -57,16 +52,13 @@ class TextModel:
             numbers = [new[i] for i in chosen]
             ids, mask, segments, _ = rows.batch(torch.tensor(numbers))
             with autocast(self.device, self.dtype):
-                results = function(ids, mask, segments)
+                results = self.forward(ids, mask, segments)
             self.cache |= zip((keys[number] for number in numbers), results.float().cpu())
         return torch.stack([self.cache[key] for key in keys])
 
-
-class Classifier(TextModel):
-    """The model under attack: n texts -> logits (n, labels)."""
-
-    def __call__(self, texts):
-        return self.compute(texts, self.model.class_logits)
+    def forward(self, ids, mask, segments):
+        """ids (B, T), mask and segments (B, T) or None -> (B, ...)."""
+        return self.model.class_logits(ids, mask, segments)
 
 
 class SentenceEncoder(TextModel):
@@ -78,10 +70,7 @@ class SentenceEncoder(TextModel):
         path, _ = data.find_model("minilm")
         super().__init__(Bert.load(path, num_labels=0), Tokenizer(path), 256, device, dtype)
 
-    def __call__(self, texts):
-        return self.compute(texts, self.mean_state)
-
-    def mean_state(self, ids, mask, segments):
+    def forward(self, ids, mask, segments):
         states = self.model(ids, mask, segments).float()  # (B, T, d)
         if mask is not None:
             states = states * mask[:, :, None]
@@ -95,7 +84,7 @@ class Synonyms:
     description: str
     words: list
     neighbours: list  # for each word the numbers of its nearest words, itself first
-    vectors: np.ndarray | None  # (n, d) float32
+    vectors: np.ndarray | None = None  # (n, d) float32
     cosines: dict | None = None  # {(number, number): cosine} of neighbours, if there are no vectors
 
     def cosine(self, a, b):
@@ -104,55 +93,52 @@ class Synonyms:
 
 
 def find_synonyms(name):
-    """Load Synonyms: "bundled", "textattack" (from its cache), an .npz file as counterfit.py describes, perhaps with
-    vectors (n, d), or None for TextAttack's if cached and else the bundled. Raises BadInput if they are malformed."""
+    """Load Synonyms: "bundled", "textattack" (from its cache: the papers' own), an .npz file as counterfit.py describes,
+    or None for TextAttack's if cached and else the bundled. Raises BadInput if they are missing or malformed."""
     cache = library.cache_folder() / "word_embeddings" / "paragramcf"
-    if name == "textattack" or name is None and (cache / "nn.npy").is_file():
-        return cached_synonyms(cache)
-    path = Path(name) if name not in (None, "bundled") else BUNDLED
+    is_cached = name == "textattack" or name is None and (cache / "nn.npy").is_file()
     try:
-        with np.load(path) as file:  # does not unpickle
-            table = dict(file)
-        words, neighbours, similarity = table["words"].tolist(), table["neighbours"], table["similarity"]
-        vectors = table["vectors"].astype(np.float32) if "vectors" in table else None
-        n, k = neighbours.shape
-        if similarity.shape != (n, k) or len(words) != n or (vectors is not None and len(vectors) != n):
-            raise ValueError("words (n,), neighbours (n, k), similarity (n, k), vectors (n, d) do not agree")
-        if not isinstance(words[0], str) or neighbours.min() < -1 or not 0 <= neighbours.max() < n:
-            raise ValueError("words must be texts, neighbours their numbers or -1")
-    except Exception as error:  # numpy, zipfile and zlib each raise their own
-        raise BadInput(f"--vectors {name} is no table of word vectors: {cli.one_line(error)}") from None
-    rows = [[number, *(other for other in row if other >= 0)] for number, row in enumerate(neighbours.tolist())]
+        if is_cached:
+            return cached_synonyms(cache)
+        return npz_synonyms(BUNDLED if name in (None, "bundled") else Path(name))
+    except Exception as error:  # numpy, pickle, zipfile and zlib each raise their own
+        remedy = "; TextAttack fetches it: WordEmbedding.counterfitted_GLOVE_embedding()" if is_cached else ""
+        raise BadInput(
+            f"--vectors {name or 'textattack'} is no table of word vectors: {cli.one_line(error)}{remedy}"
+        ) from None
+
+
+def npz_synonyms(path):
+    """Synonyms of a file as counterfit.py writes it."""
+    with np.load(path) as table:  # does not unpickle
+        words, neighbours, similarity = table["words"].astype(str).tolist(), table["neighbours"], table["similarity"]
+    if similarity.shape != neighbours.shape or len(words) != len(neighbours):
+        raise ValueError("words (n,), neighbours (n, k), similarity (n, k) do not agree")
+    if neighbours.min() < -1 or not 0 <= neighbours.max() < len(words):
+        raise ValueError("neighbours must be numbers of words, or -1")
+    is_pair = neighbours >= 0  # False where a row is filled up with -1
+    a, b = is_pair.nonzero()[0].tolist(), neighbours[is_pair].tolist()
+    values = similarity[is_pair].astype(np.float32).tolist()
+    cosines = dict(zip(zip(a, b), values)) | dict(zip(zip(b, a), values))
+    rows = [[number, *row[row >= 0].tolist()] for number, row in enumerate(neighbours)]
     origin = "GloVe 50d counter-fitted" if path == BUNDLED else f"sha256 {files.sha256(path)[:8]}"
-    description = f"{path.name}, {n:,} words, {origin}"
-    cosines = None
-    if vectors is None:
-        is_pair = neighbours >= 0  # False where a row is filled up with -1
-        a, b = is_pair.nonzero()[0].tolist(), neighbours[is_pair].tolist()
-        values = similarity[is_pair].astype(np.float32).tolist()
-        cosines = dict(zip(zip(a, b), values)) | dict(zip(zip(b, a), values))
-        description += f", cosine >= {min(values):.2f}"
-    return Synonyms(f"{description} ({PAPERS} >= 0.5)", words, rows, vectors, cosines)
+    description = f"{path.name}, {len(words):,} words, {origin}, cosine >= {min(values):.2f} ({PAPERS} >= 0.5)"
+    return Synonyms(description, words, rows, cosines=cosines)
 
 
 def cached_synonyms(folder):
-    """Synonyms from TextAttack's cache: the papers' own. Raises BadInput if they are missing or malformed."""
+    """Synonyms from TextAttack's cache."""
 
     class SafeUnpickler(pickle.Unpickler):  # reads dictionaries, strings and numbers
         def find_class(self, module, name):
             raise pickle.UnpicklingError(f"it asks for {module}.{name}")
 
-    try:
-        with open(folder / "wordlist.pickle", "rb") as file:
-            number_of = SafeUnpickler(file).load()
-        neighbours, vectors = np.load(folder / "nn.npy"), np.load(folder / "paragram.npy")
-        words = sorted(number_of, key=number_of.get)
-        numbers = [number_of[word] for word in words]
-        if numbers != list(range(len(neighbours))) or len(neighbours) != len(vectors):
-            raise ValueError("its files do not belong together")
-    except (OSError, ValueError, EOFError, AttributeError, TypeError, pickle.UnpicklingError) as error:
-        remedy = "TextAttack fetches it: WordEmbedding.counterfitted_GLOVE_embedding(); or --vectors bundled"
-        raise BadInput(f"{folder} is not TextAttack's table: {cli.one_line(error)}; {remedy}") from None
+    with open(folder / "wordlist.pickle", "rb") as file:
+        number_of = SafeUnpickler(file).load()
+    neighbours, vectors = np.load(folder / "nn.npy"), np.load(folder / "paragram.npy")
+    if sorted(number_of.values()) != list(range(len(neighbours))) or len(neighbours) != len(vectors):
+        raise ValueError("its files do not belong together")
+    words = sorted(number_of, key=number_of.get)
     return Synonyms("TextAttack's, counter-fitted Paragram-SL999", words, neighbours, vectors)
 
 
@@ -160,15 +146,15 @@ class MaskedWords:
     """BERT-Attack's substitutes for a word (Li et al. 2020), equal to those of TextAttack's WordSwapMaskedLM.
 
     For a word of one token they are the k tokens that the masked language model finds most likely in its place, with
-    the word unmasked; for a word of n tokens, k combinations of the k most likely per token. TextAttack ranks these by
-    perplexity, but returns the first in the order of a nested loop. ranking: "loop" as it does, or "perplexity".
+    the word unmasked; for a word of n tokens, the first k combinations of the k most likely per token, in the order of
+    a nested loop. (TextAttack computes their perplexities too, but does not order them by it.)
     """
 
-    def __init__(self, model, tokenizer, k, ranking, device, dtype):
-        self.model, self.tokenizer, self.k, self.ranking = model.to(device).eval(), tokenizer, k, ranking
+    def __init__(self, model, tokenizer, k, device, dtype):
+        self.model, self.tokenizer, self.k = model.to(device).eval(), tokenizer, k
         self.device, self.dtype = device, dtype
         tokenizer.library.enable_truncation(model.config.max_length)
-        self.last_text, self.last_predictions = None, None
+        self.last_text, self.last_top = None, None
 
     def __call__(self, text, masked_text, word, count_words, is_first):
         """At most k substitutes for `word` in `text`, each a single word by `count_words`, TextAttack's word count.
@@ -181,16 +167,10 @@ class MaskedWords:
             return []
         start = masked.index(self.tokenizer.mask)
         end = min(start + len(encode(word, add_special_tokens=False).ids), self.model.config.max_length)
-        ids, scores = self.predict(text, end)
-        columns = [[token_of(i) for i in row] for row in ids[start:end]]  # the k tokens of each position
+        columns = [[token_of(i) for i in row] for row in self.predict(text, end)[start:end]]  # k tokens per position
         if len(columns) == 1:
             return [token for token in columns[0] if count_words(token) == 1 and not self.is_suffix(token, is_first)]
-        if self.ranking == "loop":
-            candidates = in_loop_order(columns, count_words)
-        else:
-            joined = ("".join(tokens).replace("##", "") for tokens in best_first(columns, scores[start:end]))
-            candidates = (candidate for candidate in joined if count_words(candidate) == 1)
-        return list(itertools.islice(candidates, self.k))
+        return list(itertools.islice(in_loop_order(columns, count_words), self.k))
 
     def is_suffix(self, token, is_first):
         """Whether a token can only continue a word."""
@@ -200,17 +180,17 @@ class MaskedWords:
 
     @torch.inference_mode()
     def predict(self, text, length):
-        """(ids, logits) of the k most likely tokens at each position, as lists, for at least `length` positions."""
-        if self.last_text != text or len(self.last_predictions[0]) < length:
+        """The ids of the k most likely tokens at each position, as lists, for at least `length` positions."""
+        if self.last_text != text or len(self.last_top) < length:
             ids = self.tokenizer.library.encode(text).ids
             padding = max(0, length - len(ids))
             mask = torch.tensor([[True] * len(ids) + [False] * padding], device=self.device) if padding else None
             ids = torch.tensor([ids + [self.tokenizer.pad] * padding], device=self.device)  # (1, T)
             with autocast(self.device, self.dtype):
                 logits = self.model.mlm_logits(self.model(ids, mask)[0]).float()  # (T, V)
-            values, top = logits[:, : self.tokenizer.size].topk(self.k)  # the model may have more rows than tokens
-            self.last_text, self.last_predictions = text, (top.tolist(), values.tolist())
-        return self.last_predictions
+            top = logits[:, : self.tokenizer.size].topk(self.k).indices  # the model may have more rows than tokens
+            self.last_text, self.last_top = text, top.tolist()
+        return self.last_top
 
 
 def in_loop_order(columns, count_words, prefix=""):
@@ -225,19 +205,3 @@ def in_loop_order(columns, count_words, prefix=""):
     elif count_words(word) < 2 or re.search("[\u4e00-\u9fff]", word):
         for token in columns[0]:
             yield from in_loop_order(columns[1:], count_words, prefix + token)
-
-
-def best_first(columns, scores):
-    """Yield the combinations of one token per column by decreasing sum of scores. Each column is sorted by score, so
-    that the next best is one step down in one column from an earlier one, and a heap holds few candidates."""
-    start = (0,) * len(columns)
-    heap, seen = [(-sum(column[0] for column in scores), start)], {start}
-    while heap:
-        _, places = heapq.heappop(heap)
-        yield tuple(column[place] for column, place in zip(columns, places))
-        for i, place in enumerate(places):
-            following = places[:i] + (place + 1,) + places[i + 1 :]
-            if place + 1 < len(columns[i]) and following not in seen:
-                seen.add(following)
-                total = math.fsum(column[p] for column, p in zip(scores, following))
-                heapq.heappush(heap, (-total, following))

@@ -1,9 +1,8 @@
 """The results of an attack: one line of JSON per example, the paper's metrics, and how both are printed.
 
-Clean% is the accuracy on all test rows. Aua%, accuracy under attack, is failed / (succeeded + failed + skipped), where
-examples that are misclassified without an attack are skipped. Suc% is succeeded / (succeeded + failed), and #Query the
-mean number of queries of these. Attacks that end in an error count nowhere, and are tried again when the command is
-rerun. The share of words changed and the similarity of the sentences are means over successful attacks.
+Aua% is failed / (succeeded + failed + skipped), where examples that are misclassified without an attack are skipped.
+Suc% is succeeded / (succeeded + failed), and #Query the mean number of queries of these. Attacks that end in an error
+count nowhere, and are tried again when the command is rerun. The other figures are means over successful attacks.
 """
 
 import difflib
@@ -48,10 +47,7 @@ class Results:
         """Read `rows`, {example: row}, as written by all processes."""
         with self.lock:
             lines = self.path.read_bytes().splitlines() if self.path.is_file() else []
-        try:
-            self.rows = {row["example"]: row for row in map(json.loads, lines)}
-        except (ValueError, KeyError, TypeError):
-            raise BadInput(f"{self.path} has a malformed line: delete the file") from None
+        self.rows = {row["example"]: row for row in map(json.loads, lines)}
 
     def add(self, row):
         self.rows[row["example"]] = row

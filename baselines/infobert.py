@@ -25,21 +25,16 @@ from bert import CLS_ONLY
 
 
 def bottleneck(embeddings, token_mask):
-    """An upper bound of sum_i I(X_i; T_i), up to a constant: the mean over tokens of 1/2 |T_i - T_j|^2, j random.
-
-    It is CLUB (Cheng et al. 2020) with unit variances, whose positive term is 0. embeddings: (B, T, d).
-    token_mask: (B, T).
-    """
+    """An upper bound of sum_i I(X_i; T_i), up to a constant: the mean over tokens of 1/2 |T_i - T_j|^2, j random. It is
+    CLUB (Cheng et al. 2020) with unit variances, whose positive term is 0. embeddings: (B, T, d). token_mask: (B, T)."""
     tokens = embeddings[token_mask.bool()].float()  # (N, d)
     others = tokens[torch.randint(len(tokens), (len(tokens),), device=tokens.device)]
     return ((tokens - others) ** 2).sum(1).mean() / 2
 
 
 def robust_tokens(gradient, token_mask, low=0.5, high=0.9):
-    """(rows, columns) of the locally robust tokens: the ranks ceil(low n) to ceil(high n) of the n tokens of a text.
-
-    They are ranked by the norm of the loss's gradient at their embedding. gradient: (B, T, d). token_mask: (B, T).
-    """
+    """(rows, columns) of the locally robust tokens: the ranks ceil(low n) to ceil(high n) of the n tokens of a text, by
+    the norm of the loss's gradient at their embedding. gradient: (B, T, d). token_mask: (B, T)."""
     norms = gradient.norm(dim=2).masked_fill(~token_mask.bool(), math.inf)  # (B, T), padding last
     rank = norms.argsort(1).argsort(1)
     n = token_mask.sum(1, keepdim=True).double()  # in float32, 0.9 x 10 is more than 9
@@ -70,9 +65,7 @@ class InfoBERT:
 
     def losses(self, ids, mask, segments, labels, share=1):
         """(loss_of(delta), extra_loss(gradient at delta)) of some rows. The second uses the states of the first's call.
-
-        share: of these rows in the batch, a factor of both.
-        """
+        share: of these rows in the batch, a factor of both."""
         token_mask = torch.ones_like(ids) if mask is None else mask
         seen = {}
 
@@ -84,13 +77,9 @@ class InfoBERT:
 
         def extra_loss(gradient):
             rows, columns = robust_tokens(gradient, token_mask)
-            order = torch.randperm(
-                len(rows), device=rows.device
-            )  # batch_size tokens at a time, as in the authors' code
-            bounds = [
-                self.anchor(seen["tokens"][rows[part], columns[part]], seen["sentences"][rows[part]])
-                for part in order.split(self.batch_size)
-            ]
+            order = torch.randperm(len(rows), device=rows.device)
+            parts = [(rows[part], columns[part]) for part in order.split(self.batch_size)]  # as in the authors' code
+            bounds = [self.anchor(seen["tokens"][row, column], seen["sentences"][row]) for row, column in parts]
             return -self.alpha * torch.stack(bounds).mean() * share
 
         return loss_of, extra_loss

@@ -139,12 +139,14 @@ def learn_scores(options, model, rows, checkpoint, dtype):
     """Learn the scores of all gates: {name of a weight: scores of its shape}."""
     torch.manual_seed(options.seed)
     model.requires_grad_(False)  # only the scores are trained
-    gated = {name: model.get_submodule(name) for name in gated_modules(model)}
+    kinds = ("query_key_value", "attention_output", "intermediate", "output")
+    names = [f"layers.{i}.{kind}" for i in range(len(model.layers)) for kind in kinds] + ["pooler"]
+    gated = {name: model.get_submodule(name) for name in names}
     gates = nn.ModuleList(Gates(of.weight.shape, options.initial).to(of.weight.device) for of in gated.values())
     for module, gate in zip(gated.values(), gates):
         parametrize.register_parametrization(module, "weight", gate)  # w -> w z
-    decay = options.weight_decay
-    optimizer = torch.optim.AdamW(gates.parameters(), options.learning_rate, weight_decay=decay, fused=True)
+    lr, decay = options.learning_rate, options.weight_decay
+    optimizer = torch.optim.AdamW(gates.parameters(), lr, weight_decay=decay, fused=True)
     steps_per_epoch = math.ceil(len(rows) / options.batch_size)
     steps = options.epochs * steps_per_epoch
     checkpoint.load(optimizer, gates=gates)
@@ -157,11 +159,8 @@ def learn_scores(options, model, rows, checkpoint, dtype):
             optim.seed_step(options.seed, step)
             mask, max_norm = batch.token_mask, options.adv_max_norm
             delta = initial_delta(mask, model.config.hidden_size, options.adv_init_mag, max_norm)
-
-            def loss_of(delta):  # with the weights w z; all K passes draw the same z
-                return model.class_loss(*batch, delta=delta)
-
-            # 1. the gradient of FreeLB's loss
+            # 1. the gradient of FreeLB's loss with the weights w z; all K passes draw the same z
+            loss_of = lambda delta: model.class_loss(*batch, delta=delta)  # noqa: E731
             with autocast(delta.device, dtype):
                 loss = freelb(loss_of, delta, mask, options.adv_steps, options.adv_lr, max_norm)
             nn.utils.clip_grad_norm_(gates.parameters(), options.clip_norm)
@@ -170,31 +169,22 @@ def learn_scores(options, model, rows, checkpoint, dtype):
             open_share = torch.stack([gate.open_share() for gate in gates]).mean()
             (options.regularization * ramp * open_share).backward()
             # 3. the step of the optimizer
-            optim.set_learning_rate(optimizer, options.learning_rate, step, steps, options.warmup)
+            optim.set_learning_rate(optimizer, lr, step, steps, options.warmup)
             optimizer.step()
             optimizer.zero_grad()
             bar.update()
             if not bar.disable:
                 bar.set_postfix_str(f"loss {loss:.3f}, open {open_share:.1%}", refresh=False)
         if not math.isfinite(loss):
-            raise BadInput(f"training diverged in epoch {epoch + 1}: lower --learning-rate {options.learning_rate:g}")
+            raise BadInput(f"training diverged in epoch {epoch + 1}: lower --learning-rate {lr:g}")
         checkpoint.save(optimizer, {"gates": gates}, metadata={"epochs_done": epoch + 1})
     bar.close()
     return {f"{name}.weight": gate.scores.detach().cpu() for name, gate in zip(gated, gates)}
 
 
-def gated_modules(model):
-    """Names of the modules with gated weights: the matrices of every layer, and the pooler."""
-    kinds = ("query_key_value", "attention_output", "intermediate", "output")
-    return [f"layers.{i}.{kind}" for i in range(len(model.layers)) for kind in kinds] + ["pooler"]
-
-
 def draw(scores, sparsity):
-    """{name: scores} -> {name: bool mask, False where pruned}.
-
-    Prunes exactly ceil(sparsity N) of the N weights: those with the smallest scores over all matrices together. Among
-    equal scores the earlier weight is pruned first.
-    """
+    """{name: scores} -> {name: bool mask, False where pruned}: exactly ceil(sparsity N) of the N weights, those with the
+    smallest scores over all matrices together. Among equal scores the earlier weight is pruned first."""
     kept = draw_mask(torch.cat([score.flatten() for score in scores.values()])[None], sparsity)[0]
     parts = kept.split([score.numel() for score in scores.values()])
     return {name: part.view(score.shape) for (name, score), part in zip(scores.items(), parts)}

@@ -13,7 +13,6 @@ loaded weights or adversarial texts are compared, so that a fast wrong answer ca
 """
 
 import json
-import os
 import statistics
 import sys
 import tempfile
@@ -46,7 +45,6 @@ from runtime.cpu import tune_allocator
 from runtime.device import autocast, describe, peak_memory, pick_device, pick_precision
 from runtime.embeddings import restrict_vocabulary
 
-ROOT = Path(__file__).resolve().parents[1]
 BASELINES = {"transformers, SDPA": "sdpa", "transformers, eager": "eager"}  # name -> attention implementation
 ATTACK_PARTS = ("the model", "sentence encoder", "part of speech", "substitutes", "the rest", "import")
 
@@ -75,15 +73,14 @@ class Options:
 
 def main():
     options = cli.parse(Options, __doc__)
-    if options.worker:
-        workers = {"search": time_training, "finetune": time_training, "load": time_load, "attack": time_attack}
-        figures = workers[options.what](options, *options.worker.split(";"))
-        return print(json.dumps(figures))
     if options.what == "scale":
         return scale.bench(options)
-    benchmarks = {"search": bench_training, "finetune": bench_training, "load": bench_load, "attack": bench_attack}
+    benchmarks = {"load": (bench_load, time_load), "attack": (bench_attack, time_attack)}
+    benchmark, worker = benchmarks.get(options.what, (bench_training, time_training))
+    if options.worker:
+        return print(json.dumps(worker(options, *options.worker.split(";"))))
     with tempfile.TemporaryDirectory() as folder:
-        figures = benchmarks[options.what](options, Path(folder))
+        figures = benchmark(options, Path(folder))
     if options.json:
         files.write_json(options.json, {" ".join(case): row for case, row in figures.items()})
 
@@ -91,14 +88,12 @@ def main():
 def run_workers(options, cases, folder):
     """{case: [figures of each of its processes]}. Every round starts one process per case."""
     found = {case: [] for case in cases}
-    paths = [str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
     bar = cli.progress(options.rounds * len(cases), description="processes")
     for _ in range(options.rounds):
         for case in cases:
             worker = ["--worker", ";".join((*case, str(folder)))]
             command = [sys.executable, "-m", "benchmarks.bench", *sys.argv[1:], *worker]
-            output = scale.run_process(command, " ".join(case), env)
+            output = scale.run_process(command, " ".join(case))
             found[case].append(json.loads(output.splitlines()[-1]))
             bar.update()
     bar.close()
@@ -123,9 +118,6 @@ def print_table(figures, columns):
     widths = [max(map(len, column)) for column in zip(*table)]
     for first, *cells in table:
         print(first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells, widths[1:])), sep="  ")
-
-
-# ------------------------------------------------------------------------------------------ search and fine-tuning
 
 
 def bench_training(options, folder):
@@ -174,9 +166,12 @@ def time_training(options, side, precision, folder):
     if is_search:
         ids = torch.randint(1000, 30000, (options.batch_size, options.block), device=device)
         positions = (torch.rand(ids.shape, device=device) < 0.15).flatten().nonzero().flatten()
+        given = (ids, positions, ids.flatten()[positions]), device
+        found = libraries.search_work(folder, BASELINES[side], *given) if baseline else search_work(folder, *given)
+        modules, loss_of = found
         adversary = options.adv_steps, *ADVERSARIES["freelb"][1:]
-        given = (ids, positions, ids.flatten()[positions]), adversary, device
-        work = libraries.search_work(folder, BASELINES[side], *given) if baseline else search_work(folder, *given)
+        loss = lambda: freelb_step(loss_of, torch.ones_like(ids), 384, adversary)  # noqa: E731
+        work = SimpleNamespace(modules=modules, loss=loss, steps=lambda: [loss()], tokens=ids.numel())
     else:
         task = data.find_task(options.task)
         splits = task.load(None)
@@ -225,21 +220,15 @@ def time_training(options, side, precision, folder):
     return figures
 
 
-def search_work(folder, batch, adversary, device):
-    """What search.py does with a batch (ids, positions, labels)."""
+def search_work(folder, batch, device):
+    """([model, coefficients], loss_of(delta)) of search.py on a batch (ids, positions, labels)."""
     model, c = Bert.load(folder, mlm=True).to(device), Coefficients(6, 12, 1536).to(device)
     ids, positions, labels = batch
 
     def loss_of(delta):
         return model.mlm_loss(model(ids, positions=positions, gates=c.gates, delta=delta), labels)
 
-    def loss():
-        return freelb_step(loss_of, torch.ones_like(ids), 384, adversary)
-
-    def steps():
-        yield loss()
-
-    return SimpleNamespace(modules=[model, c], steps=steps, loss=loss, tokens=ids.numel())
+    return [model, c], loss_of
 
 
 def finetune_work(folder, side, dtype, train, rows, test, batch_size, max_length, device):
@@ -267,9 +256,6 @@ def finetune_work(folder, side, dtype, train, rows, test, batch_size, max_length
         return finetune.accuracy(model, test, batch_size, dtype) * len(test)
 
     return SimpleNamespace(modules=[model], steps=steps, loss=loss, classify=classify, tokens=len(rows.ids))
-
-
-# --------------------------------------------------------------------------------------------------------- load
 
 
 def bench_load(options, folder):
@@ -307,9 +293,6 @@ def time_load(options, side, kind, folder):
     total = sum(p.sum(dtype=torch.float64).item() for p in model.parameters())
     used = time.perf_counter() - start
     return {"seconds": seconds, "used": used, "memory": peak_memory(cpu) - before, "sum": total}
-
-
-# ------------------------------------------------------------------------------------------------------- attack
 
 
 def bench_attack(options, folder):

@@ -20,8 +20,8 @@ def freelb_step(loss_of, mask, dim, adversary):
     return freelb(loss_of, initial_delta(mask, dim, init_mag, max_norm), mask, steps, lr, max_norm)
 
 
-def search_work(folder, attention, batch, adversary, device):
-    """BertForMaskedLM trained with FreeLB, as FreeLB's and EarlyRobust's published scripts do: with the logits of all
+def search_work(folder, attention, batch, device):
+    """([BertForMaskedLM], loss_of(delta)), as in FreeLB's and EarlyRobust's published scripts: with the logits of all
     tokens, and delta added to the input embeddings. There are no coefficients."""
     from transformers import BertForMaskedLM
 
@@ -35,13 +35,7 @@ def search_work(folder, attention, batch, adversary, device):
         words = model.get_input_embeddings()(ids) + delta
         return model(inputs_embeds=words, attention_mask=mask, labels=wanted).loss
 
-    def loss():
-        return freelb_step(loss_of, mask, model.config.hidden_size, adversary)
-
-    def steps():
-        yield loss()
-
-    return SimpleNamespace(modules=[model], steps=steps, loss=loss, tokens=ids.numel())
+    return [model], loss_of
 
 
 def finetune_work(folder, attention, rows, test, batch_size, max_length, device):

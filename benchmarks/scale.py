@@ -30,6 +30,7 @@ from runtime import cli, files
 from runtime.cli import BadInput
 from runtime.cpu import tune_allocator
 from runtime.device import autocast, describe, peak_memory, pick_device, pick_precision
+from sharing.plots import new_figure, save_figure
 
 STEPS = 12  # timed steps of a search, after as many for warming up
 ROWS = (375, 750, 1500, 3000, 6000)  # training rows of rt
@@ -131,9 +132,9 @@ def run(script, *flags):
     return time.perf_counter() - start
 
 
-def run_process(command, name, env=None):
+def run_process(command, name):
     """The output of a command. Raises BadInput with the last line of its errors if it fails."""
-    process = subprocess.run(command, env=env, capture_output=True, text=True)
+    process = subprocess.run(command, capture_output=True, text=True)
     if process.returncode:
         lines = process.stderr.strip().splitlines() or [f"exit code {process.returncode}"]
         raise BadInput(f"{name} failed: {lines[-1]}")
@@ -163,12 +164,7 @@ def report(figures):
 
 
 def plot(figures, path):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 3, figsize=(12, 3.6))
+    figure, axes = new_figure(1, 3, figsize=(12, 3.6))
     sizes = [row["megabytes"] for row in figures["search"]]
     for name, marker in (("searching", "o"), ("preparing", "s")):
         axes[0].plot(sizes, [row[name] for row in figures["search"]], marker=marker, label=name)
@@ -184,5 +180,4 @@ def plot(figures, path):
         axis.xaxis.get_major_locator().set_params(nbins=5)
         axis.legend()
     figure.tight_layout()
-    with files.atomic_write(path) as tmp_path:
-        figure.savefig(tmp_path, dpi=150, format="png")
+    save_figure(figure, path)

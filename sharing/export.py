@@ -12,6 +12,7 @@ from runtime import files
 from runtime.cli import BadInput
 
 SIGNATURE = "Made by orticket's `finetune.py`"  # identifies an export by its model card, also a partial one
+DONE = "for transformers, with zeros where the ticket pruned: {}"
 
 
 def is_exported(options, source, masks, folder, provenance):
@@ -28,7 +29,7 @@ def is_exported(options, source, masks, folder, provenance):
         raise BadInput(f"--export-hf {target} is the folder of the model itself: give another")
     provenance, card = dense_provenance(provenance), target / "README.md"
     if is_up_to_date(target / "model.safetensors", provenance, options.overwrite, "another --export-hf"):
-        print_target(target)
+        print(DONE.format(target))
         return True
     may_replace = options.overwrite or (card.is_file() and SIGNATURE in card.read_text("utf8", errors="replace"))
     for name in ("README.md", "config.json", "tokenizer.json", "tokenizer_config.json"):
@@ -46,11 +47,7 @@ def export(options, folder, masks, tokenizer, task, provenance):
         Path(tmp_path).write_text(model_card(files.read_json(folder / "metrics.json"), task), "utf8")
     tokenizer.save(target)
     model.save(target, task.labels, dense_provenance(provenance))
-    print_target(target)
-
-
-def print_target(target):
-    print(f"for transformers, with zeros where the ticket pruned: {target}")
+    print(DONE.format(target))
 
 
 def dense_provenance(provenance):

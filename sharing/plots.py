@@ -24,10 +24,8 @@ def new_figure(*grid, **settings):
 
 
 def plot_search(trace, settings, path):
-    """The distances of every mini-epoch with the threshold gamma, and the loss.
-
-    trace: {"trace.distances": (mini-epochs, 2), "trace.loss": (mini-epochs,)}. settings: those of search.py.
-    """
+    """The distances of every mini-epoch with the threshold gamma, and the loss. settings: those of search.py.
+    trace: {"trace.distances": (mini-epochs, 2), "trace.loss": (mini-epochs,)}."""
     distances = trace["trace.distances"].numpy()
     x = range(1, len(distances) + 1)
     figure, (above, below) = new_figure(2, 1, figsize=(7, 5.2), sharex=True, height_ratios=(3, 1.3))
@@ -36,9 +34,8 @@ def plot_search(trace, settings, path):
     above.axhline(settings["gamma"], color="black", linestyle="--", linewidth=1, label=f"gamma = {settings['gamma']:g}")
     above.set(ylabel="normalized Hamming distance", ylim=(0, None))
     data = settings["corpus"] if settings["objective"] == "mlm" else settings["objective"]
-    above.set_title(
-        f"Distance between the masks of consecutive mini-epochs: {settings['model']} on {data}", fontsize=10
-    )
+    title = f"Distance between the masks of consecutive mini-epochs: {settings['model']} on {data}"
+    above.set_title(title, fontsize=10)
     above.title.set_parse_math(False)
     above.legend()
     below.plot(x, trace["trace.loss"].numpy(), color="gray", marker=".")
@@ -50,13 +47,10 @@ def plot_search(trace, settings, path):
 
 def plot_ticket(head, ffn, head_mask, ffn_mask, title, path):
     """What a ticket keeps of each layer, as in Figure 1: each head with its coefficient, and the share of neurons.
-
-    head, head_mask: (layers, heads). ffn, ffn_mask: (layers, neurons).
-    """
+    head, head_mask: (layers, heads). ffn, ffn_mask: (layers, neurons)."""
     layers, heads = head.shape
-    figure, (left, right) = new_figure(
-        1, 2, figsize=(10, 1.6 + 0.36 * layers), width_ratios=(heads, 8), layout="constrained"
-    )
+    size = 10, 1.6 + 0.36 * layers
+    figure, (left, right) = new_figure(1, 2, figsize=size, width_ratios=(heads, 8), layout="constrained")
     image = left.imshow(head.masked_fill(~head_mask, math.nan).numpy(), cmap="viridis", aspect="auto", origin="lower")
     for layer, number in (~head_mask).nonzero().tolist():
         left.text(number, layer, "x", color="firebrick", ha="center", va="center")

@@ -99,7 +99,7 @@ def test_counterfitting_step_is_the_gradient_of_the_paper():
 def test_neighbours_equal_brute_force_without_antonyms():
     vectors = F.normalize(torch.randn(30, 4))
     antonyms = torch.tensor([[0, 1], [2, 7]])
-    table = counterfit.nearest(vectors, 5, 0.3, antonyms)
+    neighbours, _ = counterfit.nearest(vectors, 5, 0.3, antonyms)
     cosines = vectors @ vectors.T
     for word in range(30):
         banned = {
@@ -109,24 +109,19 @@ def test_neighbours_equal_brute_force_without_antonyms():
         }
         order = [i for i in cosines[word].argsort(descending=True).tolist() if i not in banned]
         expected = [i for i in order if cosines[word, i] >= 0.3][:5]
-        assert table["neighbours"][word].tolist() == expected + [-1] * (5 - len(expected))
+        assert neighbours[word].tolist() == expected + [-1] * (5 - len(expected))
 
 
 PIECES = ["a", "##b", "c", ".", ",", "-", "'", "##s", "the", "##-", "!", "#"]
 
 
 @pytest.mark.parametrize("columns", [1, 2, 3, 4])
-def test_combinations_are_in_loop_order_or_sorted_by_score(columns):
+def test_combinations_are_in_loop_order(columns):
     for seed in range(20):
         generator = np.random.Generator(np.random.PCG64(seed))
         pieces = [generator.permutation(PIECES)[:6].tolist() for _ in range(columns)]
         names = ["".join(names).replace("##", "") for names in itertools.product(*pieces)]
         assert list(resources.in_loop_order(pieces, count_words)) == [n for n in names if count_words(n) == 1]
-        scores = -np.sort(-generator.random((columns, 6)), 1)
-        totals = [-sum(row) for row in itertools.product(*scores.tolist())]
-        expected = [names[i] for i in np.argsort(totals, kind="stable")]
-        found = ["".join(names).replace("##", "") for names in resources.best_first(pieces, scores.tolist())]
-        assert found == expected
 
 
 def test_first_of_very_many_combinations_are_found_at_once():
@@ -521,7 +516,6 @@ def test_bad_options_give_one_line_and_exit_code_2(textattack, victim, capsys, c
 TABLES = {
     "neighbours": {"neighbours": np.zeros((3, 2), np.int32)},
     "numbers": {"neighbours": np.full((2, 2), 5, np.int32)},
-    "vectors": {"vectors": np.zeros((3, 4), np.float16)},
     "pickled": {"words": np.array(["a", "b"], dtype=object)},
     "no neighbours": {"neighbours": np.full((2, 2), -1, np.int32)},
 }
