@@ -103,9 +103,8 @@ def find_synonyms(name):
         return npz_synonyms(BUNDLED if name in (None, "bundled") else Path(name))
     except Exception as error:  # numpy, pickle, zipfile and zlib each raise their own
         remedy = "; TextAttack fetches it: WordEmbedding.counterfitted_GLOVE_embedding()" if is_cached else ""
-        raise BadInput(
-            f"--vectors {name or 'textattack'} is no table of word vectors: {cli.one_line(error)}{remedy}"
-        ) from None
+        reason = cli.one_line(error) + remedy
+        raise BadInput(f"--vectors {name or 'textattack'} is no table of word vectors: {reason}") from None
 
 
 def npz_synonyms(path):
