@@ -93,7 +93,7 @@ class Synonyms:
 
 
 def find_synonyms(name):
-    """Load Synonyms: "bundled", "textattack" (from its cache: the papers' own), an .npz file as of counterfit.py,
+    """Load Synonyms: "bundled", "textattack" (from its cache: the papers' own), an .npz file (see counterfit.py),
     or None for TextAttack's if cached and else the bundled. Raises BadInput if they are missing or malformed."""
     cache = library.cache_folder() / "word_embeddings" / "paragramcf"
     is_cached = name == "textattack" or name is None and (cache / "nn.npy").is_file()
