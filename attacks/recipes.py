@@ -103,18 +103,15 @@ def masked_swap(textattack, options, victim):
     def count_words(text):
         return len(textattack.shared.utils.words_from_text(text))
 
-    class WordSwapMaskedLM(textattack.transformations.WordSwap):
-        """The part of TextAttack's WordSwapMaskedLM that BERT-Attack uses."""
+    def _get_transformations(current_text, indices_to_modify):  # the part of WordSwapMaskedLM that BERT-Attack uses
+        transformed = []
+        for i in indices_to_modify:
+            word, masked_text = current_text.words[i], current_text.replace_word_at_index(i, mask).text
+            for substitute in substitutes(current_text.text, masked_text, word, count_words, i == 0):
+                if substitute.strip("Ġ") != word:
+                    transformed.append(current_text.replace_word_at_index(i, substitute.strip("Ġ")))
+        return transformed
 
-        def _get_transformations(self, current_text, indices_to_modify):
-            transformed = []
-            for i in indices_to_modify:
-                word, masked_text = current_text.words[i], current_text.replace_word_at_index(i, mask).text
-                for substitute in substitutes(current_text.text, masked_text, word, count_words, i == 0):
-                    if substitute.strip("Ġ") != word:
-                        transformed.append(current_text.replace_word_at_index(i, substitute.strip("Ġ")))
-            return transformed
-
-    swap = WordSwapMaskedLM()
-    swap.substitutes = substitutes
+    swap = textattack.transformations.WordSwap()
+    swap._get_transformations, swap.substitutes = _get_transformations, substitutes
     return swap, f"{description} (BERT-Attack's: bert-base-uncased), k = {k}"

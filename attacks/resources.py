@@ -93,7 +93,7 @@ class Synonyms:
 
 
 def find_synonyms(name):
-    """Load Synonyms: "bundled", "textattack" (from its cache: the papers' own), an .npz file as counterfit.py describes,
+    """Load Synonyms: "bundled", "textattack" (from its cache: the papers' own), an .npz file (see counterfit.py),
     or None for TextAttack's if cached and else the bundled. Raises BadInput if they are missing or malformed."""
     cache = library.cache_folder() / "word_embeddings" / "paragramcf"
     is_cached = name == "textattack" or name is None and (cache / "nn.npy").is_file()
@@ -103,9 +103,8 @@ def find_synonyms(name):
         return npz_synonyms(BUNDLED if name in (None, "bundled") else Path(name))
     except Exception as error:  # numpy, pickle, zipfile and zlib each raise their own
         remedy = "; TextAttack fetches it: WordEmbedding.counterfitted_GLOVE_embedding()" if is_cached else ""
-        raise BadInput(
-            f"--vectors {name or 'textattack'} is no table of word vectors: {cli.one_line(error)}{remedy}"
-        ) from None
+        reason = cli.one_line(error) + remedy
+        raise BadInput(f"--vectors {name or 'textattack'} is no table of word vectors: {reason}") from None
 
 
 def npz_synonyms(path):

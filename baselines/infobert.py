@@ -25,8 +25,8 @@ from bert import CLS_ONLY
 
 
 def bottleneck(embeddings, token_mask):
-    """An upper bound of sum_i I(X_i; T_i), up to a constant: the mean over tokens of 1/2 |T_i - T_j|^2, j random. It is
-    CLUB (Cheng et al. 2020) with unit variances, whose positive term is 0. embeddings: (B, T, d). token_mask: (B, T)."""
+    """An upper bound of sum_i I(X_i; T_i), up to a constant: the mean over tokens of 1/2 |T_i - T_j|^2, j random: CLUB
+    (Cheng et al. 2020) with unit variances, whose positive term is 0. embeddings: (B, T, d). token_mask: (B, T)."""
     tokens = embeddings[token_mask.bool()].float()  # (N, d)
     others = tokens[torch.randint(len(tokens), (len(tokens),), device=tokens.device)]
     return ((tokens - others) ** 2).sum(1).mean() / 2

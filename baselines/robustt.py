@@ -183,7 +183,7 @@ def learn_scores(options, model, rows, checkpoint, dtype):
 
 
 def draw(scores, sparsity):
-    """{name: scores} -> {name: bool mask, False where pruned}: exactly ceil(sparsity N) of the N weights, those with the
+    """{name: scores} -> {name: bool mask, False if pruned}: exactly ceil(sparsity N) of the N weights, those with the
     smallest scores over all matrices together. Among equal scores the earlier weight is pruned first."""
     kept = draw_mask(torch.cat([score.flatten() for score in scores.values()])[None], sparsity)[0]
     parts = kept.split([score.numel() for score in scores.values()])

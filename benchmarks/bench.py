@@ -46,14 +46,13 @@ from runtime.device import autocast, describe, peak_memory, pick_device, pick_pr
 from runtime.embeddings import restrict_vocabulary
 
 BASELINES = {"transformers, SDPA": "sdpa", "transformers, eager": "eager"}  # name -> attention implementation
+BENCHMARKS = ("search", "finetune", "load", "attack", "scale")
 ATTACK_PARTS = ("the model", "sentence encoder", "part of speech", "substitutes", "the rest", "import")
 
 
 @dataclass
 class Options:
-    what: str = option(
-        "search", "benchmark", choices=("search", "finetune", "load", "attack", "scale"), positional=True
-    )
+    what: str = option("search", "benchmark", choices=BENCHMARKS, positional=True)
     batch_size: int = option(32, "examples per step", at_least=1)
     block: int = option(128, "search: tokens per example", at_least=8)
     adv_steps: int = option(3, "search: K, FreeLB's ascent steps", at_least=1)
@@ -177,10 +176,8 @@ def time_training(options, side, precision, folder):
         splits = task.load(None)
         rows = data.first_rows(splits["train"], options.rows, options.task)
         given = rows, splits["test"], options.batch_size, task.max_length, device
-        if baseline:
-            work = libraries.finetune_work(folder, BASELINES[side], *given)
-        else:
-            work = finetune_work(folder, side, dtype, splits["train"], *given)
+        ours = folder, side, dtype, splits["train"]
+        work = libraries.finetune_work(folder, BASELINES[side], *given) if baseline else finetune_work(*ours, *given)
     modules = torch.nn.ModuleList(work.modules)
     optimizer = torch.optim.AdamW(modules.parameters(), lr=2e-5, fused=True)
 

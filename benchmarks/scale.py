@@ -146,8 +146,7 @@ def fit_lines(figures):
     fits = {}
     for what, unit in (("finetune", "tokens"), ("attack", "queries")):
         x, seconds = (np.array([row[name] for row in figures[what]], dtype=float) for name in (unit, "seconds"))
-        slope, intercept = np.polyfit(x, seconds, 1)
-        fits[what] = unit, x, seconds, (intercept, slope)
+        fits[what] = unit, x, seconds, np.polyfit(x, seconds, 1)[::-1]
     return fits
 
 
