@@ -45,9 +45,6 @@ def run(main):
     sys.exit(code)
 
 
-# ---------------------------------------------------------------------------------------------------- options
-
-
 def option(
     default, help, at_least=None, above=None, below=None, at_most=None, choices=None, positional=False, group=None
 ):

@@ -42,9 +42,6 @@ def shutdown():
         distributed.destroy_process_group()
 
 
-# ------------------------------------------------------------------------------------------ one batch, many processes
-
-
 def micro_batches(batch_size, accum_steps=1):
     """Yield the rows of a batch that this process computes, as slices, in at most `accum_steps` parts.
 
@@ -78,9 +75,6 @@ def all_reduce_sum(tensor):
     if WORLD > 1:
         distributed.all_reduce(tensor)
     return tensor
-
-
-# ------------------------------------------------------------------------------------------------------ files
 
 
 @contextlib.contextmanager
