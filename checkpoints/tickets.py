@@ -19,7 +19,14 @@ def read_coefficients(path):
     Raises BadInput if it is another file, or if its shapes are not those of its model.
     """
     tensors, metadata = safetensors.read_with_metadata(path, "search.py")
-    return *heads_and_neurons(path, tensors, Config(**metadata["config"]), torch.float32), metadata
+    try:
+        config, model = Config(**metadata["config"]), metadata["settings"]["model"]
+        complete = isinstance(model, str) and {"model_sha256", "corpus_sha256", "versions"} <= metadata.keys()
+    except (KeyError, TypeError):
+        complete = False
+    if not complete:
+        raise BadInput(f"{path} does not say how it was made: search again")
+    return *heads_and_neurons(path, tensors, config, torch.float32), metadata
 
 
 def heads_and_neurons(path, tensors, config, dtype):

@@ -111,6 +111,7 @@ BAD = {
     ),
     "no coefficients at all": (draw, ["--coefficients", "{tmp}/ticket.safetensors"], "was not written by search.py"),
     "metadata of no script": (draw, ["--coefficients", "{tmp}/notes.safetensors"], "was not written by search.py"),
+    "metadata without sizes": (draw, ["--coefficients", "{tmp}/sizes.safetensors"], "does not say how it was made"),
     "a truncated file": (
         draw,
         ["--model", "tiny", "--coefficients", "{tmp}/cut.safetensors"],
@@ -158,6 +159,8 @@ def test_bad_input_gets_one_line_and_exit_code_2(case, tmp_path, capsys, monkeyp
         tmp_path / "nan.safetensors", {name: t * math.nan for name, t in c.items()}, metadata
     )
     our_safetensors.write_safetensors(tmp_path / "notes.safetensors", c, metadata | {"settings": []})
+    no_sizes = {key: value for key, value in metadata.items() if key != "config"}
+    our_safetensors.write_safetensors(tmp_path / "sizes.safetensors", c, no_sizes)
     wide = c | {"ffn": torch.ones(2, 41)}
     our_safetensors.write_safetensors(tmp_path / "wide.safetensors", wide, metadata)
     whole = (tmp_path / "tiny" / "coefficients.safetensors").read_bytes()
