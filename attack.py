@@ -50,7 +50,8 @@ class Options:
     attack: str = option("textfooler", "all: one after another", choices=(*RECIPES, "all"), group="attack")
     n: int = option(None, "test rows to attack [300, or all if there are fewer]", at_least=1, group="attack")
     attack_columns: str = option(None, "column of a pair to change [both, except in NLI recipes]", group="attack")
-    seed: int = option(0, "of fine-tuning, the sample, and random edits", at_least=0, below=2**31, group="attack")
+    seed: int = option(0, "of fine-tuning and of random edits", at_least=0, below=2**31, group="attack")
+    sample_seed: int = option(None, "of the sample of test rows [--seed]", at_least=0, below=2**31, group="attack")
     model: str = option(DEFAULT_MODEL, "the pre-trained model that was fine-tuned, or a classifier", group="model")
     revision: str = option(None, "branch or commit of a model on the hub", group="model")
     ticket: str = option("drawn", "as in finetune.py: drawn, none, random, or a file", group="model")
@@ -67,12 +68,13 @@ class Options:
     bert_attack_k: int = option(48, "candidates per word in BERT-Attack", at_least=1, group="resources")
     precision: str = option("fp32", "auto: bf16 where it is fast", choices=("auto", "bf16", "fp32"), group="machine")
     output: str = option("runs", "folder that finetune.py wrote to", group="output")
+    suffix: str = option(None, "of the names of the result files: ATTACK-SUFFIX", group="output")
     show: int = option(0, "successful attacks to print, with changed words marked", at_least=0, group="output")
     overwrite: bool = option(False, "replace results of other settings in the same folder", group="output")
 
 
 NOT_SETTINGS = (
-    *("output", "show", "overwrite"),  # do not affect the results
+    *("output", "suffix", "show", "overwrite"),  # do not affect the results
     *("vectors", "encoder", "masked_lm", "bert_attack_k"),  # recorded as resources instead
 )
 
@@ -107,7 +109,8 @@ def main():
             attack, used = build(textattack, nltk_data, name, options, task, victim)
             for resource, description in used.items():
                 print(f"{name}, {resource}: {description}")
-            results = Results(folder / f"{name}.jsonl", provenance, name, used, list(examples), options.overwrite)
+            path = folder / f"{'-'.join(filter(None, (name, options.suffix)))}.jsonl"
+            results = Results(path, provenance, name, used, list(examples), options.overwrite)
             bar = cli.progress(len(examples), len(results.rows), name, "example")
             try:
                 for number in list(examples)[rank::world]:
@@ -190,13 +193,14 @@ def align_labels(model, names, labels):
 
 
 def sample(options, rows):
-    """The numbers of the attacked test rows, shuffled by --seed: a larger --n extends the sample of a smaller one.
+    """The numbers of the attacked test rows, shuffled by --sample-seed: a larger --n extends the sample of a smaller one.
 
     Raises BadInput if there are fewer rows.
     """
     if options.n > rows:
         raise BadInput(f"--n {options.n} is more than the {rows:,} test rows of {options.task}")
-    return np.random.Generator(np.random.PCG64(options.seed)).permutation(rows)[: options.n].tolist()
+    seed = options.seed if options.sample_seed is None else options.sample_seed
+    return np.random.Generator(np.random.PCG64(seed)).permutation(rows)[: options.n].tolist()
 
 
 def clean_accuracy(options, folder, victim, test):

@@ -70,7 +70,9 @@ class Options:
     beta: float = option(5e-3, "weight of InfoBERT's information bottleneck", at_least=0, group="adversary")
     epochs: int = option(10, "N, number of epochs", at_least=1, group="optimization")
     batch_size: int = option(32, "rows per step", at_least=1, group="optimization")
-    learning_rate: float = option(1e-4, "eta, peak rate of AdamW", above=0, group="optimization")
+    learning_rate: float = option(
+        None, "eta [2e-5; 1e-4 for models of less than base size]", above=0, group="optimization"
+    )
     warmup: float = option(
         0.1, "fraction of the steps with a rising learning rate", at_least=0, below=1, group="optimization"
     )
@@ -100,6 +102,7 @@ def main():
     with distributed.main_process_first():
         source, model_sha256 = data.find_model(options.model, options.revision)
         tokenizer, config = Tokenizer(source), Config.read(source)
+        options.learning_rate = options.learning_rate or (2e-5 if config.hidden_size >= 768 else 1e-4)
         masks, ticket_sha256 = find_ticket(options, folder / "ticket.safetensors", model_sha256, config)
         if (options.max_length or 0) > config.max_length:
             raise BadInput(

@@ -13,6 +13,7 @@ those of section 3.5 of the paper where it gives them, except for the corpus and
 
 import shlex
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import torch
 
@@ -61,7 +62,9 @@ class Options:
     epochs: int = option(1, "passes over the corpus, at most", at_least=1, group="optimization")
     batch_size: int = option(32, "examples per step", at_least=1, group="optimization")
     learning_rate: float = option(2e-5, "eta_0, of theta and c (AdamW)", above=0, group="optimization")
-    learning_rate_c: float = option(None, "learning rate of c, if not eta_0", above=0, group="optimization")
+    learning_rate_c: float = option(
+        None, "learning rate of c, if not eta_0; 0: c stays 1", at_least=0, group="optimization"
+    )
     warmup: float = option(
         0.1, "fraction of the steps with a rising learning rate", at_least=0, below=1, group="optimization"
     )
@@ -72,13 +75,21 @@ class Options:
         1, "number of searches, from --seed on; then file names end in the seed", at_least=1, group="output"
     )
     output: str = option("runs", "folder; results go to OUTPUT/MODEL", group="output")
+    save_model: str = option(None, "also write theta after the search to this folder, as a model", group="output")
     overwrite: bool = option(False, "replace the results of another search", group="output")
     precision: str = option("auto", "auto: bf16 where supported", choices=("auto", "bf16", "fp32"), group="machine")
     grad_accum_steps: int = option(1, "parts of a step, computed in turn to save memory", at_least=1, group="machine")
     checkpointing: bool = option(False, "recompute activations to save memory, a third more work", group="machine")
 
 
-NOT_SETTINGS = ("output", "overwrite", "seeds", "grad_accum_steps", "checkpointing")  # a search may resume with others
+NOT_SETTINGS = (
+    "output",
+    "overwrite",
+    "save_model",
+    "seeds",
+    "grad_accum_steps",
+    "checkpointing",
+)  # a search may resume with others
 
 
 def main():
@@ -109,12 +120,21 @@ def main():
             "versions": versions(),
         }
         path, state = output / f"coefficients{suffix}.safetensors", output / f"search{suffix}.state.safetensors"
+        theta = options.save_model and files.writable(Path(f"{options.save_model}{suffix}"))
+        results = [path] if theta is None else [path, theta / "model.safetensors"]
+
+        def is_done():
+            return all([is_up_to_date(result, provenance, options.overwrite) for result in results])
+
         with distributed.file_lock(state):
-            if not distributed.broadcast_from_main(lambda: is_up_to_date(path, provenance, options.overwrite)):
+            if not distributed.broadcast_from_main(is_done):
                 run = SearchRun(seeded, examples, Checkpoint(state, provenance, options.overwrite))
                 model, c = starting_point(seeded, folder, num_labels, run, tokenizer, output, dtype)
                 stopping = search(seeded, model.to(device), c.to(device), examples, run, dtype)
-                run.write(path, stopping)
+                if theta and distributed.is_main_process():
+                    model.save(theta, (), provenance)
+                    tokenizer.save(theta)
+                run.write(path, stopping)  # last: if this file exists, the search is complete
             if distributed.is_main_process():
                 state.unlink(missing_ok=True)
                 report(path, output / f"search{suffix}.png", options)
@@ -146,7 +166,8 @@ def search(options, model, c, examples, run, dtype):
     model.train()  # Line 1, theta <- theta_0 and c <- 1: see `starting_point`
     parameters = [*model.parameters(), *c.parameters()]
     c_group = {"params": c.parameters(), "weight_decay": 0.0}
-    c_group["lr_scale"] = (options.learning_rate_c or options.learning_rate) / options.learning_rate
+    rate_c = options.learning_rate if options.learning_rate_c is None else options.learning_rate_c
+    c_group["lr_scale"] = rate_c / options.learning_rate
     optimizer = optim.adamw(model.parameters(), options.learning_rate, options.weight_decay, c_group)
     stopping = EarlyStopping(options.tau_head, options.tau_ffn, options.gamma, options.patience)
     step = run.resume(optimizer, model, c, stopping)

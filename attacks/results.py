@@ -98,6 +98,11 @@ class Results:
         return figures
 
 
+def read_rows(path):
+    """The rows of ATTACK.jsonl, one for each attacked example."""
+    return [json.loads(line) for line in Path(path).read_bytes().splitlines()]
+
+
 def to_json_line(row):
     return json.dumps(row, ensure_ascii=False).encode("utf8", "replace") + b"\n"
 

@@ -63,16 +63,18 @@ def label_names(path):
 
 
 def write_config(folder, config, labels):
-    """Write config.json of a classifier, with transformers' names. config: a Config as a dictionary."""
+    """Write config.json of a classifier, or without labels of a masked language model, with transformers' names.
+    config: a Config as a dictionary."""
     family = {"bert": "Bert", "roberta": "Roberta"}[config["model_type"]]
     config = {name: value for name, value in config.items() if name not in ("num_labels", "heads", "neurons")}
-    config |= {
-        "architectures": [f"{family}ForSequenceClassification"],
-        "hidden_act": "gelu",
-        "num_labels": len(labels),
-        "id2label": dict(enumerate(labels)),
-        "label2id": {name: i for i, name in enumerate(labels)},
-    }
+    config |= {"architectures": [f"{family}ForMaskedLM"], "hidden_act": "gelu"}
+    if labels:
+        config |= {
+            "architectures": [f"{family}ForSequenceClassification"],
+            "num_labels": len(labels),
+            "id2label": dict(enumerate(labels)),
+            "label2id": {name: i for i, name in enumerate(labels)},
+        }
     write_json(os.path.join(folder, "config.json"), config)
 
 

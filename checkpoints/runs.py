@@ -10,7 +10,7 @@ import torch
 from checkpoints import safetensors
 from checkpoints.provenance import Checkpoint
 from freelb import ADVERSARIES
-from runtime import cli, distributed, optim
+from runtime import cli, distributed, files, optim
 from runtime.cli import BadInput
 from runtime.device import peak_memory
 
@@ -32,6 +32,7 @@ class SearchRun:
         self.mini_epoch_ends = sorted({min(self.steps, end) for end in ends})
         self.trace = {name: [] for name in ("trace.head", "trace.ffn", "trace.distances", "trace.loss")}
         self.epoch, self.order, self.status = None, None, ""
+        self.seconds = checkpoint.metadata.get("seconds", 0.0)
 
     def resume(self, optimizer, model, c, stopping):
         """Load the checkpoint, if there is one. Returns the number of steps done."""
@@ -43,7 +44,7 @@ class SearchRun:
                 stopping.update(head, ffn)
             step = self.mini_epoch_ends[len(self.trace["trace.loss"]) - 1]
         self.total, self.count = torch.zeros((), device=c.head.device), 0
-        self.bar = cli.progress(self.steps, step, "search")
+        self.bar, self.start = cli.progress(self.steps, step, "search"), time.perf_counter()
         return step
 
     def example_indices(self, step):
@@ -71,7 +72,8 @@ class SearchRun:
         for values, value in zip(self.trace.values(), (head, ffn, torch.tensor(distances), mean_loss)):
             values.append(value)
         self.total, self.count = torch.zeros_like(self.total), 0
-        self.checkpoint.save(optimizer, {"model": model, "c": c}, self.result())
+        self.seconds, self.start = self.seconds + time.perf_counter() - self.start, time.perf_counter()
+        self.checkpoint.save(optimizer, {"model": model, "c": c}, self.result(), {"seconds": self.seconds})
         self.status = f", distance heads {distances[0]:.3f}, neurons {distances[1]:.3f}"
 
     def result(self):
@@ -79,12 +81,15 @@ class SearchRun:
         return {name: torch.stack(values) for name, values in self.trace.items()}
 
     def write(self, path, stopping):
-        """Write the coefficients: the result of Algorithm 1."""
+        """Write the coefficients, the result of Algorithm 1, and the cost of the search to a JSON file beside them."""
         self.bar.close()
         if distributed.is_main_process():
             result = self.result()
             final = {"head": result["trace.head"][-1], "ffn": result["trace.ffn"][-1]}
             ended = {"stopped_early": stopping.should_stop, "mini_epochs_at_most": len(self.mini_epoch_ends)}
+            cost = {"seconds": self.seconds, "peak_memory": peak_memory(self.total.device)}
+            name = path.name.replace("coefficients", "search", 1)
+            files.write_json(path.with_name(name).with_suffix(".json"), self.checkpoint.provenance | cost)
             safetensors.write_safetensors(path, final | result, self.checkpoint.provenance | ended)
 
 

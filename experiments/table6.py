@@ -10,8 +10,8 @@ from runtime import cli
 
 
 def main():
-    rows = ["ORTicket", "w/o initialization", "w/o structure"]
-    make_table("table6", rows, __doc__)
+    rows = ("ORTicket", "w/o initialization", "w/o structure")
+    make_table("table6", rows, __doc__, tasks=("sst2", "qnli", "qqp"), attacks=("textfooler",))
 
 
 if __name__ == "__main__":

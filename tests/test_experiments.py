@@ -1,26 +1,35 @@
-"""Tests of experiments/: the table commands, with the scripts replaced."""
+"""Tests of experiments/: the commands of the tables and figures, with the scripts replaced, and the statistics."""
 
+import functools
 import json
+import re
 import sys
 import unittest.mock
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from scipy import stats
 
 import attack
 import draw
 import finetune
 import search
 from baselines import robustt
-from experiments import runs, table1, table2, table3, table6, tables
+from checkpoints import safetensors
+from experiments import compare, figure1, figure2, runs, table1, table2, table3, table4, table5, table6, tables
 from runtime import cli, files
 from tests.conftest import call
+
+PAPER_TEXT = Path(__file__).resolve().parents[2] / "shared" / "paper" / "orticket.txt"
 
 
 @pytest.fixture
 def scripts(monkeypatch):
-    """Replaces the scripts: each parses its flags, and finetune and attack write figures that depend on the seed.
-    Returns the commands that ran."""
+    """Replaces the scripts: each parses its flags, and writes figures that depend on the seed. A ticket holds against
+    the attack on the sentences whose number is below 10 x (seed + 1), the full model on one fewer. Returns the commands
+    that ran."""
     ran, modules = [], {module.__name__: module for module in (search, draw, finetune, robustt, attack)}
 
     def run_script(name, **flags):
@@ -33,23 +42,35 @@ def scripts(monkeypatch):
         ]
         monkeypatch.setattr(sys, "argv", [name, *map(str, given)])
         options = cli.parse(modules[name].Options, "")
+        model = files.model_folder(options.output, options.model)
         if name in ("finetune", "attack"):
-            folder = files.model_folder(options.output, options.model) / options.task / files.run_name(options)
+            folder = model / options.task / files.run_name(options)
             accuracy = 0.8 + 0.01 * options.seed**2
+        if name == "search":
+            suffix = "" if options.objective == "mlm" else f"-{options.objective}"
+            files.write_json(model / f"search{suffix}.json", {"seconds": 5})
         if name == "finetune":
             metrics = {"test_accuracy": accuracy, "peak_memory": 2e9, "parameters": 3e6}
-            files.write_json(folder / "metrics.json", metrics | {"seconds": 7, "tokens_per_second": 11})
+            metrics |= {"settings": {"learning_rate": options.learning_rate or 1e-4}}
+            speed = 11 if options.method == "freelb" else 22
+            files.write_json(folder / "metrics.json", metrics | {"seconds": 70 / speed, "tokens_per_second": speed})
         if name == "attack":
+            error = options.method == "pgd" and options.seed == 4
             attacked = {"aua": accuracy / 2, "suc": None, "queries": 50, "resources": {"word vectors": "of a test"}}
-            attacked["errors"] = dict.fromkeys("789" * (options.method == "pgd" and options.seed == 4), "none left")
-            files.write_json(folder / f"{options.attack}.json", attacked)
+            attacked["errors"] = dict.fromkeys("789" * error, "none left")
+            stem = f"{options.attack}-{options.suffix}" if options.suffix else options.attack
+            files.write_json(folder / f"{stem}.json", attacked)
+            held = 10 * (options.seed + 1) - (options.ticket == "none")
+            outcomes = ["failed" if number < held else "succeeded" for number in range(100)]
+            rows = [{"example": n, "outcome": outcomes[n]} for n in range(100) if str(n) not in attacked["errors"]]
+            (folder / f"{stem}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in reversed(rows)))
 
     monkeypatch.setattr(runs, "run_script", run_script)
     return ran
 
 
 def make_table(folder, *more, table=table1):
-    flags = ["--model", "minilm", "--tasks", "bbc", "--n", "100"]
+    flags = ["--model", "minilm", "--tasks", "bbc", "--n", "100", "--attacks", "textfooler"]
     flags += ["--output", folder / "runs", "--results", folder / "results"]
     return call(table, *flags, *more)
 
@@ -60,7 +81,7 @@ def recorded(folder, table="table1"):
 
 def test_table_has_one_run_per_method_and_repeats_none(scripts, tmp_path, capsys):
     methods = set()
-    for table, rows in ((table1, 9), (table2, 3), (table3, 4), (table6, 3)):
+    for table, rows in ((table1, 7), (table2, 3), (table3, 4), (table4, 7), (table5, 3), (table6, 3)):
         seen = len(scripts)
         assert make_table(tmp_path, table=table) == 0
         made = [flags for name, flags in scripts[seen:] if name == "finetune" and "method" in flags]
@@ -70,8 +91,6 @@ def test_table_has_one_run_per_method_and_repeats_none(scripts, tmp_path, capsys
         attacked = sum(name == "attack" for name, _ in scripts[seen:])
         assert attacked == (0 if table is table2 else rows)
         methods |= {run["method"] for run in found}
-    assert "| FreeLB | 1 | 80.0 | 7.0 | 2.0 | 3.0 |" in (tmp_path / "results" / "table2.md").read_text("utf8")
-    assert "learning rate 0.0001.\n" in (tmp_path / "results" / "table2.md").read_text("utf8")
     assert make_table(tmp_path, "--tasks", "bbc", "--n", 224) == 2
     assert "--n 224 is more than the 223 test rows of bbc" in capsys.readouterr().err
     assert methods == set(runs.METHODS)
@@ -87,7 +106,61 @@ def test_table_has_one_run_per_method_and_repeats_none(scripts, tmp_path, capsys
     assert make_table(tmp_path, "--methods", "PGD", "--epochs", 3) == 0 and len(scripts) == seen + 2
 
 
-def test_table_shows_means_and_standard_deviations_over_seeds(scripts, tmp_path, capsys):
+def test_protocol_is_the_papers(scripts, tmp_path):
+    with unittest.mock.patch.object(tables.data, "find_task") as find_task:
+        find_task.return_value.load.return_value = {"test": range(1821)}
+        for flags in ([], ["--tasks", "sst2"]):
+            assert call(table1, "--output", tmp_path / "runs", "--results", tmp_path, *flags) == 0
+    attacked = [flags for name, flags in scripts if name == "attack"]
+    assert {flags["task"] for flags in attacked} == {"sst2", "qnli", "qqp", "imdb", "agnews"}
+    assert {flags["attack"] for flags in attacked} == {"textfooler", "textbugger", "bertattack"}
+    assert {(flags["task"] == "sst2", flags["n"]) for flags in attacked} == {(True, 1821), (False, 1000)}
+    assert {flags["corpus"] for name, flags in scripts if name == "search"} == {"wikitext-2-raw-v1"}
+    trained = [flags for name, flags in scripts if name == "finetune"]
+    assert {flags["epochs"] for flags in trained} == {10} and {flags["train_rows"] for flags in trained} == {None}
+
+
+def test_each_seed_has_a_search_of_its_own_and_all_attack_the_same_sentences(scripts, tmp_path):
+    assert make_table(tmp_path, "--seeds", 3, "--methods", "Vanilla", "ORTicket", "Random ticket") == 0
+    searched = [flags for name, flags in scripts if name == "search"]
+    assert {flags["seed"] for flags in searched} == {0, 1, 2}
+    assert len({flags["output"] for flags in searched}) == 3
+    drawn = [(flags["coefficients"], flags["output"]) for name, flags in scripts if name == "draw"]
+    assert len(set(drawn)) == 3
+    assert {flags["sample_seed"] for name, flags in scripts if name == "attack"} == {"0"}
+    assert make_table(tmp_path, "--methods", "Vanilla", "--attack", "sample-seed=5") == 0
+    assert scripts[-1][1]["sample_seed"] == "5" and scripts[-1][1]["suffix"] == "sample_seed=5"
+
+
+def test_quick_version_sets_what_is_not_given(scripts, tmp_path):
+    flags = ["--quick", "--methods", "ORTicket", "RobustT", "--output", tmp_path, "--results", tmp_path]
+    assert call(table1, *flags) == 0
+    given = dict(scripts)
+    assert given["search"]["corpus"] == "bbc" and given["baselines.robustt"]["epochs"] == "2"
+    assert (given["finetune"]["task"], given["finetune"]["epochs"], given["attack"]["n"]) == ("rt", 3, 100)
+    assert call(table1, *flags, "--epochs", 4, "--seeds", 2) == 0
+    assert {flags["epochs"] for name, flags in scripts[-6:] if name == "finetune"} == {4}
+
+
+def test_dry_run_lists_missing_runs_with_their_hours_and_makes_none(scripts, tmp_path, capsys):
+    assert make_table(tmp_path, "--methods", "Vanilla", "PGD") == 0
+    made = recorded(tmp_path)
+    for run, hours in zip(made, (0.5, 2.0)):
+        run["hours"] = hours
+    files.write_json(tmp_path / "results" / "table1.json", {"runs": made})
+    seen = len(scripts)
+    capsys.readouterr()
+    assert make_table(tmp_path, "--methods", "Vanilla", "PGD", "FreeLB", "--seeds", 2, "--dry-run") == 0
+    out = capsys.readouterr().out
+    assert len(scripts) == seen and recorded(tmp_path) == made
+    assert "bbc: Vanilla, seed 1: about 0.50 h\nbbc: PGD, seed 1: about 2.00 h" in out
+    assert out.count("FreeLB, seed 0: about 1.25 h") == 1  # the mean of the runs with these settings
+    assert "4 runs are missing: about 5.0 hours" in out
+    assert make_table(tmp_path, "--model", "elsewhere", "--dry-run", "--methods", "PGD") == 0
+    assert "1 runs are missing: about 0.0 hours, and 1 runs of which" in capsys.readouterr().out
+
+
+def test_table_shows_means_deviations_and_the_papers_numbers(scripts, tmp_path, capsys):
     assert make_table(tmp_path, "--methods", "Vanilla") == 0
     assert make_table(tmp_path, "--seeds", 3, "--methods", "Vanilla") == 0
     assert make_table(tmp_path, "--methods", "PGD") == 0
@@ -95,56 +168,110 @@ def test_table_shows_means_and_standard_deviations_over_seeds(scripts, tmp_path,
     cells = [f"{of.mean():.1f} ± {of.std(ddof=1):.1f}" for of in (clean, clean / 2)]
     out = capsys.readouterr().out
     assert f"| Vanilla | 3 | {cells[0]} | {cells[1]} | - | 50.0 ± 0.0 | 2.0 ± 0.0 | 3.0 ± 0.0 |" in out
-    assert "| PGD | 1 | 80.0 | 40.0 | - | 50.0 | 2.0 | 3.0 |" in out
-    assert "- word vectors: of a test" in out and "± 9.8 points" in out  # 1.96 sqrt(0.5 x 0.5 / 100)
+    assert "| PGD | 1 | 80.0 | 40.0 | - | 50.0 | 2.0 | 3.0 |" in out  # the paper has no bbc
+    assert "- word vectors: of a test" in out and "learning rate 0.0001" in out
+    rows = [run | {"task": "sst2"} for run in recorded(tmp_path)]
+    assert "| PGD | 1 | 80.0 (92) | 40.0 (9.2) | - (90) | 50.0 (117.4) |" in tables.markdown("table1", rows)
 
 
-def test_overrides_of_search_draw_and_finetune_are_separate_rows(scripts, tmp_path, capsys):
+def test_differences_are_paired_by_seed_and_sentence(scripts, tmp_path, capsys):
+    assert make_table(tmp_path, "--seeds", 3, "--methods", "Vanilla", "ORTicket", "Random ticket") == 0
+    out = capsys.readouterr().out
+    line = next(line for line in out.splitlines() if line.startswith("| ORTicket | +"))
+    assert line.startswith("| ORTicket | +1.0 ± ") and "| +0.0 ± 0.0 | 1.000 |" in line
+
+
+def test_table2_is_relative_to_freelb_with_and_without_the_search(scripts, tmp_path, capsys):
+    assert make_table(tmp_path, table=table2) == 0
+    out = capsys.readouterr().out
+    freelb, vanilla = 70 / 11, 70 / 22
+    assert f"| ORTicket | 1 | 2.00 | {freelb / (vanilla + 5):.2f} | 3.00 | 2.00 |" in out
+    assert f"| Vanilla | 1 | 2.00 | {freelb / vanilla:.2f} | 3.00 | 2.00 |" in out
+    rows = [run | {"task": "sst2"} for run in recorded(tmp_path, "table2")]
+    assert "| ORTicket | 1 | 2.00 (7.7) | 0.78 (6.6) | 3.00 (93) |" in table2.to_markdown("table2", rows)
+
+
+def test_table4_is_a_matrix_of_searches_and_tasks(scripts, tmp_path, capsys):
+    assert make_table(tmp_path, "--tasks", "bbc", "rt", table=table4) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert lines[0] == "| searched on | bbc Clean% | bbc textfooler Aua% | rt Clean% | rt textfooler Aua% |"
+    assert len(lines) == 2 + 7 and lines[3].startswith("| Vanilla |") is False
+    searched = {flags.get("objective", "mlm") for name, flags in scripts if name == "search"}
+    assert searched == {"mlm", "sst2", "qnli", "qqp", "imdb", "agnews"}
+
+
+def test_figure1_is_the_mean_of_the_masks_of_all_searches(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    found = {}
+
+    def run_script(name, model, output, corpus, seed):
+        found[seed] = torch.rand(2, 4), torch.rand(2, 10)
+        path = files.model_folder(output, model) / "coefficients.safetensors"
+        safetensors.write_safetensors(path, dict(zip(("head", "ffn"), found[seed])), {})
+
+    def read(path):
+        tensors, _ = safetensors.read_safetensors(path)
+        return tensors["head"], tensors["ffn"], {}
+
+    monkeypatch.setattr(figure1, "run_script", run_script)
+    monkeypatch.setattr(figure1, "read_coefficients", read)
+    flags = ["--models", "tiny", "--searches", 2, "--tau-head", 0.25, "--tau-ffn", 0.3]
+    assert call(figure1, *flags, "--output", tmp_path, "--results", tmp_path) == 0
+    share = json.loads((tmp_path / "figure1.json").read_text())["tiny"]
+    assert (tmp_path / "figure1.png").stat().st_size > 10_000
+    kept = [ffn.flatten() > ffn.flatten().sort().values[5] for _, ffn in found.values()]  # 6 of 20 are pruned
+    expected = torch.stack(kept).float().mean(0).view(2, 10).mean(1)
+    torch.testing.assert_close(torch.tensor(share["neurons"]), expected)
+    assert sum(map(sum, share["heads"])) == 6  # 8 heads, less a quarter
+
+
+def test_figure2_has_a_run_for_each_ratio(scripts, tmp_path):
+    assert make_table(tmp_path, "--tasks", "bbc", "--seeds", 2, table=figure2) == 0
+    ratios = [(f.get("tau_head"), f.get("tau_ffn")) for name, f in scripts if name == "draw"]
+    assert len(ratios) == 2 * 2 * 9 and len(set(ratios)) == 9
+    assert (tmp_path / "results" / "figure2-bbc.png").stat().st_size > 10_000
+    seen = len(scripts)
+    assert make_table(tmp_path, "--tasks", "bbc", "--seeds", 2, table=figure2) == 0 and len(scripts) == seen
+
+
+def test_overrides_are_separate_rows_and_reach_only_the_rows_that_they_concern(scripts, tmp_path, capsys):
     assert make_table(tmp_path, "--methods", "Vanilla ticket") == 0
     other = ["--search", "learning-rate=2e-4", "lambda-head=0", "--draw", "tau-ffn=0.1"]
-    assert make_table(tmp_path, "--methods", "Vanilla ticket", *other) == 0
+    assert make_table(tmp_path, "--methods", "Vanilla ticket", "Vanilla", *other) == 0
     searched = [flags for name, flags in scripts if name == "search"]
-    assert [flags.get("learning-rate") for flags in searched] == [None, "2e-4"]
-    assert all(flags["adv-steps"] == 1 for flags in searched)  # a vanilla ticket is still searched without adversary
-    assert [flags.get("tau-ffn") for name, flags in scripts if name == "draw"] == [None, "0.1"]
+    assert [flags.get("learning_rate") for flags in searched] == [None, "2e-4"]
+    assert all(flags["adv_steps"] == 1 for flags in searched)  # a vanilla ticket is still searched without adversary
+    assert [flags.get("tau_ffn") for name, flags in scripts if name == "draw"] == [None, "0.1"]
     printed = capsys.readouterr().out
     assert printed.count("| Vanilla ticket | 1 |") == 2  # the second command prints both rows
     row = "\n| Vanilla ticket, `--draw tau-ffn=0.1 --search lambda-head=0 learning-rate=2e-4` | 1 |"
-    assert printed.count(row) == 1 and printed.count("|---|") == 2  # in the same table
-    assert make_table(tmp_path, "--methods", "ORTicket", "--search", "objective=rt") == 0
-    drawn = next(flags["coefficients"] for name, flags in reversed(scripts) if name == "draw")
-    assert drawn == tmp_path / "runs" / "minilm" / "coefficients-rt.safetensors"
-    assert make_table(tmp_path, "--methods", "RobustT", "--finetune", "weight-decay=0") == 0
-    trained = [flags for name, flags in scripts if name == "finetune" and "weight-decay" in flags]
-    assert [flags["weight-decay"] for flags in trained] == ["0", "0"]  # before the masks are learned, and after
-    methods = [line.split(" | ")[0] for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
-    flags = ", `--draw tau-ffn=0.1 --search lambda-head=0 learning-rate=2e-4`", ", `--finetune weight-decay=0`"
-    rows = ["Vanilla ticket", "Vanilla ticket" + flags[0], "RobustT" + flags[1], "ORTicket, `--search objective=rt`"]
-    assert methods[-4:] == [f"| {row}" for row in rows]
-    for flag, wrong in (  # set by the options of the table
-        *(("search", "adv-steps"), ("search", "output=elsewhere"), ("search", "seeds=2")),
-        *(("draw", "coefficients=file"), ("finetune", "seed=1"), ("finetune", "learning_rate=1")),
+    assert printed.count(row) == 1
+    seen = len(scripts)
+    for method, flag, value in (
+        *(("Vanilla", "search", "adv-lr=1"), ("Vanilla", "draw", "tau-ffn=0.1"), ("Vanilla", "finetune", "alpha=1")),
+        *(("Vanilla", "finetune", "adv-lr=1"), ("Vanilla", "robustt", "epochs=1")),
+        ("Vanilla ticket", "search", "adv-lr=2"),
     ):
-        assert make_table(tmp_path, f"--{flag}", wrong) == 2
-        assert f"--{flag} {wrong!r}: give NAME=VALUE, options of {flag}.py except" in capsys.readouterr().err
-    for method, flag, reached in (
-        *(("Vanilla", "search adv-lr=1", "ORTicket"), ("PGD", "draw tau-ffn=0.1", "Random ticket")),
-        *(("ORTicket", "finetune adv-lr=1", "ORTicket + FreeLB"), ("FreeLB", "finetune alpha=1", "InfoBERT")),
-        *(("Vanilla ticket", "search adv-lr=2", "ORTicket"), ("Random ticket", "search seed=2", "Vanilla ticket")),
+        assert make_table(tmp_path, "--methods", method, f"--{flag}", value) == 0 and len(scripts) == seen
+    for method, flag, value in (
+        *(("ORTicket", "search", "adv-lr=1"), ("PGD", "finetune", "adv-lr=1"), ("InfoBERT", "finetune", "alpha=1")),
+        *(("RobustT", "robustt", "epochs=1"), ("Random ticket", "draw", "tau-ffn=0.1")),
+        ("Vanilla", "attack", "sample-seed=3"),
     ):
-        name, value = flag.split()
         seen = len(scripts)
-        assert make_table(tmp_path, "--methods", reached, method, f"--{name}", value) == 2 and len(scripts) == seen
-        assert (
-            f"--{name} {value.split('=')[0]} has no effect on {method}: give --methods without it"
-            in capsys.readouterr().err
-        )
-        assert make_table(tmp_path, "--methods", reached, f"--{name}", value) == 0
+        assert make_table(tmp_path, "--methods", method, f"--{flag}", value) == 0 and len(scripts) > seen
+        name, value = value.split("=")
+        ran = [flags for script, flags in scripts[seen:] if script.split(".")[-1] == flag]
+        assert ran[-1][name.replace("-", "_")] == value
+    for flag, wrong in (("search", "adv-steps"), ("search", "output=elsewhere"), ("finetune", "seed=1")):
+        assert make_table(tmp_path, f"--{flag}", wrong) == 2
+        assert f"--{flag} {wrong!r}: give NAME=VALUE, an option of {flag}.py except" in capsys.readouterr().err
 
 
 def test_runs_count_once_and_attack_errors_are_reported(scripts, tmp_path, capsys):
     assert make_table(tmp_path, "--methods", "Vanilla", "Vanilla") == 0 and len(scripts) == 2
-    found = {"figures": {"Clean%": 1.0}, "resources": {}}
+    found = {"figures": {"Clean%": 1.0, "learning rate": 1, "textfooler errors": 0}, "resources": {}, "hours": 1}
+    found["outcomes"] = {"textfooler": runs.pack("1")}
     load_runs = tables.load_runs
     answers = iter([[]])  # as if another command had added the run after this one began
 
@@ -159,7 +286,7 @@ def test_runs_count_once_and_attack_errors_are_reported(scripts, tmp_path, capsy
     seen = len(scripts)
     assert make_table(tmp_path, "--methods", "PGD", "--seeds", "5") == 0
     assert len(scripts) - seen == 2 * 5 + 1  # the attack with an error is tried once more
-    assert " 3 attacks ended in an error and are not counted." in capsys.readouterr().out
+    assert "\n3 attacks ended in an error. No mean counts them" in capsys.readouterr().out
 
 
 def test_interrupted_table_keeps_its_finished_runs(scripts, tmp_path, monkeypatch):
@@ -192,3 +319,87 @@ def test_concurrent_commands_keep_each_others_runs(scripts, tmp_path, monkeypatc
 def test_unknown_methods_tasks_and_attacks_are_refused(tmp_path, capsys, flags):
     assert make_table(tmp_path, *flags) == 2
     assert "give some of" in capsys.readouterr().err and not (tmp_path / "results").exists()
+
+
+def test_packed_outcomes_are_unpacked():
+    outcomes = "".join(np.random.Generator(np.random.PCG64(0)).choice(list("10-?"), 1000))
+    assert runs.unpack(runs.pack(outcomes)) == outcomes and len(runs.pack(outcomes)) < 500
+
+
+def test_interval_is_students_where_only_seeds_or_only_sentences_differ():
+    generator = np.random.Generator(np.random.PCG64(0))
+    differences = generator.choice((-1, 0, 1), 200)
+    alike = np.tile(differences, (5, 1))  # all seeds are equal: the sentences are the only sample
+    result = compare.compare(alike, np.zeros_like(alike))
+    expected = stats.ttest_1samp(100 * differences, 0).confidence_interval()
+    assert result["difference"] == pytest.approx(100 * differences.mean())
+    assert result["interval"] == pytest.approx((expected.high - expected.low) / 2, rel=1e-6)
+    by_seed = np.tile(generator.choice((-1, 0, 1), (7, 1)), (1, 50))  # all sentences are equal
+    expected = stats.ttest_1samp(100 * by_seed[:, 0], 0).confidence_interval()
+    interval = compare.compare(by_seed, np.zeros_like(by_seed))["interval"]
+    assert interval == pytest.approx((expected.high - expected.low) / 2, rel=1e-6)
+
+
+def test_interval_covers_the_truth_and_test_rejects_as_often_as_they_say(monkeypatch):
+    monkeypatch.setattr(compare, "permutation_test", functools.partial(compare.permutation_test, draws=300))
+    generator, covered, rejected = np.random.Generator(np.random.PCG64(0)), 0, 0
+    for _ in range(300):  # both methods have the same chance, with effects of the seed and of the sentence
+        shape, effects = (6, 60), [generator.normal(0, 0.6, (2, *of)) for of in ((6, 1), (1, 60))]
+        chance = 1 / (1 + np.exp(-sum(effects)))
+        ours, theirs = generator.random((2, *shape)) < chance
+        result = compare.compare(ours, theirs)
+        covered += abs(result["difference"]) <= result["interval"]
+        rejected += result["p"] <= 0.05
+    assert covered >= 0.93 * 300 and rejected <= 0.05 * 300
+
+
+def test_permutation_test_equals_scipys():
+    generator = np.random.Generator(np.random.PCG64(0))
+    for n in (3, 8):
+        d = generator.normal(0.4, 1, n)
+        expected = stats.permutation_test(
+            (d, np.zeros(n)), lambda x, y, axis: (x - y).mean(axis), permutation_type="samples"
+        )
+        assert compare.permutation_test(d) == pytest.approx(expected.pvalue)
+    d = generator.normal(0.15, 1, 100)
+    expected = stats.permutation_test(
+        (d, np.zeros(100)),
+        lambda x, y, axis: (x - y).mean(axis),
+        permutation_type="samples",
+        vectorized=True,
+        random_state=1,
+    )
+    assert compare.permutation_test(d) == pytest.approx(expected.pvalue, abs=0.02)
+
+
+def test_seeds_needed_have_the_promised_power(monkeypatch):
+    monkeypatch.setattr(compare, "permutation_test", lambda differences: 1.0)
+    generator, seen = np.random.Generator(np.random.PCG64(0)), []
+    needed = compare.compare(*simulated(generator, 40, 0))["seeds_needed"]
+    assert 4 <= needed <= 20
+    for _ in range(200):
+        result = compare.compare(*simulated(generator, needed, 0.03))
+        seen.append(abs(result["difference"]) > result["interval"])
+    assert 0.65 < np.mean(seen) < 0.92  # 80 %
+
+
+def simulated(generator, seeds, gain, sentences=872):
+    """Two methods, arrays (seeds, sentences): the first holds on `gain` more of the sentences."""
+    chance = 0.3 + generator.normal(0, 0.02, (2, seeds, 1)) + np.array([gain, 0])[:, None, None]
+    return generator.random((2, seeds, sentences)) < chance
+
+
+@pytest.mark.skipif(not PAPER_TEXT.is_file(), reason="the paper's text is not there")
+def test_papers_numbers_are_those_of_its_text():
+    text = re.sub(r"</?u>|\$|\\[a-z]+|[{}]", " ", PAPER_TEXT.read_text("utf8"))
+    lines = [[float(number) for number in re.findall(r"\d+\.\d+", line)] for line in text.splitlines()]
+    for name, table in tables.PAPER.items():
+        for task, rows in table["rows"].items():
+            for method, numbers in rows.items():
+                if name == "table2":  # 8.3 with the subscript -1.5 is 8.3_{-1.5}
+                    numbers = [abs(number) for number in numbers[:2] if number]
+                if name == "table4":  # a line has the numbers of all tasks
+                    numbers = [n for of in ("sst2", "qnli", "qqp", "imdb", "agnews") for n in table["rows"][of][method]]
+                assert numbers in lines, (name, task, method)
+    counts = {name: sum(map(len, table["rows"].values())) for name, table in tables.PAPER.items()}
+    assert counts == {"table1": 30, "table2": 10, "table3": 12, "table4": 35, "table5": 15, "table6": 9}
