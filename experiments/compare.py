@@ -33,12 +33,10 @@ def compare(ours, reference, visible=3.0):
     df = ms_mean**2 / max(sum(m**2 / f for m, f in zip(ms, freedom)), 1e-12)
     interval = stats.t.ppf(0.975, max(df, 1)) * math.sqrt(ms_mean / d.size)
     var_seed, var_sentence = max(0, (ms_seed - ms_rest) / sentences), max(0, (ms_sentence - ms_rest) / seeds)
-    needed = None
-    for n in range(2, 1000):  # the first number of seeds with a power of 80 %
-        error = math.sqrt((var_seed + ms_rest / sentences) / n + var_sentence / sentences)
-        if visible >= (stats.t.ppf(0.975, n - 1) + stats.t.ppf(0.8, n - 1)) * error:
-            needed = n
-            break
+    n = np.arange(2, 1000)
+    error = np.sqrt((var_seed + ms_rest / sentences) / n + var_sentence / sentences)
+    suffices = visible >= (stats.t.ppf(0.975, n - 1) + stats.t.ppf(0.8, n - 1)) * error  # a power of 80 %
+    needed = int(n[suffices][0]) if suffices.any() else None
     p = max(permutation_test(by_seed.ravel()), permutation_test(by_sentence.ravel()))
     return {"difference": d.mean(), "interval": interval, "p": p, "seeds_needed": needed}
 
