@@ -55,6 +55,7 @@ class Options:
     model: str = option(DEFAULT_MODEL, "the pre-trained model that was fine-tuned, or a classifier", group="model")
     revision: str = option(None, "branch or commit of a model on the hub", group="model")
     ticket: str = option("drawn", "as in finetune.py: drawn, none, random, or a file", group="model")
+    ticket_seed: int = option(None, "as in finetune.py", at_least=0, below=2**63, group="model")
     method: str = option("vanilla", "as in finetune.py", choices=tuple(ADVERSARIES), group="model")
     ablation: str = option(None, "as in finetune.py", choices=("no-initialization", "no-structure"), group="model")
     max_length: int = option(None, "tokens per text [same as in fine-tuning]", at_least=3, group="model")
@@ -147,7 +148,18 @@ def find_victim(options, task, splits, device, dtype):
     """
     folder = files.model_folder(options.output, options.model) / files.task_folder(options.task)
     run = folder / files.run_name(options)
-    same = ("model", "output", "ticket", "method", "ablation", "seed", "text_columns", "label_column", "data_revision")
+    same = (
+        "model",
+        "output",
+        "ticket",
+        "ticket_seed",
+        "method",
+        "ablation",
+        "seed",
+        "text_columns",
+        "label_column",
+        "data_revision",
+    )
     remedy = f"python finetune.py --task {shlex.quote(options.task)}{cli.flags(options, *same)} makes one"
     if (run / "model.safetensors").is_file():
         model, tokenizer, max_length, _ = load_finetuned(run, task, splits, options, device)

@@ -49,6 +49,7 @@ class Options:
     model: str = option(DEFAULT_MODEL, MODEL_HELP, group="model")
     revision: str = option(None, "branch or commit of a model on the hub", group="model")
     ticket: str = option("drawn", "drawn (by draw.py), none, random, or a file", group="model")
+    ticket_seed: int = option(None, "of a random ticket [--seed]", at_least=0, below=2**63, group="model")
     ablation: str = option(
         None,
         "no-initialization: a ticket of new weights; no-structure: new weights where it prunes",

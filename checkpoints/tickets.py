@@ -45,6 +45,8 @@ def find_ticket(options, drawn, model_sha256, config):
 
     Raises BadInput if the ticket does not exist, is not a ticket, or belongs to another model or task.
     """
+    if options.ticket_seed is not None and options.ticket != "random":
+        raise BadInput(f"--ticket-seed {options.ticket_seed} is for --ticket random, not {options.ticket}")
     if options.ticket == "none":
         if options.ablation:
             raise BadInput(f"--ablation {options.ablation} needs a ticket, not --ticket none")
@@ -68,7 +70,7 @@ def find_ticket(options, drawn, model_sha256, config):
     if not masks[0].any(1).all():
         raise BadInput(f"{path} leaves a layer without a head: run {command} again")
     if options.ticket == "random":
-        torch.manual_seed(options.seed)
+        torch.manual_seed(options.seed if options.ticket_seed is None else options.ticket_seed)
         ratios = metadata["settings"]["tau_head"], metadata["settings"]["tau_ffn"]
         masks = draw_masks(*(torch.rand(mask.shape) for mask in masks), *ratios)
     return masks, files.sha256(path)

@@ -133,6 +133,7 @@ def run_method(options, task, name, seed, overrides):
         run_script("baselines.robustt", **where, **rows, **given["robustt"])
         ticket = folder / f"robustt-seed{seed}.safetensors"
     run = {"ticket": ticket, "method": method.method, "ablation": method.ablation, "seed": seed}
+    run["ticket_seed"] = trained.pop("ticket_seed", None)
     run_script("finetune", **where, **trained, **run, task=task)
     folder /= files.run_name(SimpleNamespace(**run))
     metrics = files.read_json(folder / "metrics.json")

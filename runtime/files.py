@@ -88,7 +88,8 @@ def task_folder(task):
 def run_name(options):
     """The name of the folder of a fine-tuning run."""
     ablation = f"-{options.ablation}" if options.ablation else ""
-    return f"{Path(options.ticket).stem}-{options.method}{ablation}-seed{options.seed}"
+    number = "" if options.ticket_seed is None else options.ticket_seed
+    return f"{Path(options.ticket).stem}{number}-{options.method}{ablation}-seed{options.seed}"
 
 
 def cache_folder():

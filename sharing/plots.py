@@ -2,6 +2,9 @@
 
 import math
 
+import torch
+
+from gates import draw_masks, hamming
 from runtime.files import atomic_write
 
 
@@ -23,14 +26,39 @@ def new_figure(*grid, **settings):
     return figure, axes
 
 
+def random_walk_distances(trace, tau_head, tau_ffn, walks=20):
+    """The distances (mini-epochs, 2) that masks would have if c moved at random, the mean of `walks` random walks.
+
+    The steps are those of c_H and c_F in `trace`, less their mean, each with a random sign. As in `EarlyStopping`, the
+    first distances are NaN. A search that found something comes to rest earlier than this.
+    """
+    generator, total = torch.Generator().manual_seed(0), torch.zeros(len(trace["trace.head"]), 2)
+    for _ in range(walks):
+        places, previous = [torch.ones_like(trace[name][0]) for name in ("trace.head", "trace.ffn")], None
+        for number in range(len(total)):
+            for i, name in enumerate(("trace.head", "trace.ffn")):
+                step = trace[name][number] - (trace[name][number - 1] if number else 1)
+                sign = torch.randint(2, step.shape, generator=generator) * 2 - 1
+                places[i] = places[i] + sign * (step - step.mean())
+            masks = draw_masks(*places, tau_head, tau_ffn)
+            distances = [hamming(old, new) for old, new in zip(previous, masks)] if previous else [math.nan] * 2
+            total[number] += torch.tensor(distances)
+            previous = masks
+    return total / walks
+
+
 def plot_search(trace, settings, path):
-    """The distances of every mini-epoch with the threshold gamma, and the loss. settings: those of search.py.
-    trace: {"trace.distances": (mini-epochs, 2), "trace.loss": (mini-epochs,)}."""
+    """The distances of every mini-epoch with the threshold gamma and those of random walks, and the loss.
+    settings: those of search.py. trace: {"trace.distances": (mini-epochs, 2), "trace.loss": (mini-epochs,), "trace.head":
+    (mini-epochs, layers, heads), "trace.ffn": (mini-epochs, layers, neurons)}."""
     distances = trace["trace.distances"].numpy()
     x = range(1, len(distances) + 1)
     figure, (above, below) = new_figure(2, 1, figsize=(7, 5.2), sharex=True, height_ratios=(3, 1.3))
     above.plot(x, distances[:, 0], marker="o", label=f"heads, tau = {settings['tau_head']:.3g}")
     above.plot(x, distances[:, 1], marker="s", label=f"neurons, tau = {settings['tau_ffn']:.3g}")
+    chance = random_walk_distances(trace, settings["tau_head"], settings["tau_ffn"])
+    above.plot(x, chance[:, 0], color="gray", marker="o", markersize=3, label="heads, if c moved at random")
+    above.plot(x, chance[:, 1], color="gray", marker="s", markersize=3, label="neurons, if c moved at random")
     above.axhline(settings["gamma"], color="black", linestyle="--", linewidth=1, label=f"gamma = {settings['gamma']:g}")
     above.set(ylabel="normalized Hamming distance", ylim=(0, None))
     data = settings["corpus"] if settings["objective"] == "mlm" else settings["objective"]

@@ -220,3 +220,23 @@ def test_the_full_minilm_reaches_84_percent_on_rt_within_three_epochs(tmp_path):
     assert call(finetune, "--task", "rt", "--ticket", "none", "--epochs", "3", "--output", tmp_path) == 0
     metrics = json.loads((tmp_path / "minilm" / "rt" / "none-vanilla-seed0" / "metrics.json").read_text())
     assert metrics["test_accuracy"] >= 0.84
+
+
+def test_ticket_seed_draws_a_random_ticket_apart_from_the_seed_of_training(tmp_path):
+    path, config = (
+        tmp_path / "ticket.safetensors",
+        Config(num_hidden_layers=2, num_attention_heads=3, intermediate_size=40),
+    )
+    masks = {"head": torch.ones(2, 3, dtype=torch.bool), "ffn": torch.ones(2, 40, dtype=torch.bool)}
+    settings = {"task": "rt", "tau_head": 1 / 6, "tau_ffn": 0.3}
+    our_safetensors.write_safetensors(path, masks, {"script": "draw.py", "settings": settings, "model_sha256": "f00"})
+
+    def ticket(**options):
+        return find_ticket(finetune.Options(ticket="random", **options), path, "f00", config)[0]
+
+    assert all(torch.equal(*pair) for pair in zip(ticket(seed=3), ticket(seed=5, ticket_seed=3)))
+    assert not torch.equal(ticket(seed=3)[1], ticket(seed=3, ticket_seed=4)[1])
+    names = {files.run_name(finetune.Options(ticket="random", ticket_seed=seed)) for seed in (None, 0, 1)}
+    assert len(names) == 3
+    with pytest.raises(BadInput, match="--ticket-seed 0 is for --ticket random, not none"):
+        find_ticket(finetune.Options(ticket="none", ticket_seed=0), path, "f00", config)

@@ -15,8 +15,10 @@ import finetune
 import search
 from bert import Bert
 from checkpoints import safetensors as our_safetensors
+from gates import draw_mask, hamming
 from inputs.batches import TokenizedSplit
 from inputs.tokenizer import Tokenizer
+from sharing.plots import random_walk_distances
 from tests.conftest import FAMILIES, MASKS, call, quick_search, saved, spawn, token_ids
 
 
@@ -132,3 +134,20 @@ print(wrapper(["a fine film", "a dull, long one"]).tolist())
     with torch.no_grad():
         expected = model.class_logits(*rows.batch(torch.arange(2))[:3])
     torch.testing.assert_close(torch.tensor(json.loads(out.splitlines()[-1])), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_random_walks_have_the_steps_of_the_search_with_random_signs():
+    torch.manual_seed(0)
+    trace = {"trace.head": torch.ones(4, 3, 12), "trace.ffn": torch.ones(4, 3, 40)}
+    for values in trace.values():
+        values[0] += 0.01 * torch.randn(values.shape[1:])
+        values[1:] = values[0]  # c rests after the first mini-epoch, and so do the masks of a random walk
+        values[3] += 0.5  # all entries move alike, which changes no order
+    found = random_walk_distances(trace, 1 / 6, 0.3, walks=2)
+    assert found[0].isnan().all() and torch.equal(found[1:], torch.zeros(3, 2))
+    steps = torch.randn(30, 3, 400) * 0.01  # if c itself moves at random, its distances are those of random walks
+    trace = {"trace.head": torch.ones(30, 3, 12), "trace.ffn": 1 + steps.cumsum(0)}
+    observed = [hamming(*(draw_mask(c, 0.3) for c in pair)) for pair in zip(trace["trace.ffn"], trace["trace.ffn"][1:])]
+    found = random_walk_distances(trace, 1 / 6, 0.3)[1:, 1]
+    torch.testing.assert_close(found, torch.tensor(observed), atol=0.03, rtol=0)
+    assert found[0] > 2 * found[-1]
