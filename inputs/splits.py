@@ -45,7 +45,7 @@ def read_splits(path, text_columns, label_column, drop_labels):
         labels.sort(key=lambda label: (len(label.lstrip("0")), label.lstrip("0")))
     if len(labels) < 2:
         raise BadInput(f"{path} has no two labels in column {label_column!r}: {first_few(labels)}")
-    if len(labels) > max(10, rows / 2):
+    if len(labels) > max(20, rows / 2):
         reason = f"{len(labels):,} labels in {rows:,} rows of column {label_column!r} are no classes, such as scores"
         raise BadInput(f"{path}: {reason}: write a column with few classes and name it with --label-column")
     print(f"{path}: {len(labels):,} classes: {first_few(f'{label!r} {counts[label]:,}' for label in labels)}")
