@@ -128,13 +128,13 @@ def test_splits_of_a_custom_file_have_its_proportions_of_labels(tmp_path, folder
 
 
 def test_folder_with_splits_and_text_pairs_is_a_task(tmp_path):
-    for split, rows in (("train", 20), ("test", 5)):
+    for split, rows in (("train", 36), ("test", 5)):
         lines = [json.dumps({"q": f"{split} {i}", "a": "b", "class": i % 12}) for i in range(rows)]
         (tmp_path / f"{split}.jsonl").write_text("\n".join(lines))
     task = data.find_task(str(tmp_path), ("q", "a"), "class")
     assert task.labels == tuple(str(i) for i in range(12))  # sorted as numbers, not 0, 1, 10, 11, 2
     splits = task.load(None)
-    assert [len(splits[name]) for name in ("train", "validation", "test")] == [18, 2, 5]
+    assert [len(splits[name]) for name in ("train", "validation", "test")] == [32, 4, 5]
     assert splits["test"][3] == (("test 3", "b"), 3)
 
 
