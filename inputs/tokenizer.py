@@ -56,18 +56,16 @@ class Tokenizer:
         self.library.no_padding()
         self.library.no_truncation()
         if not self.encode_batch(["a 1"], add_special_tokens=False)[0].ids:
-            raise BadInput(
-                f"the tokenizer in {self.folder} leaves nothing of a text: its normalizer removes everything"
-            )
+            raise BadInput(f"the tokenizer in {self.folder} leaves nothing of a text: check its normalizer")
         self.digest = hashlib.sha256(self.library.to_str().encode()).hexdigest()  # identifies how texts are tokenized
 
     def encode_batch(self, texts, **options):
         """The library's encodings of texts or pairs. Raises BadInput if it fails, such as in a regular expression."""
         try:
             return self.library.encode_batch_fast(texts, **options)
+        except KeyboardInterrupt:
+            raise
         except BaseException as error:  # a panic of the library is no Exception
-            if isinstance(error, KeyboardInterrupt):
-                raise
             raise BadInput(f"the tokenizer in {self.folder} fails on a text: {one_line(error)}") from None
 
     def save(self, folder):
@@ -138,8 +136,8 @@ def override(library, kind, settings):
 
 def longest_growth(normalizer):
     """By which factor a normalizer, as tokenizer.json describes it, may lengthen a text."""
-    parts = normalizer.get("normalizers", [])
-    return math.prod(map(longest_growth, parts)) * max(1, *(len(normalizer.get(k, "")) for k in ("content", "prepend")))
+    inserted = normalizer.get("content", normalizer.get("prepend", ""))
+    return max(1, len(inserted)) * math.prod(map(longest_growth, normalizer.get("normalizers", [])))
 
 
 def add_tokens(library, added, settings):
