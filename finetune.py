@@ -249,8 +249,9 @@ def report(options, folder):
         f"best of {options.epochs} epochs on the held-out rows: epoch {metrics['best_epoch']}, "
         f"accuracy {metrics['validation_accuracy']:.2%}; test accuracy {metrics['test_accuracy']:.2%}"
     )
-    if by_class := metrics.get("test_accuracy_by_class"):  # where a class is rare
-        print(f"test accuracy of each class: {first_few([f'{name} {share:.2%}' for name, share in by_class.items()])}")
+    if by_class := metrics.get("test_correct_by_class"):  # where a class is rare
+        shown = first_few(f"{name} {correct:,} of {rows:,}" for name, (correct, rows) in by_class.items())
+        print(f"correct test rows of each class: {shown}")
     print(f"{metrics['parameters']:,} parameters, {metrics['seconds']:.0f} s of training; model: {folder}")
 
 

@@ -48,11 +48,11 @@ def correct_by_class(model, split, batch_size, dtype):
 
 
 def rare_class_metrics(correct, splits, labels):
-    """{"test_accuracy_by_class": {class: accuracy}} if a class is rare; {} otherwise.
+    """{"test_correct_by_class": {class: [correct test rows, test rows]}} if a class is rare; {} otherwise.
 
     correct: `correct_by_class` of the test rows. Rare: less than a tenth, and half of the mean, of the training rows.
     """
     train, test = (splits[name].labels.bincount(minlength=len(labels)) for name in ("train", "test"))
     if train.min() * max(10, 2 * len(labels)) >= train.sum():
         return {}
-    return {"test_accuracy_by_class": {name: (n / of).item() for name, n, of in zip(labels, correct, test) if of}}
+    return {"test_correct_by_class": dict(zip(labels, torch.stack([correct.long(), test], 1).tolist()))}

@@ -27,7 +27,7 @@ BYTE_ORDER_MARKS = {  # UTF-32 first: its mark begins with that of UTF-16
 }
 
 
-def first_few(values, count=5):
+def first_few(values, count=10):
     """The first texts of many as one, each cut to 40 characters."""
     values = list(values)
     shown = [value if len(value) <= 40 else f"{value[:37]}..." for value in values[:count]]
