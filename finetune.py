@@ -193,14 +193,15 @@ def run_finetuning(options, model, weight_masks, splits, folder, provenance, tok
     model.checkpointing = options.checkpointing
     run = FinetuneRun(options, splits["train"], folder, provenance)
     finetune(options, model, weight_masks, splits, run, dtype)
-    correct = correct_by_class(model, splits["test"], options.batch_size, dtype)
+    test_accuracy = accuracy(model, splits["test"], options.batch_size, dtype)
+    by_class = rare_class_metrics(model, splits, task.labels, options.batch_size, dtype)
     model = restore_vocabulary(model, words, all_words, run.decay())
     pruned = sum((~mask).sum().item() for mask in weight_masks.values())
-    metrics = run.metrics() | rare_class_metrics(correct, splits, task.labels)
-    metrics |= {
-        "test_accuracy": correct.sum().item() / len(splits["test"]),
+    metrics = run.metrics() | {
+        "test_accuracy": test_accuracy,
         "test_rows": len(splits["test"]),
         "parameters": sum(p.numel() for p in model.parameters()) - pruned,
+        **by_class,
     }
     if distributed.is_main_process():
         files.write_json(folder / "metrics.json", provenance | metrics)

@@ -47,12 +47,13 @@ def correct_by_class(model, split, batch_size, dtype):
     return distributed.all_reduce_sum(correct).cpu()
 
 
-def rare_class_metrics(correct, splits, labels):
+def rare_class_metrics(model, splits, labels, batch_size, dtype):
     """{"test_correct_by_class": {class: [correct test rows, test rows]}} if a class is rare; {} otherwise.
 
-    correct: `correct_by_class` of the test rows. Rare: less than a tenth, and half of the mean, of the training rows.
+    Rare: less than a tenth of the training rows, and less than half of their mean per class.
     """
     train, test = (splits[name].labels.bincount(minlength=len(labels)) for name in ("train", "test"))
     if train.min() * max(10, 2 * len(labels)) >= train.sum():
         return {}
-    return {"test_correct_by_class": dict(zip(labels, torch.stack([correct.long(), test], 1).tolist()))}
+    correct = correct_by_class(model, splits["test"], batch_size, dtype).long()
+    return {"test_correct_by_class": dict(zip(labels, torch.stack([correct, test], 1).tolist()))}

@@ -302,7 +302,7 @@ def test_accuracy_of_each_class_where_one_is_rare(counts):
     model.class_logits = lambda ids, mask, segments: logits[ids]
     correct = correct_by_class(model, split, 30, torch.float32)
     assert correct.sum().item() == round(100 * sklearn.metrics.accuracy_score(labels, predicted))
-    metrics = rare_class_metrics(correct, {"train": split, "test": split}, "abc"[: len(counts)])
+    metrics = rare_class_metrics(model, {"train": split, "test": split}, "abc"[: len(counts)], 30, torch.float32)
     matrix = sklearn.metrics.confusion_matrix(labels, predicted, labels=range(len(counts)))
     expected = dict(zip("abc", map(list, zip(matrix.diagonal(), matrix.sum(1)))))
     assert metrics == ({"test_correct_by_class": expected} if min(counts) < 10 else {})
