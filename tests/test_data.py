@@ -1,4 +1,4 @@
-"""data.py and inputs/tables.py: bundled and hub tasks, custom files, corpora, and what identifies rows."""
+"""data.py, inputs/tables.py and inputs/splits.py: bundled and hub tasks, custom files, corpora, and their splits."""
 
 import io
 import json
