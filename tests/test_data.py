@@ -287,7 +287,7 @@ def test_labels_that_are_no_classes_are_refused_and_some_can_be_dropped(tmp_path
         data.find_task("rt", drop_labels=["-"])
 
 
-@pytest.mark.parametrize("counts", [(95, 5), (5, 95), (50, 50), (60, 35, 5), (97, 3, 0)])
+@pytest.mark.parametrize("counts", [(95, 5), (5, 95), (50, 50), (70, 30), (60, 35, 5), (97, 3, 0)])
 def test_accuracy_of_each_class_where_one_is_rare(counts):
     """The oracle is scikit-learn."""
     labels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
