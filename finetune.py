@@ -11,7 +11,6 @@ accuracy on held-out training rows is kept and tested. Interrupted runs resume w
 """
 
 from dataclasses import asdict, dataclass
-from itertools import islice
 
 import torch
 from torch import nn
@@ -25,6 +24,8 @@ from checkpoints.runs import FinetuneRun, effective_settings
 from checkpoints.tickets import find_ticket
 from freelb import ADVERSARIES, freelb, initial_delta
 from inputs.batches import TokenizedSplit, rows_sha256
+from inputs.finetuned import correct_by_class, rare_class_metrics
+from inputs.tables import first_few
 from inputs.tokenizer import Tokenizer
 from runtime import cli, distributed, files, optim
 from runtime.cli import BadInput, option
@@ -59,6 +60,7 @@ class Options:
     task: str = option("rt", f"{', '.join(data.TASKS)}; or a custom .csv, .tsv or .jsonl file", group="data")
     text_columns: tuple = option(("text",), "of a custom task: the text, or two columns for pairs", group="data")
     label_column: str = option("label", "of a custom task", group="data")
+    drop_labels: tuple = option(None, "labels of a custom task whose rows are left out", group="data")
     data_revision: str = option(None, "branch or commit of data on the hub", group="data")
     train_rows: int = option(None, "train on this many rows, always the same [all]", at_least=1, group="data")
     max_length: int = option(None, "tokens to which a text is truncated [the task's]", at_least=3, group="data")
@@ -98,7 +100,7 @@ def main():
     distributed.init_distributed(device)
     dtype = pick_precision(device, options.precision)
     print(run_banner(options.model, device, dtype))
-    task = data.find_task(options.task, tuple(options.text_columns), options.label_column)
+    task = data.find_task(options.task, tuple(options.text_columns), options.label_column, options.drop_labels)
     folder = files.output_folder(options.output, options.model) / files.task_folder(options.task)
     with distributed.main_process_first():
         source, model_sha256 = data.find_model(options.model, options.revision)
@@ -196,12 +198,14 @@ def run_finetuning(options, model, weight_masks, splits, folder, provenance, tok
     run = FinetuneRun(options, splits["train"], folder, provenance)
     finetune(options, model, weight_masks, splits, run, dtype)
     test_accuracy = accuracy(model, splits["test"], options.batch_size, dtype)
+    by_class = rare_class_metrics(model, splits, task.labels, options.batch_size, dtype)
     model = restore_vocabulary(model, words, all_words, run.decay())
     pruned = sum((~mask).sum().item() for mask in weight_masks.values())
     metrics = run.metrics() | {
         "test_accuracy": test_accuracy,
         "test_rows": len(splits["test"]),
         "parameters": sum(p.numel() for p in model.parameters()) - pruned,
+        **by_class,
     }
     if distributed.is_main_process():
         files.write_json(folder / "metrics.json", provenance | metrics)
@@ -238,16 +242,9 @@ def reinitialize_pruned(model, head_mask, ffn_mask):
     return model.with_state(model.config, state)
 
 
-@torch.inference_mode()
 def accuracy(model, split, batch_size, dtype):
-    """The share of rows that the model classifies correctly, without dropout. The processes share the batches."""
-    model.eval()
-    correct = torch.zeros((), device=split.device)
-    for batch in islice(split.batches(batch_size), distributed.RANK, None, distributed.WORLD):
-        with autocast(split.device, dtype):
-            logits = model.class_logits(batch.ids, batch.attention_mask, batch.segments)
-            correct += (logits.argmax(1) == batch.labels).sum()
-    return distributed.all_reduce_sum(correct).item() / len(split)
+    """The share of rows that the model classifies correctly, without dropout."""
+    return correct_by_class(model, split, batch_size, dtype).sum().item() / len(split)
 
 
 def report(options, folder):
@@ -257,6 +254,9 @@ def report(options, folder):
         f"best of {options.epochs} epochs on the held-out rows: epoch {metrics['best_epoch']}, "
         f"accuracy {metrics['validation_accuracy']:.2%}; test accuracy {metrics['test_accuracy']:.2%}"
     )
+    if by_class := metrics.get("test_correct_by_class"):  # where a class is rare
+        shown = first_few(f"{name} {correct:,} of {rows:,}" for name, (correct, rows) in by_class.items())
+        print(f"correct test rows of each class: {shown}")
     print(f"{metrics['parameters']:,} parameters, {metrics['seconds']:.0f} s of training; model: {folder}")
 
 

@@ -43,10 +43,12 @@ class Options:
     )
     mlm_head_learning_rate: float = option(3e-3, "peak learning rate of those steps", above=0, group="model")
     objective: str = option("mlm", "mlm on the corpus; or a task, for its classification loss", group="data")
-    corpus: str = option("bbc", "bbc, imdb, wikitext-2-raw-v1 (the paper's), a text file or a folder", group="data")
+    corpus: str = option("bbc", f"{', '.join(data.CORPORA)}, a text file or a folder", group="data")
+    encoding: str = option(None, "of the corpus's files [UTF-8]", group="data")
     data_revision: str = option(None, "branch or commit of data on the hub", group="data")
     text_columns: tuple = option(("text",), "of a custom task: the text, or two columns for pairs", group="data")
     label_column: str = option("label", "of a custom task", group="data")
+    drop_labels: tuple = option(None, "labels of a custom task whose rows are left out", group="data")
     block: int = option(128, "tokens per example, with [CLS] and [SEP]", at_least=4, group="data")
     adv_steps: int = option(3, "K, passes of FreeLB; 1: no ascent", at_least=1, group="adversary")
     adv_lr: float = option(0.03, "size of an ascent step", at_least=0, group="adversary")
@@ -213,15 +215,15 @@ def objective(model, batch, gates, delta):
 def load_examples(options, tokenizer, config, device):
     """(Blocks of the corpus or TokenizedSplit of the task, number of classes or 0, sha256 of the examples)."""
     if options.objective == "mlm":
-        if columns := cli.flags(options, "text_columns", "label_column"):
+        if columns := cli.flags(options, *data.COLUMN_OPTIONS):
             raise BadInput(f"{columns.strip()} needs a custom task as --objective: a corpus has no columns")
         if options.block > config.max_length:
             raise BadInput(f"--block {options.block}: {options.model} reads at most {config.max_length} tokens")
-        corpus = data.find_corpus(options.corpus, options.data_revision)
+        corpus = data.find_corpus(options.corpus, options.data_revision, options.encoding)
         blocks = Blocks(tokenizer, *corpus, options.block, device)
         print(f"corpus {options.corpus}: {len(blocks):,} blocks of {options.block} tokens")
         return blocks, 0, blocks.sha256
-    task = data.find_task(options.objective, tuple(options.text_columns), options.label_column)
+    task = data.find_task(options.objective, tuple(options.text_columns), options.label_column, options.drop_labels)
     rows, max_length = task.load(options.data_revision)["train"], min(task.max_length, config.max_length)
     split = TokenizedSplit(tokenizer, rows, max_length, device)
     print(f"task {options.objective}: {len(split):,} training rows")

@@ -33,7 +33,7 @@ from runtime.device import DEFAULT_MODEL, autocast, pick_device, pick_precision,
 
 LEFT, RIGHT, TEMPERATURE = -0.1, 1.1, 2 / 3  # the stretched interval and the temperature of hard concrete gates
 RETRAINED = (  # settings of the fine-tuned model with which its ticket is retrained
-    *("revision", "text_columns", "label_column", "data_revision", "seed", "epochs", "train_rows", "batch_size"),
+    *("revision", *data.COLUMN_OPTIONS, "data_revision", "seed", "epochs", "train_rows", "batch_size"),
     *("max_length", "learning_rate", "warmup", "weight_decay", "clip_norm", "precision"),
 )
 
@@ -43,6 +43,7 @@ class Options:
     task: str = option("rt", f"{', '.join(data.TASKS)}; or a custom file: .csv, .tsv, .jsonl", group="data")
     text_columns: tuple = option(("text",), "of a custom file: column with the text, two for pairs", group="data")
     label_column: str = option("label", "of a custom file: column with the label", group="data")
+    drop_labels: tuple = option(None, "labels of a custom task whose rows are left out", group="data")
     data_revision: str = option(None, "branch or commit of the task on the hub, default: pinned", group="data")
     train_rows: int = option(None, "number of training rows, same as in finetune.py", at_least=1, group="data")
     model: str = option(DEFAULT_MODEL, "the model that finetune.py --ticket none fine-tuned", group="model")
@@ -93,11 +94,11 @@ def main():
     device = pick_device()
     dtype = pick_precision(device, options.precision)
     print(run_banner(options.model, device, dtype))
-    task = data.find_task(options.task, tuple(options.text_columns), options.label_column)
+    task = data.find_task(options.task, tuple(options.text_columns), options.label_column, options.drop_labels)
     folder = files.output_folder(options.output, options.model) / files.task_folder(options.task)
     source = folder / f"none-vanilla-seed{options.seed}"
     if not (source / "model.safetensors").is_file():
-        same = ("model", "output", "seed", "text_columns", "label_column", "data_revision", "train_rows")
+        same = ("model", "output", "seed", *data.COLUMN_OPTIONS, "data_revision", "train_rows")
         command = f"python finetune.py --task {shlex.quote(options.task)}{cli.flags(options, *same)} --ticket none"
         raise BadInput(f"there is no fine-tuned model in {source}: run {command}")
     splits = task.load(options.data_revision)

@@ -129,7 +129,7 @@ def encode(tokenizer, texts, max_length):
     tokenizer.library.enable_truncation(max_length)
     for start in range(0, len(texts), CHUNK):
         chunk = [text[0] if len(text) == 1 else text for text in texts[start : start + CHUNK]]
-        for encoding in tokenizer.library.encode_batch_fast(chunk):
+        for encoding in tokenizer.encode_batch(chunk):
             ids.extend(encoding.ids)
             lengths.append(len(encoding))
             second_start.append(lengths[-1] - sum(encoding.type_ids))
@@ -228,16 +228,17 @@ class Blocks:
 
 
 def token_stream(tokenizer, documents, size):
-    """Yield the token ids of each document, int32, with [SEP] after them. Tokenizes about a megabyte at a time."""
-    texts, length = [], 0
+    """Yield the token ids of each document, int32, with [SEP] after them, about a megabyte of text at a time."""
+    texts, length, special = [], 0, {tokenizer.cls, tokenizer.sep, tokenizer.pad, tokenizer.mask}
     with progress(size, description="tokens", unit="B") as bar:
         for text in itertools.chain(documents, [None]):  # None: the end
             if text is not None:
                 texts.append(text)
                 length += len(text.encode("utf8"))
             if text is None or length > 2**20:
-                for encoding in tokenizer.library.encode_batch_fast(texts, add_special_tokens=False):
-                    yield np.array([*encoding.ids, tokenizer.sep], dtype=np.int32)
+                for encoding in tokenizer.encode_batch(texts, add_special_tokens=False):
+                    if not special.issuperset(encoding.ids):  # otherwise a block could have nothing to predict
+                        yield np.array([*encoding.ids, tokenizer.sep], dtype=np.int32)
                 bar.update(length)
                 texts, length = [], 0
 

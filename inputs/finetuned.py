@@ -1,13 +1,18 @@
-"""Load a model that finetune.py wrote, and check that it belongs to the rows at hand."""
+"""Load a model that finetune.py wrote, and check that it belongs to the rows at hand. Its accuracy on each class."""
 
 import math
+from itertools import islice
+
+import torch
 
 import data
 from bert import Bert
 from checkpoints import safetensors
 from inputs.batches import rows_sha256
 from inputs.tokenizer import Tokenizer
+from runtime import distributed
 from runtime.cli import BadInput
+from runtime.device import autocast
 
 
 def load_finetuned(folder, task, splits, options, device):
@@ -22,6 +27,33 @@ def load_finetuned(folder, task, splits, options, device):
     count = min(metadata["settings"]["train_rows"] or math.inf, len(splits["train"]))
     trained = splits | {"train": data.first_rows(splits["train"], count, options.task)}
     if rows_sha256(tokenizer, max_length, *trained.values()) != metadata["task_sha256"]:
-        remedy = "use its --text-columns, --label-column and --data-revision, or fine-tune with --overwrite"
+        remedy = "use its columns, --drop-labels and --data-revision, or fine-tune with --overwrite"
         raise BadInput(f"{folder} was fine-tuned on other rows than those of {options.task}: {remedy}")
     return model, tokenizer, max_length, metadata
+
+
+@torch.inference_mode()
+def correct_by_class(model, split, batch_size, dtype):
+    """(classes,): how many rows of each class the model classifies correctly, without dropout.
+
+    The processes share the batches.
+    """
+    model.eval()
+    correct = torch.zeros(model.config.num_labels, device=split.device)
+    for batch in islice(split.batches(batch_size), distributed.RANK, None, distributed.WORLD):
+        with autocast(split.device, dtype):
+            logits = model.class_logits(batch.ids, batch.attention_mask, batch.segments)
+        correct += batch.labels[logits.argmax(1) == batch.labels].bincount(minlength=len(correct))
+    return distributed.all_reduce_sum(correct).cpu()
+
+
+def rare_class_metrics(model, splits, labels, batch_size, dtype):
+    """{"test_correct_by_class": {class: [correct test rows, test rows]}} if a class is rare; {} otherwise.
+
+    Rare: less than a tenth of the training rows, and less than half of their mean per class.
+    """
+    train, test = (splits[name].labels.bincount(minlength=len(labels)) for name in ("train", "test"))
+    if train.min() * max(10, 2 * len(labels)) >= train.sum():
+        return {}
+    correct = correct_by_class(model, splits["test"], batch_size, dtype).long()
+    return {"test_correct_by_class": dict(zip(labels, torch.stack([correct, test], 1).tolist()))}

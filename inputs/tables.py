@@ -3,32 +3,57 @@
 A custom file is read completely, or refused with the number of the line that is wrong.
 """
 
+import codecs
 import csv
 import io
 import json
 import re
+from collections import Counter
 
+import charset_normalizer
 import pyarrow
 import pyarrow.parquet
 
 from runtime.cli import BadInput
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".json")
+SPLITS = {name: "validation" for name in ("validation", "val", "valid", "dev")} | {"train": "train", "test": "test"}
+UTF8 = "utf-8-sig"  # with or without a byte-order mark
+BYTE_ORDER_MARKS = {  # UTF-32 first: its mark begins with that of UTF-16
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+
+
+def first_few(values, count=10):
+    """The first texts of many as one, each cut to 40 characters."""
+    values = list(values)
+    shown = [value if len(value) <= 40 else f"{value[:37]}..." for value in values[:count]]
+    return ", ".join(shown) + (f", ... ({len(values):,} in all)" if len(values) > count else "")
 
 
 def table_files(path):
     """{split: file} of a folder with train.csv, test.csv and optionally validation.csv (or .tsv, .jsonl, .json).
 
-    Raises BadInput if train or test is missing, or if a split has two files.
+    The validation file may also be called val, valid or dev, and every name may be a plural. Prints which tables are
+    not used. Raises BadInput if train or test is missing, or if a split has two files.
     """
-    files = {}
+    files, unused = {}, []
     for file in sorted(path.iterdir()):
-        if file.suffix.lower() in SUFFIXES and file.stem in ("train", "validation", "test"):
-            if file.stem in files:
-                raise BadInput(f"{path} is not a task: it has both {files[file.stem].name} and {file.name}")
-            files[file.stem] = file
+        if file.suffix.lower() in SUFFIXES:
+            split = SPLITS.get(file.stem.lower().removesuffix("s"))
+            if split in files:
+                raise BadInput(f"{path} is not a task: it has both {files[split].name} and {file.name}")
+            if split:
+                files[split] = file
+            else:
+                unused.append(repr(file.name))
     if not {"train", "test"} <= files.keys():
         raise BadInput(f"{path} is not a task: it has no train.csv and test.csv (or {', '.join(SUFFIXES[1:])})")
+    if unused:
+        print(f"{path}: not used: {first_few(unused)}")
     return files
 
 
@@ -39,20 +64,24 @@ def read_table(path, text_columns, label_column):
     row without a text or a label. Prints how many repeated headers are left out, and how many texts are empty.
     """
     raw, suffix = path.read_bytes(), path.suffix.lower()
+    encoding = marked_encoding(raw)
     try:
-        text = raw.decode("utf-8-sig")
+        text = raw.decode(encoding)
     except UnicodeDecodeError as error:
-        line = raw[: error.start].count(b"\n") + 1
-        raise BadInput(f"{path} line {line} is not UTF-8: save the file as UTF-8") from None
-    records = json_lines(path, text) if suffix in (".jsonl", ".json") else separated(path, text, suffix)
+        line, name = raw[: error.start].count(b"\n") + 1, encoding.removesuffix("-sig").upper()
+        raise BadInput(f"{path} line {line} is not {name}{guess(raw)}: save the file as UTF-8") from None
+    columns = *text_columns, label_column
+    records = json_lines(path, text) if suffix in (".jsonl", ".json") else separated(path, text, suffix, columns)
     rows, empty = [], []
     for line, record in records:
-        for column in (*text_columns, label_column):
+        for column in columns:
             if column not in record:
-                raise BadInput(f"{path} line {line} has no column {column!r}, only {', '.join(map(repr, record))}")
+                option = "--label-column" if column == label_column else "--text-columns"
+                there = f"only {first_few(map(repr, record))}: name one with {option}"
+                raise BadInput(f"{path} line {line} has no column {column!r}, {there}")
         texts, label = tuple(record[column] for column in text_columns), record[label_column]
         if label is None or isinstance(label, (dict, list, float)) or not str(label).strip():
-            raise BadInput(f"{path} line {line} has no label in {label_column!r}: {label!r} is no word or integer")
+            raise BadInput(f"{path} line {line} has no label in {label_column!r}: {label!r:.200} is no word or integer")
         if not all(isinstance(text, str) for text in texts):
             raise BadInput(f"{path} line {line} has no text in column {text_columns[0]!r}: {texts!r}"[:200])
         if not all(text.strip() for text in texts):
@@ -65,20 +94,29 @@ def read_table(path, text_columns, label_column):
     return rows
 
 
-def separated(path, text, suffix):
-    """Yield (line, {column: field}) for each row of a CSV or TSV file. In a TSV file, as in GLUE's, quotes are text."""
+def separated(path, text, suffix, columns):
+    """Yield (line, {column: field}) for each row of a CSV or TSV file. In a TSV file, as in GLUE's, quotes are text.
+
+    The separator of a CSV file is the one with which its header has these columns, or else the most columns.
+    """
     csv.field_size_limit(2**30)
-    dialect = {} if suffix == ".csv" else {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+    dialect = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
     if "\0" in text:
         line = text[: text.index("\0")].count("\n") + 1
         raise BadInput(f"{path} line {line} has a NUL character: save the file as UTF-8")
+    if suffix == ".csv":
+        headers = {of: next(csv.reader(io.StringIO(text, newline=""), delimiter=of), []) for of in ",;\t|"}
+        separator = max(headers, key=lambda of: (set(columns) <= set(headers[of]), len(headers[of])))
+        dialect = {"delimiter": separator}
+        if separator != ",":
+            print(f"{path}: the columns are separated by {separator!r}")
     reader = csv.reader(io.StringIO(text, newline=""), strict=True, **dialect)
     repeated, row_start = [], 1
     try:
         header = next(reader, [])
-        for column in header:
-            if column and header.count(column) > 1:
-                raise BadInput(f"{path} has the column {column!r} twice: rename one")
+        for column, count in Counter(header).items():
+            if column and count > 1:
+                raise BadInput(f"{path} has the column {column!r:.200} twice: rename one")
         row_start = reader.line_num + 1  # of the next row
         for fields in reader:
             row_start = reader.line_num + 1
@@ -123,15 +161,41 @@ def read_parquet(path, *columns):
         raise BadInput(f"{path} is not a parquet file with {', '.join(columns)}: {error}; delete it") from None
 
 
-def read_lines(files):
-    """Yield the lines of text files that are not blank. A line longer than a megabyte comes in pieces."""
+def marked_encoding(raw):
+    """The encoding that the byte-order mark of a file's first bytes says; UTF-8 without one."""
+    return next((encoding for mark, encoding in BYTE_ORDER_MARKS.items() if raw.startswith(mark)), UTF8)
+
+
+def guess(raw):
+    """', perhaps ENCODING' for bytes that are not UTF-8, if it can be told."""
+    best = charset_normalizer.from_bytes(raw[: 2**16]).best()
+    return f", perhaps {best.encoding}" if best else ""
+
+
+def corpus_encoding(path):
+    """`marked_encoding` of a text file. Raises BadInput if its first megabyte is not UTF-8 but for a few bytes."""
+    with open(path, "rb") as file:
+        raw = file.read(2**20)
+    encoding = marked_encoding(raw)
+    if encoding == UTF8:
+        invalid = re.findall("[\0\udc80-\udcff]", raw.decode("utf8", errors="surrogateescape"))
+        if len(invalid) > len(raw) / 100:
+            raise BadInput(f"{path} is not UTF-8{guess(raw)}: give a text file, and --encoding if it is not UTF-8")
+    return encoding
+
+
+def read_lines(encodings):
+    """Yield the lines of text files {path: encoding} that are not blank, longer ones in pieces of a megabyte."""
     replaced = 0
-    for path in files:
-        with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
-            while line := file.readline(2**20):
-                line, count = re.subn("[\udc80-\udcff]", "\ufffd", line)
-                replaced += count
-                if line.strip():
-                    yield line
+    for path, encoding in encodings.items():
+        try:
+            with open(path, encoding=encoding, errors="surrogateescape" if encoding == UTF8 else "strict") as file:
+                while line := file.readline(2**20):
+                    line, count = re.subn("[\ud800-\udfff]", "\ufffd", line)
+                    replaced += count
+                    if line.strip():
+                        yield line
+        except (LookupError, UnicodeError) as error:
+            raise BadInput(f"{path} is not text in the encoding {encoding}: {error}; check --encoding") from None
     if replaced:
         print(f"{replaced:,} bytes of the corpus are not UTF-8; each is replaced by U+FFFD")

@@ -2,11 +2,14 @@
 
 import hashlib
 import json
+import math
 from pathlib import Path
 
 import tokenizers
 from tokenizers import AddedToken
 from tokenizers.models import WordPiece
+from tokenizers.normalizers import BertNormalizer
+from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.processors import RobertaProcessing
 
 from bert import Config
@@ -18,37 +21,52 @@ SPECIAL_TOKENS = {  # padding, unknown, before a text, after it, masked
     "roberta": ("<pad>", "<unk>", "<s>", "</s>", "<mask>"),
 }
 # classes of transformers that read vocab.txt, or vocab.json with merges.txt, as this file does
-SUPPORTED_CLASSES = tuple(
-    f"{name}Tokenizer"
-    for name in ("Bert", "DistilBert", "Electra", "ConvBert", "MobileBert", "LayoutLM", "Roberta", "Longformer", "Bart")
+BERT_CLASSES = tuple(
+    f"{name}Tokenizer" for name in ("Bert", "DistilBert", "Electra", "ConvBert", "MobileBert", "LayoutLM")
 )
+ROBERTA_CLASSES = ("RobertaTokenizer", "LongformerTokenizer", "BartTokenizer")
 
 
 class Tokenizer:
-    """WordPiece or byte-level BPE: texts <-> token ids.
+    """WordPiece or byte-level BPE: texts <-> token ids, the same as those of transformers.
 
     path: a model folder, or a file of its weights. The vocabulary is the first found of tokenizer.json, vocab.json with
-    merges.txt (RoBERTa) and vocab.txt (BERT); the last two are extended by added_tokens.json.
+    merges.txt (RoBERTa) and vocab.txt (BERT); tokenizer_config.json overrides parts of it.
     `pad`, `cls`, `sep` and `mask` are the ids of the special tokens, and `size` is the number of tokens. `family` says
     which special tokens the vocabulary has: klue/roberta-base is a RoBERTa with those of BERT.
-    Raises BadInput if there is no vocabulary, if it lacks a special token or has more tokens than the model.
+    Raises BadInput if there is no vocabulary, if it lacks a special token, or if its ids are not those of the model.
     """
 
     def __init__(self, path):
         self.folder, self.config = path if path.is_dir() else path.parent, Config.read(path)
         self.library = read_library(self.folder)
-        self.size = self.library.get_vocab_size()
-        families, id_of = (self.config.model_type, *SPECIAL_TOKENS), self.library.token_to_id
-        self.family = next((of for of in families if id_of(SPECIAL_TOKENS[of][2]) is not None), families[0])
+        vocabulary = self.library.get_vocab()
+        self.size = len(vocabulary)
+        families = (self.config.model_type, *SPECIAL_TOKENS)
+        self.family = next((of for of in families if SPECIAL_TOKENS[of][2] in vocabulary), families[0])
         for token in SPECIAL_TOKENS[self.family]:
-            if id_of(token) is None:
+            if token not in vocabulary:
                 raise BadInput(f"the vocabulary in {self.folder} has no {token}: it is not a {self.family} vocabulary")
-        self.pad, _, self.cls, self.sep, self.mask = map(id_of, SPECIAL_TOKENS[self.family])
+        self.pad, _, self.cls, self.sep, self.mask = map(vocabulary.get, SPECIAL_TOKENS[self.family])
         if self.size > self.config.vocab_size:
             raise BadInput(f"{self.folder}: the vocabulary has {self.size} tokens, the model {self.config.vocab_size}")
+        if sorted(vocabulary.values()) != list(range(self.size)):
+            reason = f"the ids of its {self.size} tokens are not 0 to {self.size - 1}, each once"
+            raise BadInput(f"the vocabulary in {self.folder} has a token twice, or lacks one: {reason}")
         self.library.no_padding()
         self.library.no_truncation()
+        if not self.encode_batch(["a 1"], add_special_tokens=False)[0].ids:
+            raise BadInput(f"the tokenizer in {self.folder} leaves nothing of a text: check its normalizer")
         self.digest = hashlib.sha256(self.library.to_str().encode()).hexdigest()  # identifies how texts are tokenized
+
+    def encode_batch(self, texts, **options):
+        """The library's encodings of texts or pairs. Raises BadInput if it fails, such as in a regular expression."""
+        try:
+            return self.library.encode_batch_fast(texts, **options)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # a panic of the library is no Exception
+            raise BadInput(f"the tokenizer in {self.folder} fails on a text: {one_line(error)}") from None
 
     def save(self, folder):
         """Write tokenizer.json, and tokenizer_config.json so that transformers loads an equal tokenizer."""
@@ -72,28 +90,71 @@ class Tokenizer:
 
 def read_library(folder):
     """The tokenizers library's object for the vocabulary in a model folder."""
-    library = None
+    library, whole = None, folder / "tokenizer.json"
     try:
-        if (folder / "tokenizer.json").is_file():
-            return tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
         names = ("config.json", "tokenizer_config.json", "added_tokens.json")
         config, settings, added = (read_json(path) if path.is_file() else {} for path in map(folder.joinpath, names))
-        kind = settings.get("tokenizer_class") or config.get("tokenizer_class") or SUPPORTED_CLASSES[0]
-        kind = str(kind).removesuffix("Fast")
-        if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+        default = ROBERTA_CLASSES[0] if config.get("model_type") == "roberta" else BERT_CLASSES[0]
+        kind = str(settings.get("tokenizer_class") or config.get("tokenizer_class") or default).removesuffix("Fast")
+        added = {number: {"content": word} for word, number in added.items()}
+        if whole.is_file():
+            library = tokenizers.Tokenizer.from_file(str(whole))
+            added |= {token.pop("id"): token for token in read_json(whole).get("added_tokens", [])}
+        elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
             library = byte_level_bpe(folder, settings)
         elif (folder / "vocab.txt").is_file():
             library = word_piece(folder, settings)
-        if library and kind in SUPPORTED_CLASSES:
-            kinds = {entry.pop("content"): entry for entry in settings.get("added_tokens_decoder", {}).values()}
-            words = [word for word in sorted(added, key=added.get) if library.token_to_id(word) is None]
-            library.add_tokens([AddedToken(word, **kinds.get(word, {})) for word in words])
-            return tokenizers.Tokenizer.from_str(library.to_str())
+        if library and (whole.is_file() or kind in BERT_CLASSES + ROBERTA_CLASSES):
+            override(library, kind, settings)
+            add_tokens(library, settings.get("added_tokens_decoder", added), settings)
+            return library
+    except BadInput as error:
+        raise BadInput(f"the vocabulary in {folder} cannot be read: {error}") from None
     except Exception as error:  # the library raises bare Exception
         raise BadInput(f"the vocabulary in {folder} cannot be read: {one_line(error)}") from None
     if library:
         raise BadInput(f"the vocabulary in {folder} is for a {kind}: without its tokenizer.json it cannot be read")
     raise BadInput(f"{folder} has no vocabulary: tokenizer.json, vocab.txt or vocab.json with merges.txt")
+
+
+def override(library, kind, settings):
+    """Let tokenizer_config.json override tokenizer.json. As in transformers, its defaults do so, too."""
+    for name, supported in (("split_special_tokens", False), ("truncation_side", "right")):
+        if settings.get(name, supported) != supported:
+            raise BadInput(f"{name} {settings[name]!r} in tokenizer_config.json is not supported, only {supported!r}")
+    normalizer, pre_tokenizer = library.normalizer, library.pre_tokenizer
+    if isinstance(normalizer, BertNormalizer) and kind in BERT_CLASSES:
+        normalizer.lowercase = settings.get("do_lower_case", True)
+        normalizer.strip_accents = settings.get("strip_accents")
+        normalizer.handle_chinese_chars = settings.get("tokenize_chinese_chars", True)
+    if isinstance(pre_tokenizer, ByteLevel):
+        pre_tokenizer.add_prefix_space = settings.get("add_prefix_space", False)
+    growth = longest_growth(json.loads(normalizer.__getstate__())) if normalizer else 1
+    if growth > 100:
+        raise BadInput(f"its normalizer can make a text {growth:,} times as long")
+
+
+def longest_growth(normalizer):
+    """By which factor a normalizer, as tokenizer.json describes it, may lengthen a text."""
+    inserted = normalizer.get("content", normalizer.get("prepend", ""))
+    return max(1, len(inserted)) * math.prod(map(longest_growth, normalizer.get("normalizers", [])))
+
+
+def add_tokens(library, added, settings):
+    """Add the tokens {id: its settings}, and the special tokens of tokenizer_config.json that are not among them.
+
+    Raises BadInput if the library gives a token another id than the files: the embedding would be another token's.
+    """
+    library.add_tokens([AddedToken(**added[number]) for number in sorted(added, key=int)])
+    for number, token in added.items():
+        found = library.token_to_id(token["content"])
+        if found != int(number):
+            raise BadInput(f"the added token {token['content']!r} has the id {number}, and would get {found}")
+    special = [settings.get(f"{name}_token") for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
+    special += settings.get("additional_special_tokens") or []
+    special = [token["content"] if isinstance(token, dict) else token for token in special if token]
+    known = {token.content for token in library.get_added_tokens_decoder().values()}
+    library.add_special_tokens([token for token in special if token not in known])
 
 
 def word_piece(folder, settings):
@@ -104,12 +165,8 @@ def word_piece(folder, settings):
     """
     vocabulary = WordPiece.read_file(str(folder / "vocab.txt"))
     uncased = all(token == token.lower() for token in vocabulary if token[:1] not in ("[", "<"))
-    return tokenizers.BertWordPieceTokenizer(
-        vocabulary,
-        lowercase=settings.get("do_lower_case", uncased),
-        strip_accents=settings.get("strip_accents"),
-        handle_chinese_chars=settings.get("tokenize_chinese_chars", True),
-    )
+    settings.setdefault("do_lower_case", uncased)
+    return tokenizers.BertWordPieceTokenizer(vocabulary)._tokenizer
 
 
 def byte_level_bpe(folder, settings):
@@ -121,4 +178,4 @@ def byte_level_bpe(folder, settings):
     tokenizer.add_special_tokens([*plain, AddedToken(mask, lstrip=True)])
     cls, sep = ((token, tokenizer.token_to_id(token)) for token in ("<s>", "</s>"))
     tokenizer.post_processor = RobertaProcessing(sep, cls, trim_offsets=True, add_prefix_space=spaced)
-    return tokenizer
+    return tokenizer._tokenizer

@@ -1,21 +1,26 @@
-"""data.py and inputs/tables.py: bundled and hub tasks, custom files, corpora, and what identifies rows."""
+"""data.py, inputs/tables.py and inputs/splits.py: bundled and hub tasks, custom files, corpora, and their splits."""
 
 import io
 import json
 import math
+import os
+import time
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+import sklearn.metrics
 import torch
 
 import data
 from inputs.batches import TokenizedSplit, rows_sha256
+from inputs.finetuned import correct_by_class, rare_class_metrics
 from inputs.tokenizer import Tokenizer
 from runtime import files
 from runtime.cli import BadInput
-from tests.conftest import LARGE
+from tests.conftest import COMMIT, LARGE
 
 
 @pytest.mark.parametrize("name, rows", [("rt", 8530), ("bbc", 2225), ("imdb-bundled", 25000)])
@@ -63,7 +68,7 @@ def test_tasks_of_the_paper_come_from_the_hub_at_pinned_commits(server, name):
     split = "test" if name in ("imdb", "agnews") else "validation"
     assert [text[:-999] for text in texts] == [f"{split} {column} 1 " for column in COLUMNS[name]] and label == 1
     revisions = {path.split("/resolve/")[1].split("/")[0] for _, path, _ in server.seen if "/resolve/" in path}
-    assert len(revisions) == 1 and revisions <= set(data.REVISIONS.values())
+    assert revisions <= {*data.REVISIONS.values(), COMMIT}  # the server answers with its only commit
     data.TASKS[name].load("main")
     assert any("/resolve/main/" in path for _, path, _ in server.seen)
 
@@ -75,7 +80,8 @@ def test_invalid_label_in_a_parquet_file_is_an_error_with_its_row(server):
 
 
 def test_file_that_is_not_parquet_is_an_error(server):
-    server.files["sst2/train-00000-of-00001.parquet"] = LARGE
+    for split in ("train", "validation"):
+        server.files[f"sst2/{split}-00000-of-00001.parquet"] = LARGE
     server.files["wikitext-2-raw-v1/train-00000-of-00001.parquet"] = LARGE
     for load in (lambda: data.TASKS["sst2"].load(None), lambda: data.find_corpus("wikitext-2-raw-v1")):
         with pytest.raises(BadInput, match="is not a parquet file with"):
@@ -88,9 +94,10 @@ def test_null_text_in_a_parquet_file_is_an_empty_text(server):
 
 
 CUSTOM = {
-    "mine.csv": 'text,label\n"a, b\nc",yes\nd,no\n\ne,yes\n',
-    "mine.tsv": 'label\ttext\nyes\ta, b "c\nno\td\nyes\te\n',
-    "mine.jsonl": '{"text": "a", "label": true, "n": 1}\n\n{"text": "d", "label": false}\n{"label": true, "text": "e"}',
+    "mine.csv": 'text,label\n"a, b\nc",yes\nd,no\n\ne,yes\nf,yes\n',
+    "mine.tsv": 'label\ttext\nyes\ta, b "c\nno\td\nyes\te\nyes\tf\n',
+    "mine.jsonl": '{"text": "a", "label": true, "n": 1}\n\n{"text": "d", "label": false}\n'
+    '{"label": true, "text": "e"}\n{"text": "f", "label": true}',
 }
 
 
@@ -102,7 +109,8 @@ def test_custom_file_is_a_task(tmp_path, name):
     splits = task.load(None)
     rows = [splits["test"][0], splits["validation"][0], *splits["train"]]
     first = {"mine.csv": "a, b\nc", "mine.tsv": 'a, b "c', "mine.jsonl": "a"}[name]
-    assert sorted(rows) == sorted([((first,), 1), (("d",), 0), (("e",), 1)])
+    assert sorted(rows) == sorted([((first,), 1), (("d",), 0), (("e",), 1), (("f",), 1)])
+    assert (("d",), 0) in splits["train"]  # the only row of its class
 
 
 @pytest.mark.parametrize("folder", [False, True])
@@ -120,20 +128,20 @@ def test_splits_of_a_custom_file_have_its_proportions_of_labels(tmp_path, folder
 
 
 def test_folder_with_splits_and_text_pairs_is_a_task(tmp_path):
-    for split, rows in (("train", 20), ("test", 5)):
+    for split, rows in (("train", 36), ("test", 5)):
         lines = [json.dumps({"q": f"{split} {i}", "a": "b", "class": i % 12}) for i in range(rows)]
         (tmp_path / f"{split}.jsonl").write_text("\n".join(lines))
     task = data.find_task(str(tmp_path), ("q", "a"), "class")
     assert task.labels == tuple(str(i) for i in range(12))  # sorted as numbers, not 0, 1, 10, 11, 2
     splits = task.load(None)
-    assert [len(splits[name]) for name in ("train", "validation", "test")] == [18, 2, 5]
+    assert [len(splits[name]) for name in ("train", "validation", "test")] == [32, 4, 5]
     assert splits["test"][3] == (("test 3", "b"), 3)
 
 
 INVALID = {
     "no label": ("a.csv", b"text,label\na,1\nb,\n", "line 3 has no label"),
     "label null": ("a.jsonl", b'{"text": "a", "label": null}', "line 1 has no label"),
-    "no column": ("a.csv", b"text,y\na,1\n", "line 2 has no column 'label', only 'text', 'y'"),
+    "no column": ("a.csv", b"text,y\na,1\n", "no column 'label', only 'text', 'y': name one with --label-column"),
     "column twice": ("a.csv", b"text,label,text\na,1,b\n", "has the column 'text' twice"),
     "too many fields": ("a.csv", b"text,label\na,1\nb,2,3\n", "line 3 has 3 fields, the header 2"),
     "UTF-16": ("a.CSV", "text,label\na,1\n".encode("utf-16-le"), "line 1 has a NUL character: save the file as UTF-8"),
@@ -176,12 +184,29 @@ def test_label_only_in_the_test_file_is_an_error_with_its_line(tmp_path):
         data.find_task(str(tmp_path))
 
 
-def test_two_files_for_one_split_are_an_error_and_other_files_are_ignored(tmp_path):
-    for name in ("train.csv", "test.csv", "train.csv.bak"):
+def test_splits_have_their_usual_names_and_other_tables_are_named(tmp_path, capsys):
+    lines = {split: f"text,label\n{split} 1,x\n{split} 2,y\n" for split in ("train", "test", "val")}
+    for split, name in (("train", "Train.csv"), ("test", "tests.CSV"), ("val", "more.csv"), ("val", "train.csv.bak")):
+        (tmp_path / name).write_text(lines[split])
+    (tmp_path / os.fsdecode(b"caf\xe9.csv")).write_text(lines["val"])
+    with pytest.raises(BadInput, match="has too few rows"):  # a tenth of two rows
+        data.find_task(str(tmp_path))
+    printed = capsys.readouterr().out
+    assert r"not used: 'caf\udce9.csv', 'more.csv'" in printed and printed.isascii()
+    for name in ("val", "vals", "valid", "VALID", "dev", "devs", "validation", "validations"):
+        (tmp_path / f"{name}.csv").write_text(lines["val"])
+        splits = data.find_task(str(tmp_path)).load(None)
+        assert {split: rows[0][0][0] for split, rows in splits.items()} == {
+            of: f"{of} 1" for of in ("train", "test")
+        } | {"validation": "val 1"}
+        (tmp_path / f"{name}.csv").unlink()
+
+
+def test_two_files_for_one_split_are_an_error(tmp_path):
+    for name in ("Train.csv", "test.csv"):
         (tmp_path / name).write_text("text,label\na,x\nb,y\n")
-    assert len(data.find_task(str(tmp_path)).load(None)["test"]) == 2
     (tmp_path / "train.tsv").write_text("text\tlabel\na\tx\nb\ty\n")
-    with pytest.raises(BadInput, match="it has both train.csv and train.tsv"):
+    with pytest.raises(BadInput, match="it has both Train.csv and train.tsv"):
         data.find_task(str(tmp_path))
 
 
@@ -197,8 +222,8 @@ def test_unusual_rows_are_kept_or_reported(tmp_path, capsys, tiny):
     assert sorted(encoded.lengths.tolist()) == [2, 2, 3, 4, 16] and encoded.num_truncated == 1
     (tmp_path / "half.jsonl").write_text("".join('{"text": "cut \\ud83d", "label": %d}\n' % (i % 2) for i in range(20)))
     assert data.find_task(str(tmp_path / "half.jsonl")).load(None)["test"][0][0] == ("cut \ufffd",)
-    (tmp_path / "text.txt").write_bytes(b"\xef\xbb\xbfone \xff\ntwo \xef\xbf\xbd\n\n \n")
-    assert list(data.find_corpus(tmp_path / "text.txt")[0]) == ["one \ufffd\n", "two \ufffd\n"]
+    (tmp_path / "text.txt").write_bytes(b"\xef\xbb\xbfone \xff\ntwo \xef\xbf\xbd\n\n \n" + 100 * b"x")
+    assert list(data.find_corpus(tmp_path / "text.txt")[0]) == ["one \ufffd\n", "two \ufffd\n", 100 * "x"]
     assert "1 bytes of the corpus are not UTF-8" in capsys.readouterr().out
 
 
@@ -222,3 +247,154 @@ def test_rows_sha256_and_cache_tell_labels_and_pairs_apart(tiny, monkeypatch):
     assert torch.equal(TokenizedSplit(tokenizer, rows, 16, torch.device("cpu")).ids, made[0].ids)
     with pytest.raises(BadInput, match="--max-length 3 has room for no more than the 3 special tokens"):
         TokenizedSplit(tokenizer, others[1], 3, torch.device("cpu"), cached=False)
+
+
+def table(rows):
+    return "\n".join(["text,label", *(f"{text},{label}" for text, label in rows)])
+
+
+@pytest.mark.parametrize("folder", [False, True])
+@pytest.mark.parametrize("counts", [{"a": 1, "b": 30}, {"a": 2, "b": 1, "c": 19}, dict.fromkeys("abcdefgh", 3)])
+def test_every_class_has_a_training_row_and_classes_without_other_rows_are_named(tmp_path, capsys, counts, folder):
+    rows = [(f"{label} {i}", label) for label, count in counts.items() for i in range(count)]
+    (tmp_path / "train.csv").write_text(table(rows))
+    if folder:
+        (tmp_path / "test.csv").write_text(table([("x", "b")]))
+    task = data.find_task(str(tmp_path if folder else tmp_path / "train.csv"))
+    splits, printed = task.load(None), capsys.readouterr().out
+    assert {task.labels[label] for _, label in splits["train"]} == set(counts)
+    assert f"{len(counts)} classes: " in printed and all(
+        f"'{name}' {n}" in printed for name, n in [*counts.items()][:5]
+    )
+    for name in ("validation", "test"):
+        missing = [label for i, label in enumerate(task.labels) if i not in {label for _, label in splits[name]}]
+        shown = ", ".join(map(repr, missing))
+        assert (f"the {name} rows have none of {shown}\n" in printed) == bool(missing)
+
+
+def test_labels_that_are_no_classes_are_refused_and_some_can_be_dropped(tmp_path):
+    path = tmp_path / "mine.csv"
+    path.write_text(table((f"t{i}", f"0.{i % 150}") for i in range(200)))
+    with pytest.raises(BadInput, match="150 labels in 200 rows of column 'label' are no classes.*--label-column"):
+        data.find_task(str(path))
+    path.write_text(table((f"t{i}", ("yes", "no", "-")[i % 3]) for i in range(60)))
+    assert data.find_task(str(path)).labels == ("-", "no", "yes")
+    task = data.find_task(str(path), drop_labels=["-"])
+    assert task.labels == ("no", "yes") and sum(map(len, task.load(None).values())) == 40
+    with pytest.raises(BadInput, match="--drop-labels maybe: no row of .* has this label"):
+        data.find_task(str(path), drop_labels=["-", "maybe"])
+    with pytest.raises(BadInput, match="rt has fixed columns: .* --drop-labels are for custom files"):
+        data.find_task("rt", drop_labels=["-"])
+
+
+@pytest.mark.parametrize("counts", [(95, 5), (5, 95), (50, 50), (70, 30), (60, 35, 5), (97, 3, 0)])
+def test_accuracy_of_each_class_where_one_is_rare(counts):
+    """The oracle is scikit-learn."""
+    labels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    predicted = torch.where(torch.rand(100) < 0.7, labels, torch.randint(len(counts), (100,)))
+    logits = torch.nn.functional.one_hot(predicted, len(counts)).float()
+    batches = [
+        SimpleNamespace(ids=rows, attention_mask=None, segments=None, labels=labels[rows])
+        for rows in torch.arange(100).split(30)
+    ]
+    split = SimpleNamespace(device=torch.device("cpu"), labels=labels, batches=lambda batch_size: batches)
+    model = SimpleNamespace(config=SimpleNamespace(num_labels=len(counts)), eval=lambda: None)
+    model.class_logits = lambda ids, mask, segments: logits[ids]
+    correct = correct_by_class(model, split, 30, torch.float32)
+    assert correct.sum().item() == round(100 * sklearn.metrics.accuracy_score(labels, predicted))
+    metrics = rare_class_metrics(model, {"train": split, "test": split}, "abc"[: len(counts)], 30, torch.float32)
+    matrix = sklearn.metrics.confusion_matrix(labels, predicted, labels=range(len(counts)))
+    expected = dict(zip("abc", map(list, zip(matrix.diagonal(), matrix.sum(1)))))
+    assert metrics == ({"test_correct_by_class": expected} if min(counts) < 10 else {})
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+def test_byte_order_marks_are_decoded(tmp_path, encoding):
+    text = table((f"caf\u00e9 {i}", i % 2) for i in range(20))
+    (tmp_path / "mine.csv").write_bytes(text.encode(encoding))
+    (tmp_path / "mine.txt").write_bytes(text.encode(encoding))
+    assert data.find_task(str(tmp_path / "mine.csv")).load(None)["test"][0][0][0].startswith("caf\u00e9 ")
+    assert "".join(data.find_corpus(tmp_path / "mine.txt")[0]) == text
+
+
+OTHER_ENCODINGS = {
+    "gb18030": "这家店的菜很好吃，服务也让人喜欢。\n",
+    "cp1251": "Это хороший фильм, мне понравилось.\n",
+}
+
+
+@pytest.mark.parametrize("encoding", OTHER_ENCODINGS)
+def test_corpus_in_another_encoding_is_refused_and_read_with_encoding(tmp_path, encoding):
+    path, text = tmp_path / "mine.txt", OTHER_ENCODINGS[encoding] * 50
+    path.write_bytes(text.encode(encoding))
+    with pytest.raises(BadInput, match=f"is not UTF-8, perhaps {encoding}: .* --encoding"):
+        data.find_corpus(path)
+    documents, _, key = data.find_corpus(path, encoding=encoding)
+    assert "".join(documents) == text and key != data.find_corpus(path, encoding="latin-1")[2]  # a cache of its own
+    for wrong in ("ascii", "no-such-encoding", "hex"):
+        with pytest.raises(BadInput, match=f"is not text in the encoding {wrong}: .* check --encoding"):
+            list(data.find_corpus(path, encoding=wrong)[0])
+    for raw in (
+        np.random.Generator(np.random.PCG64(0)).bytes(5000),
+        np.arange(999).tobytes(),
+        text.encode("utf-16-le"),
+    ):
+        path.write_bytes(raw)
+        with pytest.raises(BadInput, match="is not UTF-8.*: give a text file"):
+            data.find_corpus(path)
+
+
+@pytest.mark.parametrize("separator", ",;\t|")
+def test_separator_of_a_csv_file_is_detected(tmp_path, capsys, separator):
+    rows = [["text", "label"], *([f'"a, b; c {i}"', str(i % 2)] for i in range(20))]
+    (tmp_path / "mine.csv").write_text("\n".join(separator.join(row) for row in rows), "utf-8-sig")
+    assert data.find_task(str(tmp_path / "mine.csv")).load(None)["test"][0][0][0].startswith("a, b; c ")
+    assert (f"separated by {separator!r}" in capsys.readouterr().out) == (separator != ",")
+    with pytest.raises(BadInput, match="no column 'words', only 'text', 'label': name one with --text-columns"):
+        data.find_task(str(tmp_path / "mine.csv"), ("words",))
+
+
+def test_large_tables_take_linear_time_and_messages_are_short(tmp_path):
+    path, start = tmp_path / "mine.csv", time.perf_counter()
+    names = [f"column {i}" for i in range(40_000)]
+    path.write_text("\n".join([",".join(names), ",".join(names).upper()]))
+    with pytest.raises(BadInput, match=r"only 'column 0', .*, \.\.\. \(40,000 in all\): name one") as error:
+        data.find_task(str(path))
+    path.write_text(table((f"t{i}", i % 20_000) for i in range(60_000)))
+    assert len(data.find_task(str(path)).labels) == 20_000
+    assert len(str(error.value)) < 400 and time.perf_counter() - start < 5
+
+
+def test_a_label_of_thousands_of_digits_is_a_class_with_a_short_name_in_the_output(tmp_path, capsys):
+    path, long = tmp_path / "mine.csv", 5000 * "9"
+    path.write_text(table((f"t{i}", ("7", long)[i % 2]) for i in range(20)))
+    assert data.find_task(str(path)).labels == ("7", long) and len(capsys.readouterr().out) < 300
+    (tmp_path / "mine.jsonl").write_text('{"text": "a", "label": %s}' % long)
+    with pytest.raises(BadInput, match="line 1 is not JSON: Exceeds the limit"):
+        data.find_task(str(tmp_path / "mine.jsonl"))
+
+
+def test_a_task_is_one_entry_also_unpinned_in_shards_and_with_names_as_labels(server, monkeypatch, capsys):
+    entry = data.hub_task(("no", "yes"), 64, "o/mine", "sub", ("q",), label="y", shards={"train": 3}, tau_ffn=0.4)
+    monkeypatch.setitem(data.TASKS, "mine", entry)
+    names = [f"sub/train-0000{i}-of-00003.parquet" for i in range(3)] + ["sub/test-00000-of-00001.parquet"]
+    for number, name in enumerate(names):
+        file = io.BytesIO()
+        rows = {"q": [f"{number} {i}" for i in range(10)], "y": [("no", "yes")[i % 2] for i in range(10)]}
+        pyarrow.parquet.write_table(pyarrow.table(rows), file)
+        server.files[name] = file.getvalue()
+    splits = data.find_task("mine").load(None)
+    assert f"o/mine on the hub may change: --data-revision {COMMIT} keeps" in capsys.readouterr().out
+    assert [texts[0] for texts, _ in splits["validation"]] == ["0 0", "1 0", "2 0"]
+    assert len(splits["train"]) == 27 and splits["test"][3] == (("3 3",), 1)
+    data.find_task("mine").load(COMMIT)
+    assert capsys.readouterr().out == ""
+    revisions = [path.split("/resolve/")[1].split("/")[:3:2] for _, path, _ in server.seen if "/resolve/" in path]
+    expected = [["main", names[0][4:]], *([COMMIT, name[4:]] for name in names[1:])]  # though the branch may move
+    assert [entry for i, entry in enumerate(revisions) if entry not in revisions[:i]] == expected
+
+
+def test_ratios_of_the_papers_tasks():
+    ratios = {name: task.tau_ffn for name, task in data.TASKS.items()}
+    paper = {"sst2": 0.2, "qqp": 0.2, "qnli": 0.3, "imdb": 0.3, "agnews": 0.3}
+    assert ratios == paper | {"rt": 0.2, "bbc": 0.2, "imdb-bundled": 0.3}

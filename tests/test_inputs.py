@@ -15,7 +15,7 @@ from bert import Bert
 from inputs.batches import Blocks, TokenizedSplit, length_sorted_batches, mask_tokens
 from inputs.tokenizer import Tokenizer
 from runtime.cli import BadInput
-from tests.conftest import FAMILIES, LETTERS, MINILM, count_words, saved, token_ids
+from tests.conftest import FAMILIES, LETTERS, MINILM, VOCABULARY, change, count_words, saved, token_ids
 
 
 def test_masking_is_80_10_10_of_15_percent_without_special_tokens():
@@ -117,6 +117,123 @@ def test_added_tokens_equal_transformers(tmp_path, family):
     (tmp_path / "config.json").write_text(json.dumps(sizes | {"vocab_size": len(reference)}))
     texts = ["get your covidvax", "@USER: the fox [e1]", "[E1][e2] [E2]covidvaxes", "the quick brown fox"]
     assert token_ids(Tokenizer(tmp_path), texts, 99) == reference(texts)["input_ids"]
+
+
+OVERRIDES = [
+    ("bert", {"do_lower_case": False}),
+    ("bert", {"strip_accents": False}),
+    ("bert", {"tokenize_chinese_chars": False}),
+    ("bert", {"tokenizer_class": "BertTokenizer"}),  # the defaults of the class
+    ("bert", {"tokenizer_class": "PreTrainedTokenizerFast", "do_lower_case": False}),  # which has none
+    ("bert", {"additional_special_tokens": ["[E1]"]}),
+    ("bert", {"added_tokens_decoder": {"4": {"content": "[MASK]", "lstrip": True, "special": True}}}),
+    ("bert", {"added_tokens_decoder": {"57": {"content": "[E1]", "special": True}, "58": {"content": "ab"}}}),
+    ("roberta", {"add_prefix_space": True}),
+    ("roberta", {"add_prefix_space": False}),
+    ("roberta", {}),
+]
+
+
+@pytest.mark.parametrize("flipped", [False, True])
+@pytest.mark.parametrize("family, settings", OVERRIDES)
+def test_tokenizer_config_overrides_tokenizer_json_as_in_transformers(tmp_path, family, settings, flipped):
+    saved(tmp_path, family=family)
+    Tokenizer(tmp_path).save(tmp_path)
+    parts = json.loads((tmp_path / "tokenizer.json").read_text())
+    if flipped and family == "bert":
+        parts["normalizer"] |= {"lowercase": False, "strip_accents": False, "handle_chinese_chars": False}
+    elif flipped:
+        parts["pre_tokenizer"]["add_prefix_space"] = True
+    (tmp_path / "tokenizer.json").write_text(json.dumps(parts))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    change(tmp_path, vocab_size=400)
+    tokenizer, reference = Tokenizer(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer.save(tmp_path / "saved")
+    shutil.copy(tmp_path / "config.json", tmp_path / "saved")
+    texts = ["Ab \u00e9a\u0301 \u4e2da [MASK] x", "[E1] b [e1]ab abc", "the <mask>quick  fox", "quick"]
+    for found in (tokenizer, Tokenizer(tmp_path / "saved")):
+        assert token_ids(found, texts, 99) == reference(texts)["input_ids"]
+
+
+def edit_tokenizer(folder, edit):
+    """Save the tokenizer.json of a model after `edit` has changed its parts."""
+    Tokenizer(folder).save(folder)
+    parts = json.loads((folder / "tokenizer.json").read_text())
+    edit(parts)
+    (folder / "tokenizer.json").write_text(json.dumps(parts))
+
+
+def vocabulary_with(number):
+    return lambda folder: edit_tokenizer(folder, lambda parts: parts["model"]["vocab"].update({"z": number}))
+
+
+def normalizer(**entries):
+    return lambda folder: edit_tokenizer(folder, lambda parts: parts.update(normalizer=entries))
+
+
+GROWING = {"type": "Replace", "pattern": {"String": "a"}, "content": "aaaa"}
+UNUSABLE = {
+    "a word twice": (
+        lambda f: (f / "vocab.txt").write_text("\n".join([*VOCABULARY, "a", "more"])),
+        "has a token twice",
+    ),
+    "added to a word twice": (
+        lambda f: [
+            (f / "vocab.txt").write_text("\n".join([*VOCABULARY[:-1], "a"])),
+            (f / "added_tokens.json").write_text('{"#fun": 57}'),
+        ],
+        "the added token '#fun' has the id 57, and would get 56",
+    ),
+    "an id of a million": (vocabulary_with(10**6), "has a token twice, or lacks one"),
+    "an id of four thousand million": (vocabulary_with(4 * 10**9), "has a token twice, or lacks one"),
+    "an id twice": (vocabulary_with(7), "has a token twice, or lacks one"),
+    "an added token with a hole before it": (
+        lambda f: (f / "added_tokens.json").write_text('{"#fun": 60}'),
+        "the added token '#fun' has the id 60, and would get 57",
+    ),
+    "a normalizer that removes everything": (
+        normalizer(type="Replace", pattern={"Regex": "."}, content=""),
+        "leaves nothing of a text",
+    ),
+    "a normalizer that grows": (
+        normalizer(type="Sequence", normalizers=15 * [GROWING]),
+        "its normalizer can make a text 1,073,741,824 times as long",
+    ),
+    "texts cut on the left": (
+        lambda f: (f / "tokenizer_config.json").write_text('{"truncation_side": "left"}'),
+        "truncation_side 'left' in tokenizer_config.json is not supported",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", UNUSABLE)
+def test_unusable_tokenizer_is_refused_in_one_line(tmp_path, case):
+    damage, message = UNUSABLE[case]
+    saved(tmp_path)
+    damage(tmp_path)
+    change(tmp_path, vocab_size=10**7)
+    with pytest.raises(BadInput, match=message) as error:
+        Tokenizer(tmp_path)
+    assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
+
+
+def test_regular_expression_that_explodes_is_refused_in_one_line(tmp_path):
+    saved(tmp_path)
+    split = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
+    edit_tokenizer(tmp_path, lambda parts: parts.update(pre_tokenizer=split))
+    with pytest.raises(BadInput, match="fails on a text: .*retry-limit-in-match over"):
+        token_ids(Tokenizer(tmp_path), ["a" * 40 + "b"], 64)
+
+
+def test_documents_without_a_token_to_mask_are_left_out(tiny):
+    tokenizer = Tokenizer(tiny)
+    documents = ["\u200b", "abc", "\u200b\u200b", "[SEP] [CLS]", "d"]
+    blocks = Blocks(tokenizer, documents, 99, "with empty ones", 8)
+    assert [tokenizer.library.id_to_token(i) for i in blocks.rows(torch.tensor([0]))[0]] == (
+        "[CLS] a ##b ##c [SEP] d [SEP] [SEP]".split()
+    )
+    with pytest.raises(BadInput, match="the corpus has 0 tokens, not enough for one block"):
+        Blocks(tokenizer, ["\u200b"] * 1000, 3000, "only empty ones", 8)
 
 
 def test_cased_vocabulary_is_recognized_by_its_words(tmp_path):

@@ -1,0 +1,85 @@
+"""Rows of a task into training, held-out and test rows. Custom tasks: which labels are its classes."""
+
+from collections import Counter
+
+import numpy as np
+
+from inputs.tables import first_few, read_table, table_files
+from runtime.cli import BadInput
+
+
+def custom_splits(path, text_columns, label_column, drop_labels):
+    """(names of the classes, {"train", "validation", "test": rows}, what the test rows are) of a custom task.
+
+    Prints which classes have no held-out or test rows.
+    """
+    labels, splits = read_splits(path, text_columns, label_column, drop_labels)
+    note = "the test rows are its test file"
+    if "test" not in splits:
+        splits, note = with_every_class(split_tenths, splits["train"]), "the test rows are a tenth of the file"
+    elif "validation" not in splits:
+        splits |= with_every_class(hold_out, splits["train"])
+    if not all(splits.values()):
+        raise BadInput(f"{path} has too few rows: of every ten, one is for testing and one for validation")
+    for name, rows in splits.items():
+        if missing := set(range(len(labels))) - {label for _, label in rows}:
+            print(f"{path}: the {name} rows have none of {first_few(repr(labels[i]) for i in sorted(missing))}")
+    return labels, splits, note
+
+
+def read_splits(path, text_columns, label_column, drop_labels):
+    """(names of the classes, {split: [(texts, number of the class)]}) of a table file, or a folder of them.
+
+    The classes are the labels of the training rows, sorted, numbers by value; they are printed. Rows with one of
+    drop_labels are left out.
+    """
+    files = table_files(path) if path.is_dir() else {"train": path}
+    tables = {split: read_table(file, text_columns, label_column) for split, file in files.items()}
+    for dropped in drop_labels:
+        if not any(label == dropped for table in tables.values() for _, _, label in table):
+            raise BadInput(f"--drop-labels {dropped}: no row of {path} has this label")
+    tables = {split: [row for row in table if row[2] not in drop_labels] for split, table in tables.items()}
+    counts = Counter(label for _, _, label in tables["train"])
+    labels, rows = sorted(counts), len(tables["train"])
+    if all(label.isdecimal() for label in labels):  # by value: 2 before 10, and 01 before 1
+        labels.sort(key=lambda label: (len(label.lstrip("0")), label.lstrip("0")))
+    if len(labels) < 2:
+        raise BadInput(f"{path} has no two labels in column {label_column!r}: {first_few(labels)}")
+    if len(labels) > max(20, rows / 2):
+        reason = f"{len(labels):,} labels in {rows:,} rows of column {label_column!r} are no classes, such as scores"
+        raise BadInput(f"{path}: {reason}: write a column with few classes and name it with --label-column")
+    print(f"{path}: {len(labels):,} classes: {first_few(f'{label!r} {counts[label]:,}' for label in labels)}")
+    numbers = {label: number for number, label in enumerate(labels)}
+    for split, table in tables.items():
+        for line, _, label in table:
+            if label not in numbers:
+                raise BadInput(f"{files[split]} line {line} has label {label!r:.200}, which no training row has")
+    return tuple(labels), {split: [(texts, numbers[label]) for _, texts, label in of] for split, of in tables.items()}
+
+
+def hold_out(rows):
+    """Split rows into training rows and every tenth row, which is held out for validation."""
+    return {"train": [row for i, row in enumerate(rows) if i % 10], "validation": rows[::10]}
+
+
+def split_tenths(rows):
+    """Make every tenth row a test row, and every tenth of the others a validation row. Rows are sorted by label."""
+    rows = list(rows)
+    return hold_out([row for i, row in enumerate(rows) if i % 10]) | {"test": rows[::10]}
+
+
+def sort_by_label(rows):
+    """Rows sorted by label, and within a label in a pseudo-random order that depends only on their number: in a custom
+    file the labels may alternate, and every tenth row would have the same one."""
+    order = np.random.Generator(np.random.PCG64(0)).permutation(len(rows))
+    return sorted((rows[i] for i in order), key=lambda row: row[1])
+
+
+def with_every_class(split, rows):
+    """`split(rows)`, except that a class of one or two rows keeps the first of them for training."""
+    counts, first, others = Counter(label for _, label in rows), [], []
+    for row in sort_by_label(rows):
+        (first if counts[row[1]] < 3 else others).append(row)
+        counts[row[1]] = 3
+    splits = split(others)
+    return splits | {"train": first + splits["train"]}
