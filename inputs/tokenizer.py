@@ -10,18 +10,9 @@ from tokenizers.models import WordPiece
 from tokenizers.processors import RobertaProcessing
 
 from bert import Config
+from checkpoints.families import FAMILIES, SPECIAL_TOKENS, SUPPORTED_TOKENIZERS
 from runtime.cli import BadInput, one_line
 from runtime.files import atomic_write, read_json, write_json
-
-SPECIAL_TOKENS = {  # padding, unknown, before a text, after it, masked
-    "bert": ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"),
-    "roberta": ("<pad>", "<unk>", "<s>", "</s>", "<mask>"),
-}
-# classes of transformers that read vocab.txt, or vocab.json with merges.txt, as this file does
-SUPPORTED_CLASSES = tuple(
-    f"{name}Tokenizer"
-    for name in ("Bert", "DistilBert", "Electra", "ConvBert", "MobileBert", "LayoutLM", "Roberta", "Longformer", "Bart")
-)
 
 
 class Tokenizer:
@@ -38,7 +29,7 @@ class Tokenizer:
         self.folder, self.config = path if path.is_dir() else path.parent, Config.read(path)
         self.library = read_library(self.folder)
         self.size = self.library.get_vocab_size()
-        families, id_of = (self.config.model_type, *SPECIAL_TOKENS), self.library.token_to_id
+        families, id_of = (FAMILIES[self.config.model_type].vocabulary, *SPECIAL_TOKENS), self.library.token_to_id
         self.family = next((of for of in families if id_of(SPECIAL_TOKENS[of][2]) is not None), families[0])
         for token in SPECIAL_TOKENS[self.family]:
             if id_of(token) is None:
@@ -78,13 +69,13 @@ def read_library(folder):
             return tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
         names = ("config.json", "tokenizer_config.json", "added_tokens.json")
         config, settings, added = (read_json(path) if path.is_file() else {} for path in map(folder.joinpath, names))
-        kind = settings.get("tokenizer_class") or config.get("tokenizer_class") or SUPPORTED_CLASSES[0]
+        kind = settings.get("tokenizer_class") or config.get("tokenizer_class") or SUPPORTED_TOKENIZERS[0]
         kind = str(kind).removesuffix("Fast")
         if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
             library = byte_level_bpe(folder, settings)
         elif (folder / "vocab.txt").is_file():
             library = word_piece(folder, settings)
-        if library and kind in SUPPORTED_CLASSES:
+        if library and kind in SUPPORTED_TOKENIZERS:
             kinds = {entry.pop("content"): entry for entry in settings.get("added_tokens_decoder", {}).values()}
             words = [word for word in sorted(added, key=added.get) if library.token_to_id(word) is None]
             library.add_tokens([AddedToken(word, **kinds.get(word, {})) for word in words])
