@@ -150,7 +150,7 @@ def shards(index):
     if not isinstance(entries, dict) or not entries:
         raise BadInput(f"{index} has no weight_map, so it does not say where the tensors are")
     for name in entries.values():
-        if relative_path(name, index).name != name:
+        if relative_path(name, f"{index}: file name").name != name:
             raise BadInput(f"{index} names a file {name!r}, which is not a file beside it")
     return sorted(set(entries.values()))
 
@@ -200,11 +200,11 @@ def weights_sha256(path):
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
-def relative_path(name, source):
-    """`name`, a path that `source` gives, as a path. Raises BadInput if it could lead out of a folder on any system."""
+def relative_path(name, what):
+    """`name` as a path. Raises BadInput if it could lead out of a folder on any system. what: kind of name."""
     path = PureWindowsPath(name if isinstance(name, str) else "")  # splits at / and \
     if path.anchor or ".." in path.parts or not path.parts or re.search("[\0\ud800-\udfff]", name):
-        raise BadInput(f"{source} has the name {reprlib.repr(name)}, which is not a path inside its folder")
+        raise BadInput(f"{what} {reprlib.repr(name)} is not a path inside its folder")
     return path
 
 
@@ -219,7 +219,7 @@ def unpack(archive):
             try:
                 with zipfile.ZipFile(archive) as archived, atomic_write(folder) as tmp_path:
                     for name in archived.namelist():
-                        relative_path(name, archive)
+                        relative_path(name, f"{archive}: file name")
                     if sum(member.file_size for member in archived.infolist()) > LARGEST_ARCHIVE:
                         raise BadInput(f"{archive} claims to hold more than {LARGEST_ARCHIVE:,} bytes")
                     archived.extractall(tmp_path)
