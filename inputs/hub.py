@@ -28,7 +28,6 @@ from checkpoints.huggingface import file_sha256, relative_path, shards, weight_f
 from runtime.cli import BadInput, one_line, progress
 from runtime.files import atomic_write
 
-REMEDY = "try again, or set HF_ENDPOINT"
 TIMEOUT = (5, 8)  # seconds to connect, and between two pieces of a response
 PATIENCE = 60  # seconds for all headers of a response, and between two measurements of the rate of its body
 SLOWEST = 1000  # bytes a second
@@ -43,10 +42,6 @@ CHECKSUM = "[0-9a-f]{40}|[0-9a-f]{64}"  # git's sha1 of a small file, sha256 of 
 
 class RetryableError(Exception):
     """A download that may succeed at the next attempt."""
-
-
-class FetchError(Exception):
-    """A download that fails at every attempt. The message names the remedy."""
 
 
 class NotOnHub(BadInput):
@@ -64,6 +59,13 @@ class HubRetry(urllib3.Retry):
         if seconds > MAX_RETRY_AFTER:
             raise BadInput(f"the hub is busy: try again in {seconds:.0f} seconds")
         return seconds
+
+
+class Session(requests.Session):
+    """Redirects are left to `request`: requests reads the whole body of a redirect, however long, and any address."""
+
+    def get_redirect_target(self, response):
+        return None
 
 
 def fetch(repository, name, revision="main", dataset=False):
@@ -168,7 +170,7 @@ def download(url, what, folder, name, revision):
     that breaks off, a wrong checksum, a location that has expired.
     """
     retry = HubRetry(ATTEMPTS - 1, backoff_factor=BACKOFF, status_forcelist=RETRY_STATUSES, raise_on_status=False)
-    with requests.Session() as session:
+    with Session() as session:
         session.headers["Accept-Encoding"] = "identity"
         for scheme in ("https://", "http://"):
             session.mount(scheme, requests.adapters.HTTPAdapter(max_retries=retry))
@@ -183,12 +185,27 @@ def download(url, what, folder, name, revision):
                     download_to(session, location, blob, checksum, size, name)
                 return link_snapshot(folder, commit, name, blob, revision, is_new)
             except RetryableError as error:
-                reason = f"{error}, {ATTEMPTS} attempts; {REMEDY}"
-            except FetchError as error:
-                reason = error
-                break
-    host = endpoint().partition("//")[2].rpartition("@")[2] or endpoint()
+                reason = f"{error}, {ATTEMPTS} attempts; try again, or set HF_ENDPOINT"
+            except (OSError, ValueError, urllib3.exceptions.HTTPError) as error:  # all that requests raises
+                reason, response = explain(error), getattr(error, "response", None)
+                if response is None or response.status_code in (407, *RETRY_STATUSES):  # urllib3 has made all attempts
+                    break
+    host = endpoint().rpartition("//")[2].rpartition("@")[2]
     raise BadInput(f"cannot fetch {what} from {host}: {reason}")
+
+
+def explain(error):
+    """The first cause of an exception of requests, and the remedy."""
+    cause = getattr(error.args[0] if error.args else error, "reason", error)
+    cause = one_line(getattr(cause, "original_error", cause))
+    if isinstance(error, requests.exceptions.ProxyError) or "407 Client Error" in cause:
+        return f"{cause}; check the proxy in HTTPS_PROXY and HTTP_PROXY"
+    if isinstance(error, requests.exceptions.SSLError) or "TLS CA certificate" in cause:
+        return f"{cause}; name a file with the certificates that you trust in REQUESTS_CA_BUNDLE"
+    if isinstance(error, requests.RequestException) and not isinstance(error, ValueError):  # no invalid address
+        cause = f"status {error.response.status_code}" if error.response is not None else type(error).__name__
+        return f"{cause}, {ATTEMPTS} attempts; try again, or set HF_ENDPOINT"
+    return cause
 
 
 def link_snapshot(folder, commit, name, blob, revision, is_new):
@@ -211,54 +228,16 @@ def link_snapshot(folder, commit, name, blob, revision, is_new):
     return path
 
 
-def send(session, method, url, headers):
-    """The response to one request, with urllib3's retries. Raises FetchError if there is none.
-
-    It waits in a thread: a timeout of a socket ends the wait for one byte, not for all headers.
-    """
-    future = concurrent.futures.Future()
-
-    def wait():
-        try:
-            future.set_result(
-                session.request(method, url, headers=headers, timeout=TIMEOUT, stream=True, allow_redirects=False)
-            )
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=wait, daemon=True).start()
-    proxy = f"check the proxy in {urllib.parse.urlsplit(url).scheme.upper()}_PROXY"
-    try:
-        response = future.result(PATIENCE)
-    except concurrent.futures.TimeoutError:
-        raise RetryableError(f"no headers within {PATIENCE} seconds") from None
-    except requests.exceptions.ProxyError as error:
-        raise FetchError(f"{cause(error)}: {proxy}") from None
-    except requests.exceptions.SSLError as error:
-        raise FetchError(f"{cause(error)}: name a file of trusted certificates in REQUESTS_CA_BUNDLE") from None
-    except requests.RequestException as error:
-        raise FetchError(f"{type(error).__name__}, {ATTEMPTS} attempts; {REMEDY}") from None
-    except (OSError, ValueError, urllib3.exceptions.HTTPError) as error:  # such as a REQUESTS_CA_BUNDLE without a file
-        raise FetchError(f"{one_line(error)}: check REQUESTS_CA_BUNDLE and HF_ENDPOINT") from None
-    if response.status_code == 407:
-        raise FetchError(f"status 407, a proxy that asks for a password: {proxy}")
-    return response
-
-
-def cause(error):
-    """The first cause of an exception of requests, in one line."""
-    error = getattr(error.args[0] if error.args else error, "reason", error)
-    return one_line(getattr(error, "original_error", error))
-
-
 def request(session, method, url, may_follow, headers={}):
-    """(the response after redirects, all headers on the way, the address to which the last redirect leads).
+    """(the response, all headers on the way to it, the address to which the last redirect leads).
 
     may_follow: says of the Location of a redirect whether it is followed.
     """
     seen = requests.structures.CaseInsensitiveDict()
     for _ in range(5):
-        response = send(session, method, url, headers | authorization(url))
+        response = in_time(
+            session.request, method, url, headers=headers | authorization(url), timeout=TIMEOUT, stream=True
+        )
         seen.update(response.headers)
         target = seen.pop("Location", "") if response.is_redirect else ""
         url = address(target, "Location", url)
@@ -268,6 +247,23 @@ def request(session, method, url, may_follow, headers={}):
     return response, seen, url
 
 
+def in_time(function, *arguments, **options):
+    """The result of a call within PATIENCE. A timeout of a socket ends the wait for a byte, but not for all headers."""
+    future = concurrent.futures.Future()
+
+    def run():
+        try:
+            future.set_result(function(*arguments, **options))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        return future.result(PATIENCE)
+    except concurrent.futures.TimeoutError:
+        raise RetryableError(f"no headers within {PATIENCE} seconds") from None
+
+
 def address(url, source, base=""):
     """`url`, which `source` gives and which may be relative to `base`, as an absolute address."""
     with contextlib.suppress(ValueError):
@@ -275,7 +271,7 @@ def address(url, source, base=""):
         parts = urllib.parse.urlsplit(joined)
         if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0:
             return joined
-    raise FetchError(f"{source} {reprlib.repr(url)} is not an address such as https://huggingface.co")
+    raise ValueError(f"{source} {reprlib.repr(url)} is not an address such as https://huggingface.co")
 
 
 def head(session, url, what):
@@ -290,21 +286,14 @@ def head(session, url, what):
         raise BadInput(f"{what}: the hub refuses access ({response.status_code}); check the name and HF_TOKEN")
     if response.status_code == 404:
         raise NotOnHub(f"the hub has no {what} ({url})")
-    raise_for_status(response)
+    response.raise_for_status()
     checksum = headers.get("X-Linked-Etag", headers.get("ETag", "")).removeprefix("W/").strip('"')
     size = headers.get("X-Linked-Size", headers.get("Content-Length", ""))
     commit = headers.get("X-Repo-Commit", "")
-    numbers = re.fullmatch(CHECKSUM, checksum) and re.fullmatch(COMMIT, commit) and re.fullmatch("[0-9]{1,15}", size)
-    if not numbers:
+    expected = {CHECKSUM: checksum, COMMIT: commit, "[0-9]{1,15}": size}
+    if not all(re.fullmatch(pattern, value) for pattern, value in expected.items()):
         raise RetryableError("a response without checksum, size and commit, such as a sign-in page")
     return location, checksum, int(size), commit
-
-
-def raise_for_status(response):
-    if response.status_code >= 400:
-        is_busy = response.status_code in RETRY_STATUSES  # urllib3 has made all attempts
-        reason = f"status {response.status_code}"
-        raise FetchError(f"{reason}, {ATTEMPTS} attempts; {REMEDY}") if is_busy else RetryableError(reason)
 
 
 def download_to(session, location, blob, checksum, size, name):
@@ -314,7 +303,7 @@ def download_to(session, location, blob, checksum, size, name):
     start = tmp_path.stat().st_size if tmp_path.is_file() else 0
     headers = {"Range": f"bytes={start}-"} if 0 < start < size else {}
     with request(session, "GET", location, bool, headers)[0] as response:
-        raise_for_status(response)
+        response.raise_for_status()
         if response.status_code != 206:  # the whole file
             start = 0
         length, kind = response.headers.get("Content-Length"), response.headers.get("Content-Type")
