@@ -104,7 +104,7 @@ PATTERNS = (
 # first bytes -> what such a file is
 OTHER_FORMATS = {
     b"\x89HDF": "an HDF5 file of Keras",
-    b"version https://git-lfs": "the pointer of a Git LFS file: `git lfs pull` fetches the file",
+    b"version https://git-lfs": "the pointer of a Git LFS file: `git lfs pull` fetches it",
     b"<": "a web page",
     b"\x1f\x8b": "a gzip archive, to be unpacked",
 }
