@@ -26,7 +26,7 @@ import urllib3
 
 from checkpoints.huggingface import file_sha256, relative_path, shards, weight_files
 from runtime.cli import BadInput, one_line, progress
-from runtime.files import atomic_write
+from runtime.files import atomic_write, sha256
 
 TIMEOUT = (5, 8)  # seconds to connect, and between two pieces of a response
 PATIENCE = 60  # seconds for all headers of a response, and between two measurements of the rate of its body
@@ -137,7 +137,8 @@ def is_intact(path):
     blob = path.resolve()
     if blob.parent.name != "blobs" or not re.fullmatch(CHECKSUM, blob.name):
         return True
-    return file_checksum(blob, blob.name) == blob.name or report_damage(blob)
+    found = file_sha256(blob) if len(blob.name) == 64 else file_checksum(blob, blob.name)
+    return found == blob.name or report_damage(blob)
 
 
 @functools.cache  # once
@@ -337,7 +338,9 @@ def minimum_rate(response, file):
         before = file.tell()
         while not is_over.wait(PATIENCE):
             if file.tell() < before + SLOWEST * PATIENCE:
-                return response.raw.shutdown()
+                with contextlib.suppress(OSError, ValueError):  # it has just ended
+                    response.raw.shutdown()
+                return
             before = file.tell()
 
     watcher = threading.Thread(target=watch, daemon=True)
@@ -352,7 +355,7 @@ def minimum_rate(response, file):
 def file_checksum(path, like):
     """The checksum of a file as the hub computes it: sha256 for large files, git's sha1 for small ones."""
     if len(like) == 64:
-        return file_sha256(path)
+        return sha256(path)
     content = path.read_bytes()
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
