@@ -179,10 +179,7 @@ def find_victim(options, task, splits, device, dtype):
 
 
 def align_labels(model, names, labels):
-    """Reorder a classifier's classes, called `names`, to the task's `labels`, ignoring case if that is needed.
-
-    If the names are other words, the order is kept, with a message unless they are LABEL_0, LABEL_1, ...
-    """
+    """Reorder a classifier's classes, called `names`, to the task's `labels`, or print the order that is assumed."""
     wanted = tuple(labels)
     if set(names) != set(wanted):
         names = tuple(name.lower() for name in names)
@@ -191,8 +188,9 @@ def align_labels(model, names, labels):
         order = [names.index(name) for name in wanted]
         for parameter in model.classifier.parameters():  # (classes, d) and (classes,)
             parameter.data = parameter.data[order]
-    elif names and not all(name.startswith("label_") for name in names):
-        print(f"the model's classes {', '.join(names)} are taken for {', '.join(labels)}, in this order")
+    else:
+        shown = ", ".join(names) or "without names"
+        print(f"the model's classes {shown} are taken for {', '.join(labels)}, in this order")
 
 
 def sample(options, rows):
@@ -215,6 +213,8 @@ def clean_accuracy(options, folder, victim, test):
         predicted = victim([texts for texts, _ in test]).argmax(1)
         accuracy, source = (predicted == torch.tensor([label for _, label in test])).float().mean().item(), ""
     print(f"attacking {options.n} of {len(test):,} test rows; {folder} has {accuracy:.2%} accuracy{source}")
+    if accuracy < 1 / victim.model.config.num_labels:
+        print("this is below chance: are the model's classes in another order, or its texts prepared in another way?")
     return accuracy
 
 

@@ -1,9 +1,9 @@
 """BERT (Devlin et al. 2019) from scratch, with a coefficient on every attention head and every FFN neuron.
 
 The encoder is the published one: token, position and segment embeddings, post-norm blocks, exact GELU, a pooler, an
-MLM head tied to the token embeddings, and a classifier head. Its outputs equal those of `transformers`. RoBERTa (Liu
-et al. 2019) differs in its first position, one dropout and the names of its tensors. ORTicket adds two things: `gates`
-scale heads and neurons (eq. 3 and 4), and `pruned` removes them, which leaves layers of different widths.
+MLM head tied to the token embeddings, and a classifier head. Its outputs equal those of `transformers`. RoBERTa and
+other families differ as `checkpoints/families.py` lists. ORTicket adds two things: `gates` scale heads and neurons
+(eq. 3 and 4), and `pruned` removes them, which leaves layers of different widths.
 
 Left out: decoding, cross attention, next-sentence prediction, relative positions, activations other than GELU.
 
@@ -19,6 +19,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from checkpoints import huggingface, safetensors
+from checkpoints.families import FAMILIES
 from runtime.cli import BadInput
 from runtime.cpu import Dropout, linear, redrawn_dropout
 
@@ -27,14 +28,14 @@ from runtime.cpu import Dropout, linear, redrawn_dropout
 class Config:
     """The sizes of a BERT, named as in its config.json, and the widths that pruning left."""
 
-    model_type: str = "bert"  # or "roberta"
+    model_type: str = "bert"  # a key of FAMILIES
     vocab_size: int = 30522
     hidden_size: int = 768
     num_hidden_layers: int = 12
     num_attention_heads: int = 12  # of the full model; a head has hidden_size / num_attention_heads dimensions
     intermediate_size: int = 3072  # of the full model
     max_position_embeddings: int = 512
-    type_vocab_size: int = 2
+    type_vocab_size: int = 2  # 0: no segment embeddings
     layer_norm_eps: float = 1e-12
     hidden_dropout_prob: float = 0.1
     attention_probs_dropout_prob: float = 0.1
@@ -56,8 +57,7 @@ class Config:
 
     @property
     def first_position(self):
-        """RoBERTa numbers its positions from the padding id plus one."""
-        return self.pad_token_id + 1 if self.model_type == "roberta" else 0
+        return self.pad_token_id + 1 if FAMILIES[self.model_type].positions_after_padding else 0
 
     @property
     def max_length(self):
@@ -163,7 +163,7 @@ class Bert(nn.Module):
         neurons = config.neurons or (config.intermediate_size,) * config.num_hidden_layers
         self.word_embeddings = Embedding(config.vocab_size, d)
         self.position_embeddings = Embedding(config.max_position_embeddings, d)
-        self.segment_embeddings = Embedding(config.type_vocab_size, d)
+        self.segment_embeddings = Embedding(config.type_vocab_size, d) if config.type_vocab_size else None
         self.embedding_norm = nn.LayerNorm(d, eps=config.layer_norm_eps)
         self.dropout = Dropout(config.hidden_dropout_prob)
         self.layers = nn.ModuleList(Layer(config, h, n) for h, n in zip(heads, neurons))
@@ -199,9 +199,10 @@ class Bert(nn.Module):
         words = self.word_embeddings(ids)
         if delta is not None:
             words = words + delta
-        segments = self.segment_embeddings.weight[0] if segments is None else self.segment_embeddings(segments)
-        places = self.position_embeddings.weight[self.config.first_position :][: ids.shape[1]]
-        return self.dropout(self.embedding_norm(words + places + segments))
+        x = words + self.position_embeddings.weight[self.config.first_position :][: ids.shape[1]]
+        if self.segment_embeddings is not None:
+            x = x + (self.segment_embeddings.weight[0] if segments is None else self.segment_embeddings(segments))
+        return self.dropout(self.embedding_norm(x))
 
     def encode(self, x, attention_mask=None, positions=None, gates=None):
         """Apply the layers to x (B, T, d). The other arguments are those of `forward`.
@@ -252,9 +253,8 @@ class Bert(nn.Module):
 
     def classify(self, states):
         """The states of the first tokens (B, d) -> (B, labels)."""
-        if self.config.model_type == "roberta":
-            states = self.dropout(states)
-        pooled = torch.tanh(self.pooler(states))
+        family = FAMILIES[self.config.model_type]
+        pooled = family.pooler_activation(self.pooler(self.dropout(states) if family.pooler_dropout else states))
         return self.classifier(self.dropout(pooled))
 
     def pruned(self, head_mask, ffn_mask):

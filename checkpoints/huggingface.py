@@ -3,27 +3,30 @@
 Not here: HDF5 (tf_model.h5), Flax, ONNX.
 """
 
+import functools
 import hashlib
 import os
 import pickle
 import re
+import reprlib
 import warnings
 import zipfile
 from pathlib import Path, PureWindowsPath
 
 import torch
 
+from checkpoints.families import FAMILIES
 from checkpoints.safetensors import MappedTensors, read_safetensors
 from checkpoints.tensorflow1 import read_tensorflow
 from runtime.cli import BadInput, one_line
 from runtime.files import atomic_write, build_once, cache_folder, read_json, sha256, write_json
 
 SUPPORTED = {
-    "model_type": ("bert", "roberta"),
     "hidden_act": ("gelu",),
     "position_embedding_type": ("absolute",),
     "is_decoder": (False, None),
 }
+LIMITS = {"num_hidden_layers": 2**10, "num_attention_heads": 2**10, "hidden_size": 2**16, "intermediate_size": 2**18}
 
 
 def read_config(path, sizes):
@@ -32,17 +35,25 @@ def read_config(path, sizes):
     path: a model folder, or a file of its weights. sizes: {name: type}. Raises BadInput if bert.py cannot run it.
     """
     path, config = config_json(path)
+    architecture = reprlib.repr(config.get("architectures"))  # old configurations have no model_type
+    named = [of for of, family in FAMILIES.items() if re.search(f"'{family.name}(For|Model)", architecture)]
+    model_type = config.setdefault("model_type", (named or ["bert"])[0])
+    family = FAMILIES.get(str(model_type))
+    if family is None:
+        families = " and ".join(map(repr, FAMILIES))
+        raise BadInput(f"{path} has model_type {reprlib.repr(model_type)}; bert.py runs {families}")
+    names = {published: ours for ours, published in family.config.items()}
+    config = family.defaults | {names.get(name, name): value for name, value in config.items()}
     for name, supported in SUPPORTED.items():
         if config.get(name, supported[0]) not in supported:
-            raise BadInput(f"{path} has {name} {config[name]!r}; bert.py runs {' and '.join(map(repr, supported))}")
-    if config.get("model_type") == "roberta":
-        config.setdefault("pad_token_id", 1)
+            value = reprlib.repr(config[name])
+            raise BadInput(f"{path} has {name} {value}; bert.py runs {' and '.join(map(repr, supported))}")
     found = {name: config[name] for name in ("model_type", *sizes) if name in config}
     for name, kind in sizes.items():
-        least = 1 if kind is int and name != "pad_token_id" else 0
-        most = 1 if name.endswith("dropout_prob") else 2**24
+        least = 1 if kind is int and name not in ("pad_token_id", *family.defaults) else 0
+        most = 1 if name.endswith("dropout_prob") else LIMITS.get(name, 2**24)
         if name in found and (type(found[name]) not in (int, kind) or not least <= found[name] < most):
-            raise BadInput(f"{path}: {name} {found[name]!r} is not a valid value")
+            raise BadInput(f"{path}: {name} {reprlib.repr(found[name])} is not a valid value")
     return found
 
 
@@ -65,16 +76,17 @@ def label_names(path):
 def write_config(folder, config, labels):
     """Write config.json of a classifier, or without labels of a masked language model, with transformers' names.
     config: a Config as a dictionary."""
-    family = {"bert": "Bert", "roberta": "Roberta"}[config["model_type"]]
+    family = FAMILIES[config["model_type"]]
     config = {name: value for name, value in config.items() if name not in ("num_labels", "heads", "neurons")}
-    config |= {"architectures": [f"{family}ForMaskedLM"], "hidden_act": "gelu"}
+    config |= {"architectures": [f"{family.name}ForMaskedLM"], "hidden_act": "gelu"}
     if labels:
         config |= {
-            "architectures": [f"{family}ForSequenceClassification"],
+            "architectures": [f"{family.name}ForSequenceClassification"],
             "num_labels": len(labels),
             "id2label": dict(enumerate(labels)),
             "label2id": {name: i for i, name in enumerate(labels)},
         }
+    config = {family.config.get(name, name): value for name, value in config.items()}
     write_json(os.path.join(folder, "config.json"), config)
 
 
@@ -87,7 +99,17 @@ PATTERNS = (
     "*.index",  # TensorFlow's bert_model.ckpt.index, model.ckpt-1000000.index, ...
     "*.safetensors",
     "*.bin",
+    "*.pt",
+    "*.pth",
+    "*.ckpt",
 )
+# first bytes -> what such a file is
+OTHER_FORMATS = {
+    b"\x89HDF": "an HDF5 file of Keras",
+    b"version https://git-lfs": "the pointer of a Git LFS file: `git lfs pull` fetches it",
+    b"<": "a web page",
+    b"\x1f\x8b": "a gzip archive, to be unpacked",
+}
 LARGEST_ARCHIVE = 2**34  # bytes unpacked, ten times the largest BERT
 
 
@@ -105,6 +127,8 @@ def weight_files(path):
             named = re.search(r'^model_checkpoint_path: "(.+)"', latest.read_text("utf8", errors="replace"))
             found = [file for file in found if named and file.name == f"{Path(named[1]).name}.index"] or found
     else:
+        if stem := re.fullmatch(r"(.+)\.(data-\d+-of-\d+|meta)", path.name):
+            raise BadInput(f"{path} is one of several files of a TensorFlow checkpoint: give {stem[1]}.index beside it")
         found = [file for file in (path, Path(f"{path}.index")) if file.is_file()]
     if not found:
         raise BadInput(f"{path} has no weights: add model.safetensors, pytorch_model.bin or bert_model.ckpt.index")
@@ -128,7 +152,7 @@ def shards(index):
     if not isinstance(entries, dict) or not entries:
         raise BadInput(f"{index} has no weight_map, so it does not say where the tensors are")
     for name in entries.values():
-        if not isinstance(name, str) or Path(name).name != name:
+        if relative_path(name, f"{index}: file name").name != name:
             raise BadInput(f"{index} names a file {name!r}, which is not a file beside it")
     return sorted(set(entries.values()))
 
@@ -148,14 +172,42 @@ def read_weights(path):
 
 
 def read_file(path):
-    """Mapped {published name: tensor} of a .bin or safetensors file."""
-    return read_bin(path) if path.suffix == ".bin" else read_safetensors(path)[0]
+    """Mapped {published name: tensor} of a safetensors file or of PyTorch's, told by its first bytes."""
+    with open(path, "rb") as file:
+        first = file.read(40)
+    for start, what in OTHER_FORMATS.items():
+        if first.startswith(start):
+            raise BadInput(f"{path} is {what}: give model.safetensors, pytorch_model.bin or bert_model.ckpt.index")
+    if path.suffix == ".safetensors" or first[8:9] == b"{":  # its header
+        return read_safetensors(path)[0]
+    if first.startswith((b"PK\3\4", b"\x80")):  # zip, pickle
+        return read_bin(path)
+    raise BadInput(f"{path} is neither a safetensors file nor a PyTorch checkpoint")
+
+
+@functools.cache
+def cached_sha256(path, status):
+    """The sha256 of a file, computed once as long as its `status`, (size, time of change), is the same."""
+    return sha256(path)
+
+
+def file_sha256(path):
+    status = os.stat(path)
+    return cached_sha256(path, (status.st_size, status.st_mtime_ns))
 
 
 def weights_sha256(path):
     """The sha256 of a model's weights; of several files, that of their concatenated sha256."""
-    digests = [sha256(file) for file in weight_files(path)]
+    digests = [file_sha256(file) for file in weight_files(path)]
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def relative_path(name, what):
+    """`name` as a path. Raises BadInput if it could lead out of a folder on any system. what: kind of name."""
+    path = PureWindowsPath(name if isinstance(name, str) else "")  # splits at / and \
+    if path.anchor or ".." in path.parts or not path.parts or re.search("[\0\ud800-\udfff]", name):
+        raise BadInput(f"{what} {reprlib.repr(name)} is not a path inside its folder")
+    return path
 
 
 def unpack(archive):
@@ -168,9 +220,8 @@ def unpack(archive):
         if is_missing:
             try:
                 with zipfile.ZipFile(archive) as archived, atomic_write(folder) as tmp_path:
-                    for path in map(PureWindowsPath, archived.namelist()):  # splits at / and \
-                        if path.anchor or ".." in path.parts:
-                            raise BadInput(f"{archive} has a file {str(path)!r}, which leads out of its folder")
+                    for name in archived.namelist():
+                        relative_path(name, f"{archive}: file name")
                     if sum(member.file_size for member in archived.infolist()) > LARGEST_ARCHIVE:
                         raise BadInput(f"{archive} claims to hold more than {LARGEST_ARCHIVE:,} bytes")
                     archived.extractall(tmp_path)
@@ -197,8 +248,13 @@ def read_bin(path):
         raise BadInput(f"{path} does not only hold tensors: damaged, or a pickle that would run code") from None
     except Exception as error:  # the unpickler raises many types of exception for a damaged file
         raise BadInput(f"{path} is not a valid PyTorch checkpoint: {one_line(error)}") from None
-    if not isinstance(tensors, dict) or not all(isinstance(name, str) for name in tensors):
-        raise BadInput(f"{path} does not hold named tensors")
+    if not is_state(tensors):  # a training checkpoint, such as {"epoch", "model_state_dict", "optimizer_state_dict"}
+        entries = tensors if isinstance(tensors, dict) else {}
+        states = [value for value in entries.values() if is_state(value)]
+        if len(states) != 1:
+            names = reprlib.repr(list(entries))
+            raise BadInput(f"{path} does not hold named tensors: of its entries {names}, {len(states)} do")
+        tensors = states[0]
     for name, tensor in tensors.items():
         is_dense = isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided and tensor.device.type == "cpu"
         if not is_dense or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
@@ -206,77 +262,85 @@ def read_bin(path):
     return MappedTensors(tensors)
 
 
-# published name -> name in bert.py; {} is the layer's number
-ENCODER = {
-    "embeddings.word_embeddings": "word_embeddings",
-    "embeddings.position_embeddings": "position_embeddings",
-    "embeddings.token_type_embeddings": "segment_embeddings",
-    "embeddings.LayerNorm": "embedding_norm",
-    "encoder.layer.{}.attention.output.dense": "layers.{}.attention_output",
-    "encoder.layer.{}.attention.output.LayerNorm": "layers.{}.attention_norm",
-    "encoder.layer.{}.intermediate.dense": "layers.{}.intermediate",
-    "encoder.layer.{}.output.dense": "layers.{}.output",
-    "encoder.layer.{}.output.LayerNorm": "layers.{}.output_norm",
-}
-HEADS = {
-    "bert": {
-        "pooler.dense": "pooler",
-        "cls.predictions.transform.dense": "mlm_head.dense",
-        "cls.predictions.transform.LayerNorm": "mlm_head.norm",
-        "cls.predictions": "mlm_head",
-        "cls.predictions.decoder": "mlm_head.decoder",
-        "classifier": "classifier",
-    },
-    "roberta": {  # the pooler belongs to its classifier
-        "classifier.dense": "pooler",
-        "lm_head.dense": "mlm_head.dense",
-        "lm_head.layer_norm": "mlm_head.norm",
-        "lm_head": "mlm_head",
-        "lm_head.decoder": "mlm_head.decoder",
-        "classifier.out_proj": "classifier",
-    },
-}
+def is_state(value):
+    """Whether a value is a dictionary of named tensors."""
+    is_named = isinstance(value, dict) and value and all(isinstance(name, str) for name in value)
+    return is_named and all(isinstance(tensor, torch.Tensor) for tensor in value.values())
+
+
 PARTS = ("query", "key", "value")  # three published tensors, one in bert.py
 BUFFERS = ("embeddings.position_ids", "embeddings.token_type_ids")  # old versions of transformers saved these
-LAYER = re.compile(r"(?<=\.layer\.)\d+")
+LAYER = re.compile(r"(?<=\.layer\.)[0-9]{1,4}(?=\.)")
 
 
 def from_huggingface(tensors, model_type, layers, path):
     """Published tensors -> ({bert.py's name: float32 tensor}, [names of tensors that bert.py does not use]).
 
-    The prefix `bert.` or `roberta.` is optional; query, key and value are concatenated. Raises BadInput for a tensor of
-    the encoder that is missing, that is not floating-point, or that the configuration has no place for. path: for the
-    message.
+    Query, key and value are concatenated. Raises BadInput for a tensor of the encoder that is missing, that is not
+    floating-point, or that the configuration has no place for, and for one with NaN or infinity. path: for the message.
     """
-    names, found, unused = ENCODER | HEADS[model_type], {}, []
-    bare = {name.removeprefix(f"{model_type}."): tensor for name, tensor in tensors.items()}
-    for name, tensor in bare.items():
-        if name.startswith(("embeddings.", "encoder.")) and not (tensor.is_floating_point() or name in BUFFERS):
-            raise BadInput(f"{path}: {name} has dtype {tensor.dtype}, which is not floating-point")
-    for i in range(layers):
-        for kind, dimensions in (("weight", 2), ("bias", 1)):
-            parts = [f"encoder.layer.{i}.attention.self.{part}.{kind}" for part in PARTS]
-            for name in [*parts, f"encoder.layer.{i}.intermediate.dense.{kind}"]:
-                if name not in bare:
-                    raise BadInput(f"{path} has no tensor {name}")
-                if bare[name].dim() != dimensions or name in parts and bare[name].shape != bare[parts[0]].shape:
-                    raise BadInput(f"{path}: {name} has shape {tuple(bare[name].shape)}, which fits no model")
-            found[f"layers.{i}.query_key_value.{kind}"] = torch.cat([bare.pop(name).float() for name in parts])
-    for name, tensor in bare.items():
+    family, found, unused = FAMILIES[model_type], {}, []
+    names = family.encoder | {name.removeprefix(f"{model_type}."): ours for name, ours in family.heads.items()}
+    of_encoder = tuple({f"{name.split('.')[0]}." for name in family.encoder})
+    for name, tensor in without_wrapper(tensors, model_type, path).items():
         stem, _, kind = name.rpartition(".")
         number = LAYER.search(stem)
         ours = names.get(LAYER.sub("{}", stem))
+        if name in BUFFERS:
+            continue
+        if name.startswith(of_encoder) and not tensor.is_floating_point():
+            raise BadInput(f"{path}: {name} has dtype {tensor.dtype}, which is not floating-point")
         if ours and (number is None or int(number[0]) < layers):
             kind = {"gamma": "weight", "beta": "bias"}.get(kind, kind)  # LayerNorm in TensorFlow
-            found[f"{ours.format(number and number[0])}.{kind}"] = tensor.float()
-        elif name.startswith(("embeddings.", "encoder.")) and name not in BUFFERS:
+            found[f"{ours.format(number and number[0])}.{kind}"] = finite = tensor.float()
+            if not finite.sum().isfinite() and not finite.isfinite().all():  # the sum is faster, and may overflow
+                raise BadInput(f"{path}: {name} has NaN or infinity: the file is damaged, or its training diverged")
+            if isinstance(tensors, MappedTensors) and tensor.nbytes > 2**22:
+                tensors.release()
+        elif name.startswith(of_encoder):
             raise BadInput(f"{path} has a tensor {name}, for which its configuration has no place")
-        elif name not in BUFFERS:
+        else:
             unused.append(name)
+    published = published_names(model_type)
+    for i in range(layers):
+        for kind, dimensions in (("weight", 2), ("bias", 1)):
+            parts = [f"layers.{i}.{part}.{kind}" for part in PARTS]
+            for name in [*parts, f"layers.{i}.intermediate.{kind}"]:
+                shown = published[re.sub("[0-9]+", "{}", name.rpartition(".")[0])].format(i)
+                if name not in found:
+                    raise BadInput(f"{path} has no tensor {shown}.{kind}")
+                shape = tuple(found[name].shape)
+                if len(shape) != dimensions or name in parts and shape != found[parts[0]].shape:
+                    raise BadInput(f"{path}: {shown}.{kind} has shape {shape}, which fits no model")
+            found[f"layers.{i}.query_key_value.{kind}"] = torch.cat([found.pop(name) for name in parts])
     bias = found.pop("mlm_head.decoder.bias", None)  # equal to mlm_head.bias; many files have both
     if bias is not None:
         found.setdefault("mlm_head.bias", bias)
     return found, unused
+
+
+def without_wrapper(tensors, model_type, path):
+    """The tensors by their names without the family's prefix and without a wrapper's, such as `module.` or `model.`.
+
+    The wrapper's prefix is what stands before the token embeddings. Raises BadInput if there are none, or several.
+    """
+    anchor = f"{next(iter(FAMILIES[model_type].encoder))}.weight"
+    wrappers = [name.removesuffix(anchor) for name in tensors if f".{name}".endswith(f".{anchor}")]
+    if len(wrappers) != 1:
+        holds = " and ".join(map(repr, wrappers[:3])) or f"but {reprlib.repr(list(tensors))}"
+        raise BadInput(f"{path} has {len(wrappers) or 'no'} tensors {anchor}, {holds}: give the weights of one model")
+    family = wrappers[0].rstrip(".").rpartition(".")[2]
+    if family in FAMILIES and family != model_type:
+        raise BadInput(f'{path} has the tensors of a {family}: write "model_type": "{family}" into its config.json')
+    wrapper = wrappers[0].removesuffix(f"{model_type}.")
+    return {name.removeprefix(wrapper).removeprefix(f"{model_type}."): tensor for name, tensor in tensors.items()}
+
+
+def published_names(model_type):
+    """{bert.py's name: published name}, without the last part, weight or bias."""
+    family = FAMILIES[model_type]
+    names = {ours: f"{model_type}.{name}" for name, ours in family.encoder.items()}
+    return names | {ours: name for name, ours in family.heads.items()}
 
 
 def layer_widths(tensors, config, path):
@@ -309,19 +373,17 @@ def missing_modules(tensors, expected, path):
 
 def to_huggingface(state, model_type):
     """{bert.py's name: tensor} -> {published name: tensor}, the inverse of `from_huggingface`."""
-    published_names = {ours: published for published, ours in (ENCODER | HEADS[model_type]).items()}
-    tensors = {}
+    published, tensors = published_names(model_type), {}
     for name, tensor in state.items():
         stem, _, kind = name.rpartition(".")
         number = re.search(r"\d+", stem)
-        number = number and number[0]
+        stem = re.sub(r"\d+", "{}", stem)
+        parts = {stem: tensor}
         if stem.endswith("query_key_value"):
-            for part, chunk in zip(PARTS, tensor.chunk(3)):
-                tensors[f"{model_type}.encoder.layer.{number}.attention.self.{part}.{kind}"] = chunk
-        else:
-            published = published_names[re.sub(r"\d+", "{}", stem)].format(number)
-            prefix = "" if published.startswith(("cls.", "lm_head", "classifier")) else f"{model_type}."
-            tensors[f"{prefix}{published}.{kind}"] = tensor
+            parts = {stem.replace("query_key_value", part): chunk for part, chunk in zip(PARTS, tensor.chunk(3))}
+        for stem, tensor in parts.items():
+            public = published.get(stem) or published[f"{stem}.decoder"]  # DistilBERT's bias is beside its matrix
+            tensors[f"{public.format(number and number[0])}.{kind}"] = tensor
     return tensors
 
 

@@ -13,18 +13,9 @@ from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.processors import RobertaProcessing
 
 from bert import Config
+from checkpoints.families import FAMILIES, SPECIAL_TOKENS, TOKENIZERS
 from runtime.cli import BadInput, one_line
 from runtime.files import atomic_write, read_json, write_json
-
-SPECIAL_TOKENS = {  # padding, unknown, before a text, after it, masked
-    "bert": ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"),
-    "roberta": ("<pad>", "<unk>", "<s>", "</s>", "<mask>"),
-}
-# classes of transformers that read vocab.txt, or vocab.json with merges.txt, as this file does
-BERT_CLASSES = tuple(
-    f"{name}Tokenizer" for name in ("Bert", "DistilBert", "Electra", "ConvBert", "MobileBert", "LayoutLM")
-)
-ROBERTA_CLASSES = ("RobertaTokenizer", "LongformerTokenizer", "BartTokenizer")
 
 
 class Tokenizer:
@@ -42,7 +33,7 @@ class Tokenizer:
         self.library = read_library(self.folder)
         vocabulary = self.library.get_vocab()
         self.size = len(vocabulary)
-        families = (self.config.model_type, *SPECIAL_TOKENS)
+        families = (FAMILIES[self.config.model_type].vocabulary, *SPECIAL_TOKENS)
         self.family = next((of for of in families if SPECIAL_TOKENS[of][2] in vocabulary), families[0])
         for token in SPECIAL_TOKENS[self.family]:
             if token not in vocabulary:
@@ -94,7 +85,8 @@ def read_library(folder):
     try:
         names = ("config.json", "tokenizer_config.json", "added_tokens.json")
         config, settings, added = (read_json(path) if path.is_file() else {} for path in map(folder.joinpath, names))
-        default = ROBERTA_CLASSES[0] if config.get("model_type") == "roberta" else BERT_CLASSES[0]
+        family = FAMILIES.get(config.get("model_type"), FAMILIES["bert"])
+        default = TOKENIZERS[family.vocabulary][0]
         kind = str(settings.get("tokenizer_class") or config.get("tokenizer_class") or default).removesuffix("Fast")
         added = {number: {"content": word} for word, number in added.items()}
         if whole.is_file():
@@ -104,7 +96,7 @@ def read_library(folder):
             library = byte_level_bpe(folder, settings)
         elif (folder / "vocab.txt").is_file():
             library = word_piece(folder, settings)
-        if library and (whole.is_file() or kind in BERT_CLASSES + ROBERTA_CLASSES):
+        if library and (whole.is_file() or kind in sum(TOKENIZERS.values(), ())):
             override(library, kind, settings)
             add_tokens(library, settings.get("added_tokens_decoder", added), settings)
             return library
@@ -123,7 +115,7 @@ def override(library, kind, settings):
         if settings.get(name, supported) != supported:
             raise BadInput(f"{name} {settings[name]!r} in tokenizer_config.json is not supported, only {supported!r}")
     normalizer, pre_tokenizer = library.normalizer, library.pre_tokenizer
-    if isinstance(normalizer, BertNormalizer) and kind in BERT_CLASSES:
+    if isinstance(normalizer, BertNormalizer) and kind in TOKENIZERS["bert"]:
         normalizer.lowercase = settings.get("do_lower_case", True)
         normalizer.strip_accents = settings.get("strip_accents")
         normalizer.handle_chinese_chars = settings.get("tokenize_chinese_chars", True)

@@ -264,7 +264,7 @@ def server(tmp_path, monkeypatch):
     serving.hub = types.SimpleNamespace(
         files={}, faults=[], seen=[], retry_after="3", cdn="", url=url, over=threading.Event(), waits=[]
     )
-    threading.Thread(target=serving.serve_forever, daemon=True).start()
+    threading.Thread(target=serving.serve_forever, args=[0.02], daemon=True).start()
     monkeypatch.setenv("HF_ENDPOINT", url)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")

@@ -417,7 +417,9 @@ def test_classes_of_a_classifier_are_matched_by_name(victim, tmp_path, capsys):
         model = Bert.load(folder).eval()
         attack.align_labels(model, names, ("a", "b"))
         assert torch.equal(model.class_logits(ids), logits.flip(1) if names == "BA" else logits)
-        assert ("classes x, y are taken for a, b, in this order" in capsys.readouterr().out) == (names == "xy")
+        shown = ", ".join(names).lower() or "without names"
+        expected = "" if names in ("BA", "ab") else f"the model's classes {shown} are taken for a, b, in this order\n"
+        assert capsys.readouterr().out == expected
     attack.align_labels(model, ("Yes", "yes"), ("yes", "Yes"))
     assert torch.equal(model.class_logits(ids), logits.flip(1))
     model = Bert.load(folder)
@@ -431,6 +433,19 @@ def test_classes_of_a_classifier_are_matched_by_name(victim, tmp_path, capsys):
     change(folder, id2label=dict(enumerate(data.SENTIMENT)))
     assert call(attack, "--attack", "deepwordbug", "--n", "4", *flags) == 2
     assert "(classes ['POSITIVE', 'NEGATIVE'], not ['negative', 'positive'])" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("right, is_remarked", [(0, True), (1, True), (2, False), (3, False)])
+def test_accuracy_below_chance_is_remarked_on(tmp_path, capsys, right, is_remarked):
+    class Victim:
+        model = types.SimpleNamespace(config=types.SimpleNamespace(num_labels=2))
+
+        def __call__(self, texts):
+            return torch.tensor([[1.0, 0.0]]).repeat(len(texts), 1)
+
+    test = [(("a",), int(number >= right)) for number in range(4)]
+    assert attack.clean_accuracy(attack.Options(n=4), tmp_path, Victim(), test) == right / 4
+    assert ("this is below chance" in capsys.readouterr().out) == is_remarked
 
 
 def test_missing_fine_tuned_model_is_not_replaced_by_a_classifier(victim, tmp_path, capsys):

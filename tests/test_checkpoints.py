@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 import unittest.mock
 import zipfile
 from pathlib import Path
@@ -268,7 +269,11 @@ def test_missing_heads_are_initialized_only_if_requested(tmp_path):
         ("bert.encoder.layer.2.output.dense.weight", (24, 40), "no place"),
         ("bert.embeddings.projection.weight", (24, 24), "no place"),
         ("bert.encoder.layer.1.output.dense.bias", None, "no tensor for layers.1.output.bias"),
-        ("bert.encoder.layer.1.attention.self.key.bias", None, "no tensor encoder.layer.1.attention.self.key.bias"),
+        (
+            "bert.encoder.layer.1.attention.self.key.bias",
+            None,
+            "no tensor bert.encoder.layer.1.attention.self.key.bias",
+        ),
         ("bert.embeddings.LayerNorm.weight", None, "no tensor for embedding_norm.weight"),
         ("cls.predictions.transform.dense.weight", (24, 25), "shape (24, 25), its configuration says (24, 24)"),
     ],
@@ -316,7 +321,7 @@ def test_archive_with_path_traversal_is_refused(tmp_path, monkeypatch, name):
     path = tmp_path / "model.zip"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr(name, "evil")
-    with pytest.raises(BadInput, match="leads out of its folder"):
+    with pytest.raises(BadInput, match="not a path inside its folder"):
         data.find_model(str(path))
     assert not [file for file in tmp_path.rglob("*") if file.is_file() and file.suffix not in (".zip", ".lock")]
 
@@ -324,8 +329,8 @@ def test_archive_with_path_traversal_is_refused(tmp_path, monkeypatch, name):
 INVALID_SHARDS = {
     "no map": ({"metadata": {}}, "no weight_map"),
     "a list": ([1], "is not a JSON object"),
-    "a path out of the folder": ({"weight_map": {"a": "../model.safetensors"}}, "which is not a file beside it"),
-    "a number": ({"weight_map": {"a": 1}}, "which is not a file beside it"),
+    "a path out of the folder": ({"weight_map": {"a": "../model.safetensors"}}, "is not a path inside its folder"),
+    "a number": ({"weight_map": {"a": 1}}, "is not a path inside its folder"),
     "a missing file": ({"weight_map": {"a": "gone.safetensors"}}, "which is not a file beside it"),
 }
 
@@ -402,7 +407,7 @@ def test_mutated_files_give_models_or_errors_in_one_line(tmp_path, monkeypatch, 
         ),
         (
             lambda folder: change(folder, num_hidden_layers=3),
-            "has no tensor encoder.layer.2.attention.self.query.weight",
+            "has no tensor bert.encoder.layer.2.attention.self.query.weight",
         ),
         (lambda folder: change(folder, num_hidden_layers=1), "for which its configuration has no place"),
         (lambda folder: change(folder, hidden_dropout_prob=1.0), "hidden_dropout_prob 1.0 is not a valid value"),
@@ -420,3 +425,142 @@ def test_damaged_model_folder_is_an_error_in_one_line(tmp_path, corpus, capsys, 
     assert call(search, *quick_search(tmp_path / "model", corpus, tmp_path)[1:]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+OTHER_NAMES = {"weights.pt": "bin", "epoch-3.ckpt": "bin", "model.pth": "legacy bin", "weights": "safetensors"}
+
+
+@pytest.mark.parametrize("name", OTHER_NAMES)
+def test_format_of_a_file_of_any_name_is_told_by_its_content(tmp_path, name):
+    model = saved(tmp_path / "model")
+    path = published_as(OTHER_NAMES[name], model, tmp_path / "other")
+    path = path.rename(path.with_name(name))
+    expected = Bert.load(tmp_path / "model", mlm=True).state_dict()
+    for place in (path, path.parent) if path.suffix else (path,):
+        found = Bert.load(place, mlm=True).state_dict()
+        assert all(torch.equal(expected[key], found[key]) for key in expected)
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("weights.pt", b"\x89HDF\r\n\x1a\n", "is an HDF5 file of Keras: give model.safetensors, pytorch_model.bin"),
+        ("model.safetensors", b"version https://git-lfs.github.com/spec/v1", "is the pointer of a Git LFS file: `git lfs pull`"),
+        ("pytorch_model.bin", b"<!DOCTYPE html>", "is a web page"),
+        ("weights.pt", b"\x00\x01\x02", "is neither a safetensors file nor a PyTorch checkpoint"),
+        ("weights.pt", b"", "is neither a safetensors file nor a PyTorch checkpoint"),
+        ("bert_model.ckpt.data-00000-of-00001", b"\0" * 99, "is one of several files .*give bert_model.ckpt.index"),
+        ("bert_model.ckpt.meta", b"\0" * 99, "is one of several files .*give bert_model.ckpt.index"),
+    ],
+)
+def test_file_that_is_no_model_is_named(tmp_path, name, content, message):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(BadInput, match=f"{name} {message}"):
+        Bert.load(tmp_path / name)
+
+
+WRAPPERS = {
+    "DataParallel": lambda state: {f"module.{name}": tensor for name, tensor in state.items()},
+    "torch.compile in a class": lambda state: {f"_orig_mod.model.{name}": tensor for name, tensor in state.items()},
+    "attribute instead of prefix": lambda state: {
+        name.replace("bert.", "encoder_model."): tensor for name, tensor in state.items()
+    },
+    "training checkpoint": lambda state: {
+        "epoch": 3,
+        "model_state_dict": {f"module.{name}": tensor for name, tensor in state.items()},
+        "optimizer_state_dict": {"state": {0: {"step": 1, "exp_avg": torch.ones(3)}}, "param_groups": [{"lr": 0.1}]},
+    },
+    "Lightning": lambda state: {
+        "state_dict": {f"model.{name}": tensor for name, tensor in state.items()},
+        "global_step": 5,
+        "optimizer_states": [{"state": {}}],
+    },
+}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_wrapper_of_a_model_is_stripped(tmp_path, wrapper):
+    model = saved(tmp_path / "model")
+    expected = Bert.load(tmp_path / "model", mlm=True).state_dict()
+    (tmp_path / "model" / "model.safetensors").unlink()
+    torch.save(WRAPPERS[wrapper](model.state_dict()), tmp_path / "model" / "pytorch_model.bin")
+    found = Bert.load(tmp_path / "model", mlm=True)
+    assert found.initialized == found.unused == []
+    assert all(torch.equal(expected[key], tensor) for key, tensor in found.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "entries, message",
+    [
+        (lambda state: {"epoch": 3}, r"does not hold named tensors: of its entries \['epoch'\], 0 do"),
+        (lambda state: {"model": state, "ema": state}, r"of its entries \['model', 'ema'\], 2 do"),
+        (lambda state: [1, 2], "does not hold named tensors"),
+        (lambda state: {"a": torch.ones(2)}, "has no tensors embeddings.word_embeddings.weight, but .'a'"),
+        (
+            lambda state: {f"{of}.{name}": tensor for of in ("query", "passage") for name, tensor in state.items()},
+            "has 2 tensors .*'query.bert.' and 'passage.bert.': give the weights of one model",
+        ),
+        (
+            lambda state: {name.replace("bert.", "roberta."): tensor for name, tensor in state.items()},
+            'has the tensors of a roberta: write "model_type": "roberta"',
+        ),
+    ],
+    ids=["no model", "two models", "a list", "other tensors", "two encoders", "another family"],
+)
+def test_what_is_missing_in_a_checkpoint_is_named(tmp_path, entries, message):
+    state = saved(tmp_path).state_dict()
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(entries(state), tmp_path / "pytorch_model.bin")
+    with pytest.raises(BadInput, match=message):
+        Bert.load(tmp_path)
+
+
+def test_family_without_model_type_is_told_by_its_architecture(tmp_path):
+    saved(tmp_path / "model", family="roberta")
+    expected = Bert.load(tmp_path / "model", mlm=True)
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    del config["model_type"], config["pad_token_id"]
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    found = Bert.load(tmp_path / "model", mlm=True)
+    assert found.config == expected.config and found.initialized == found.unused == []
+    assert Tokenizer(tmp_path / "model").family == "roberta"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_tensor_with_nan_or_infinity_is_named(tmp_path, kind, value):
+    model = saved(tmp_path / "model")
+    published_as(kind, model, tmp_path / "good")
+    model.bert.encoder.layer[1].output.dense.weight.data[3, 5] = value
+    published_as(kind, model, tmp_path / "bad")
+    with pytest.raises(BadInput, match="encoder.layer.1.output.dense.weight has NaN or infinity"):
+        Bert.load(tmp_path / "bad")
+    model.bert.encoder.layer[1].output.dense.weight.data[3, :2] = 3e38  # finite, though their sum is not
+    model.bert.encoder.layer[1].output.dense.weight.data[3, 5] = 0
+    published_as(kind, model, tmp_path / "large")
+    Bert.load(tmp_path / "large")
+
+
+@pytest.mark.parametrize("name", ["num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_size"])
+def test_gigantic_model_is_refused_before_memory_is_allocated(tmp_path, corpus, capsys, name):
+    saved(tmp_path / "model")
+    change(tmp_path / "model", **{name: 2**23})
+    started = time.monotonic()
+    assert call(search, *quick_search(tmp_path / "model", corpus, tmp_path)[1:]) == 2
+    assert f"{name} 8388608 is not a valid value" in capsys.readouterr().err and time.monotonic() - started < 2
+
+
+@pytest.mark.parametrize("depth", [100, 400, 900, 100_000])
+def test_deeply_nested_json_is_an_error_in_one_line(tmp_path, depth):
+    nested = '{"a":' * depth + "1" + "}" * depth
+    saved(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "part.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(f'{{"weight_map": {{"a": {nested}}}}}')
+    with pytest.raises(BadInput, match="is not a path inside its folder|is not JSON"):
+        Bert.load(tmp_path)
+    for name in ("model_type", "hidden_act", "hidden_size", "architectures"):
+        (tmp_path / "config.json").write_text(f'{{"{name}": {nested}}}')
+        with pytest.raises(BadInput) as error:
+            Bert.load(tmp_path)
+        assert len(str(error.value)) < 500

@@ -3,6 +3,10 @@
 import email.utils
 import os
 import shutil
+import socketserver
+import ssl
+import subprocess
+import threading
 import time
 from pathlib import Path
 
@@ -182,3 +186,243 @@ def test_folder_of_results_is_not_mistaken_for_a_model(tmp_path, monkeypatch):
 def test_error_for_an_unknown_model_names_the_bundled_one(server):
     with pytest.raises(BadInput, match="model 'bert-nowhere': the hub has no config.json .*; minilm needs no network"):
         data.find_model("bert-nowhere")
+
+
+@pytest.fixture
+def raw_server():
+    """serve(function): the address of a server that gives every connection, and its request, to the function."""
+    servers = []
+
+    def serve(function, wrap=lambda connection: connection):
+        class Handler(socketserver.BaseRequestHandler):
+            def handle(self):
+                try:
+                    connection = wrap(self.request)
+                    function(connection, connection.recv(10_000).decode())
+                except OSError:  # the client has closed the connection
+                    return
+
+        servers.append(socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler))
+        servers[-1].daemon_threads, servers[-1].block_on_close = True, False
+        threading.Thread(target=servers[-1].serve_forever, args=[0.05], daemon=True).start()
+        return f"127.0.0.1:{servers[-1].server_address[1]}"
+
+    yield serve
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+HEADERS = f"HTTP/1.1 200 OK\r\nETag: {'0' * 40}\r\nX-Repo-Commit: {COMMIT}\r\n"
+PIECES = {
+    "headers": ["HTTP/1.1 200 OK\r\nX-Slow: ", *"a" * 400],
+    "body": [f"{HEADERS}Content-Length: 5000\r\n\r\n", *"a" * 400],
+    "size of a chunk": [f"{HEADERS}Transfer-Encoding: chunked\r\n\r\n", *"0" * 400],
+}
+
+
+@pytest.mark.parametrize("kind", PIECES)
+def test_server_that_sends_a_byte_now_and_then_is_given_up(raw_server, server, monkeypatch, kind):
+    def slowly(connection, request):
+        if request.startswith("HEAD") and kind != "headers":
+            connection.sendall(f"{HEADERS}Content-Length: 5000\r\n\r\n".encode())
+        else:
+            for piece in PIECES[kind]:
+                connection.sendall(piece.encode())
+                threading.Event().wait(0.05)  # time.sleep is replaced
+
+    monkeypatch.setenv("HF_ENDPOINT", f"http://{raw_server(slowly)}")
+    monkeypatch.setattr(hub, "PATIENCE", 0.2)
+    monkeypatch.setattr(hub, "ATTEMPTS", 2)
+    started = time.monotonic()
+    expected = "no headers within 0.2 seconds" if kind == "headers" else "of 5,000 bytes arrived"
+    with pytest.raises(BadInput, match=f"cannot fetch a of owner/name from .*{expected}, 2 attempts"):
+        hub.fetch("owner/name", "a")
+    assert time.monotonic() - started < 3
+
+
+def test_server_that_sends_more_than_it_declared_is_cut_off(raw_server, server, monkeypatch, tmp_path):
+    def endless(connection, request):
+        length = "Content-Length: 5000\r\n" if request.startswith("HEAD") else ""
+        connection.sendall(f"{HEADERS}{length}\r\n".encode())
+        while request.startswith("GET"):
+            connection.sendall(b"a" * 2**16)
+
+    largest = []
+    monkeypatch.setattr(
+        hub.Path, "unlink", lambda path, *_, **__: (largest.append(path.stat().st_size), os.remove(path))
+    )
+    monkeypatch.setenv("HF_ENDPOINT", f"http://{raw_server(endless)}")
+    with pytest.raises(BadInput, match="a wrong checksum, 5 attempts"):
+        hub.fetch("owner/name", "a")
+    assert len(largest) == hub.ATTEMPTS and max(largest) <= 5000 + hub.CHUNK
+
+
+PROXY_ANSWERS = {"https": "407 Proxy Authentication Required", "http": "407 Client Error"}
+
+
+@pytest.mark.parametrize("scheme", PROXY_ANSWERS)
+def test_error_of_a_proxy_names_its_variable(raw_server, server, monkeypatch, scheme):
+    def refuse(connection, request):
+        connection.sendall(b"HTTP/1.1 407 Proxy Authentication Required\r\nContent-Length: 0\r\n\r\n")
+
+    monkeypatch.setenv("HF_ENDPOINT", f"{scheme}://hub.example")
+    for proxy, reason in ((raw_server(refuse), PROXY_ANSWERS[scheme]), ("127.0.0.1:9", "Connection refused")):
+        monkeypatch.setenv(f"{scheme}_proxy", f"http://user:secret@{proxy}")
+        with pytest.raises(BadInput, match=f"from hub.example: .*{reason}.*; check the proxy in HTTPS_PROXY") as error:
+            hub.fetch("owner/name", "a")
+        assert "secret" not in str(error.value)
+
+
+def test_error_of_an_unknown_certificate_names_its_variable(raw_server, server, monkeypatch, tmp_path):
+    if not shutil.which("openssl"):
+        pytest.skip("openssl makes the certificate")
+    names = "-subj /CN=127.0.0.1 -addext subjectAltName=IP:127.0.0.1 -addext basicConstraints=critical,CA:TRUE"
+    command = f"openssl req -x509 -newkey rsa:2048 -nodes -keyout key.pem -out cert.pem {names}"
+    subprocess.run(command.split(), cwd=tmp_path, check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "cert.pem", tmp_path / "key.pem")
+
+    def missing(connection, request):
+        connection.sendall(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n")
+
+    address = raw_server(missing, lambda connection: context.wrap_socket(connection, server_side=True))
+    monkeypatch.setenv("HF_ENDPOINT", f"https://{address}")
+    for bundle in (None, tmp_path / "gone.pem", tmp_path / "key.pem"):
+        if bundle:
+            monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(bundle))
+        with pytest.raises(BadInput, match="certificate.* in REQUESTS_CA_BUNDLE"):
+            hub.fetch("owner/name", "a")
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(tmp_path / "cert.pem"))
+    with pytest.raises(hub.NotOnHub):
+        hub.fetch("owner/name", "a")
+
+
+def test_token_is_not_sent_without_tls_to_a_hub_with_tls(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setenv("HF_ENDPOINT", "https://hub.example")
+    assert hub.authorization("https://hub.example/a") and not hub.authorization("http://hub.example/a")
+
+
+@pytest.mark.parametrize("text", ["9" * 5000, "Fri, 31 Dec 99999 23:59:59 GMT", "Mon, 99 Foo 2026 99:99:99", "-1"])
+def test_any_retry_after_is_obeyed_or_ignored(server, text):
+    server.files["large.bin"], server.faults, server.retry_after = LARGE, ["503"], text
+    assert hub.fetch("owner/name", "large.bin").read_bytes() == LARGE
+
+
+@pytest.mark.parametrize(
+    "header, reason",
+    [
+        ("Content-Length: " + "9" * 5000, "without checksum, size and commit"),
+        ("X-Linked-Size: -1", "without checksum, size and commit"),
+        ("X-Linked-Etag: ../../../a", "without checksum, size and commit"),
+        ("Location: http://[", "Location 'http://\\[' is not an address"),
+        ("Location: file:///etc/passwd", "Location 'file:///etc/passwd' is not an address"),
+        ("Location: http://a.example:99999/", "Location .* is not an address"),
+    ],
+    ids=["size", "negative size", "checksum", "Location", "scheme", "port"],
+)
+def test_odd_headers_are_an_error_in_one_line(raw_server, server, monkeypatch, header, reason):
+    status = HEADERS.replace("200 OK", "302 Found") if header.startswith("Location") else HEADERS
+    answer = f"{status}{header}\r\n\r\n".encode()
+    monkeypatch.setenv("HF_ENDPOINT", f"http://{raw_server(lambda connection, _: connection.sendall(answer))}")
+    with pytest.raises(BadInput, match=f"cannot fetch a of owner/name from 127.0.0.1:.*{reason}"):
+        hub.fetch("owner/name", "a")
+
+
+@pytest.mark.parametrize("address", ["huggingface.co", "ftp://a.example", "http://[", "https://", "http://a:b", "\0"])
+def test_endpoint_that_is_no_address_is_an_error_in_one_line(server, monkeypatch, address):
+    monkeypatch.setattr(hub, "endpoint", lambda: address)
+    with pytest.raises(BadInput, match="HF_ENDPOINT .* is not an address such as https://huggingface.co"):
+        hub.fetch("owner/name", "a")
+
+
+@pytest.mark.parametrize("token", ["hf_a\nb", "hf_ä", "hf a"])
+def test_token_that_no_header_can_carry_is_an_error_that_does_not_show_it(server, monkeypatch, token):
+    monkeypatch.setenv("HF_TOKEN", token)
+    with pytest.raises(BadInput, match="HF_TOKEN has characters") as error:
+        hub.fetch("owner/name", "a")
+    assert token not in str(error.value)
+
+
+PATHS = ["..", "../a", "a/../../b", "/a", "\\a", "..\\a", "C:\\a", "C:a", "", ".", "a\0b", "a\udcffb"]
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_name_that_leads_out_of_the_cache_is_refused(server, tmp_path, path):
+    before = sorted(tmp_path.rglob("*"))
+    for name, revision in ((path, "main"), ("a", path)):
+        with pytest.raises(BadInput, match="(file name|revision) .* is not a path inside its folder"):
+            hub.fetch("owner/name", name, revision)
+    with pytest.raises(BadInput, match="revision .* is not a path inside its folder"):
+        hub.fetch_model("owner/name", path)
+    if path:
+        with pytest.raises(BadInput, match="revision .* is not a path inside its folder"):
+            data.find_task("sst2").load(path)
+    assert sorted(tmp_path.rglob("*")) == before and server.seen == []
+
+
+def test_local_folder_is_not_taken_for_a_revision(server, tmp_path):
+    saved(tmp_path / "model")
+    for revision in (str(tmp_path / "model"), "../../../model"):
+        with pytest.raises(BadInput, match="is not a path inside its folder"):
+            hub.fetch_model("owner/name", revision)
+
+
+def test_damaged_blob_is_reported_and_fetched_again(server, monkeypatch, capsys):
+    server.files |= {"large.bin": LARGE, "small.txt": b"few"}
+    for name, content in server.files.items():
+        blob = hub.fetch("owner/name", name).resolve()
+        blob.write_bytes(content[::-1])
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+        with pytest.raises(BadInput, match="is not in the cache"):
+            hub.fetch("owner/name", name)
+        assert f"{blob} is damaged" in capsys.readouterr().out
+        monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+        assert hub.fetch("owner/name", name).read_bytes() == content
+
+
+def test_damaged_weights_of_a_cached_model_are_fetched_again(server, tmp_path, capsys):
+    saved(tmp_path / "model")
+    server.files |= {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()}
+    folder = hub.fetch_model("owner/name")
+    seen = len(server.seen)
+    assert hub.fetch_model("owner/name") == folder and len(server.seen) == seen
+    blob = (folder / "model.safetensors").resolve()
+    blob.write_bytes(blob.read_bytes()[:-4] + b"1234")
+    assert hub.fetch_model("owner/name") == folder
+    assert blob.read_bytes() == server.files["model.safetensors"]
+    assert capsys.readouterr().out.count("is damaged") == 1
+
+
+def test_damaged_reference_is_written_again(server):
+    server.files["large.bin"] = LARGE
+    hub.fetch("owner/name", "large.bin")
+    ref = hub.cache_folder("owner/name", False) / "refs" / "main"
+    for damage in (b"\xff\xfe", b"../../../..", b"", b"\0" * 40):
+        ref.write_bytes(damage)
+        assert hub.fetch("owner/name", "large.bin").read_bytes() == LARGE
+        assert ref.read_text() == COMMIT
+
+
+def test_file_without_bytes_is_fetched(server):
+    server.files["empty.txt"] = b""
+    assert hub.fetch("owner/name", "empty.txt").read_bytes() == b""
+
+
+def test_cache_without_symbolic_links_is_shared_with_huggingface_hub(server, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "symlink", refuse)
+    server.files |= {"large.bin": LARGE, "small.txt": b"few"}
+    cache = os.environ["HF_HOME"] + "/hub"
+    for name, content in server.files.items():
+        path = hub.fetch("owner/name", name)
+        assert path.read_bytes() == content and not path.is_symlink()
+        seen = len(server.seen)
+        assert hub.fetch("owner/name", name) == path and len(server.seen) == seen
+        found = huggingface_hub.hf_hub_download("owner/name", name, cache_dir=cache, local_files_only=True)
+        assert Path(found) == path
+    stored = [path for path in Path(cache).rglob("*") if path.is_file() and path.stat().st_size > 1000]
+    assert stored == [hub.fetch("owner/name", "large.bin")]  # once
