@@ -19,7 +19,7 @@ import torch
 import data
 from bert import Bert, Config
 from checkpoints import huggingface, safetensors
-from checkpoints.provenance import Checkpoint, is_up_to_date, versions
+from checkpoints.provenance import Checkpoint, is_up_to_date, software
 from checkpoints.runs import SearchRun
 from freelb import freelb, initial_delta
 from gates import Coefficients, EarlyStopping, draw_masks
@@ -72,7 +72,7 @@ class Options:
         1, "number of searches, from --seed on; then file names end in the seed", at_least=1, group="output"
     )
     output: str = option("runs", "folder; results go to OUTPUT/MODEL", group="output")
-    overwrite: bool = option(False, "replace the results of another search", group="output")
+    overwrite: bool = option(False, "make it anew, in place of what is there", group="output")
     precision: str = option("auto", "auto: bf16 where supported", choices=("auto", "bf16", "fp32"), group="machine")
     grad_accum_steps: int = option(1, "parts of a step, computed in turn to save memory", at_least=1, group="machine")
     checkpointing: bool = option(False, "recompute activations to save memory, a third more work", group="machine")
@@ -106,7 +106,7 @@ def main():
             "model_sha256": model_sha256,
             "config": asdict(config),
             "corpus_sha256": examples_sha256,
-            "versions": versions(),
+            **software(__file__),
         }
         path, state = output / f"coefficients{suffix}.safetensors", output / f"search{suffix}.state.safetensors"
         with distributed.file_lock(state):

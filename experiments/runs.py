@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+from checkpoints.provenance import read_result, software
 from runtime import files
 from runtime.cli import BadInput
 
@@ -33,6 +34,12 @@ RESERVED = {  # script -> its options that the tables set
     ),
 }
 ATTACK_COLUMNS = {"Aua%": ("aua", 100), "Suc%": ("suc", 100), "#Query": ("queries", 1)}  # column -> (key, unit)
+
+
+def code():
+    """{file: digest} of what makes a run: the scripts and this file."""
+    paths = [ROOT / f"{name}.py" for name in ("search", "draw", "finetune", "attack", "baselines/robustt")]
+    return {name: digest for path in (*paths, __file__) for name, digest in software(path)["code"].items()}
 
 
 def parse_overrides(options, script):
@@ -65,14 +72,21 @@ def check_override(methods, script, flag):
 
 
 def run_script(name, /, **flags):
-    """Run search, draw, finetune, attack or baselines.robustt. Its progress and errors are shown, its output is not."""
-    arguments = []
+    """Run search, draw, finetune, attack or baselines.robustt. Its progress and errors are shown, its output is not.
+
+    overwrite, among the flags: if it fails, it is run again with --overwrite.
+    """
+    arguments, overwrite = [], flags.pop("overwrite", None)
     for flag, value in flags.items():
         arguments += [] if value is None else [f"--{flag.replace('_', '-')}", str(value)]
     program = ["-m", name] if "." in name else [ROOT / f"{name}.py"]
     paths = [str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    code = subprocess.run([sys.executable, *program, *arguments], env=env, stdout=subprocess.DEVNULL).returncode
+    for more in ([], ["--overwrite"]) if overwrite else ([],):
+        command = [sys.executable, *program, *arguments, *more]
+        code = subprocess.run(command, env=env, stdout=subprocess.DEVNULL).returncode
+        if code != 2:
+            break
     if code == 130:
         raise KeyboardInterrupt
     if code:
@@ -83,7 +97,7 @@ def run_method(options, task, name, seed):
     """Make the ticket, fine-tune and attack: the "figures" of the run and the "resources" of its attacks."""
     ticket, training, ablation = METHODS[name]
     output = Path(options.output, "vanilla-search") if ticket == "vanilla" else Path(options.output)
-    where = {"model": options.model, "output": output}
+    where = {"model": options.model, "output": output, "overwrite": options.overwrite or None}
     rows = {"task": task, "seed": seed, "train_rows": options.train_rows, "batch_size": options.batch_size}
     trained = rows | {"epochs": options.epochs, "learning_rate": options.learning_rate}
     trained |= parse_overrides(options, "finetune")
@@ -98,12 +112,12 @@ def run_method(options, task, name, seed):
     run = {"ticket": ticket, "method": training, "ablation": ablation, "seed": seed}
     run_script("finetune", **where, **trained | run)
     folder /= files.run_name(SimpleNamespace(**run))
-    metrics = files.read_json(folder / "metrics.json")
+    metrics = read_result(folder / "metrics.json")
     figures, resources = {"Clean%": 100 * metrics["test_accuracy"]}, {}
     for attack in options.attacks:
         for _ in range(2):  # examples that ended in an error, such as out of memory, are tried once more
             run_script("attack", **where, **run, task=task, n=options.n, attack=attack)
-            summary = files.read_json(folder / f"{attack}.json")
+            summary = read_result(folder / f"{attack}.json")
             if not summary["errors"]:
                 break
         else:

@@ -13,8 +13,8 @@ import filelock
 
 import data
 from attacks.recipes import RECIPES
-from checkpoints.provenance import versions
-from experiments.runs import ATTACK_COLUMNS, METHODS, check_override, parse_overrides, run_method
+from checkpoints.provenance import differences, read_result, summary, versions, write_result
+from experiments.runs import ATTACK_COLUMNS, METHODS, check_override, code, parse_overrides, run_method
 from runtime import cli, files
 from runtime.cli import BadInput, option
 from runtime.device import DEFAULT_MODEL, MODEL_HELP, describe, pick_device
@@ -41,6 +41,7 @@ class Options:
     finetune: tuple = option((), "options of finetune.py, such as adv-max-norm=2; shown as separate rows")
     output: str = option("runs", "folder for the models; other settings than before need another one")
     results: str = option("experiments/results", "folder for the tables")
+    overwrite: bool = option(False, "make the runs of other code anew, with what they need, in place of what is there")
 
 
 def make_table(table, rows, description, attacked=True):
@@ -56,7 +57,14 @@ def make_table(table, rows, description, attacked=True):
     path = Path(options.results) / f"{table}.json"
     cells = itertools.product(options.tasks, range(options.seeds), options.methods)
     cells = list(dict.fromkeys(cells))  # a repeated method is one row
-    recorded = {(run["task"], run["seed"], run["method"]) for run in load_runs(path) if run["settings"] == settings}
+    recorded = [run for run in load_runs(path) if run["settings"] == settings]
+    current, outdated = code(), {}
+    for run in recorded:
+        if run["task"] in options.tasks and run["method"] in options.methods:
+            outdated |= differences(run.get("code", {}), current)
+    if outdated and not options.overwrite:
+        raise BadInput(f"{path} has runs of other code ({summary(outdated)}): use --overwrite, or another --results")
+    recorded = {(run["task"], run["seed"], run["method"]) for run in recorded if run.get("code") == current}
     missing = [cell for cell in cells if cell not in recorded]
     for task in dict.fromkeys(task for task, _, _ in missing) if options.attacks else ():
         count = len(data.find_task(task).load(None)["test"])
@@ -67,12 +75,11 @@ def make_table(table, rows, description, attacked=True):
         bar.set_postfix_str(f"{method} on {task}, seed {seed}")
         run = {"task": task, "method": method, "seed": seed, "settings": settings}
         run |= run_method(options, task, method, seed)
-        save_run(path, run | {"machine": describe(pick_device()), "versions": versions()})
+        save_run(path, run | {"machine": describe(pick_device()), "code": current, "versions": versions()})
         bar.update()
     bar.close()
     text = to_markdown(table, load_runs(path))
-    with files.atomic_write(path.with_suffix(".md")) as tmp_path:
-        Path(tmp_path).write_text(text, "utf8")
+    files.write_text(path.with_suffix(".md"), text)
     print(text, end="")
 
 
@@ -89,16 +96,23 @@ def run_settings(options):
 
 def load_runs(path):
     """The runs in the .json of a table."""
-    return files.read_json(path)["runs"] if path.is_file() else []
+    return read_result(path)["runs"] if path.is_file() else []
 
 
 def save_run(path, run):
-    """Add a run to the .json of a table, or replace it. Other commands may write to the same file."""
+    """Add a run to the .json of a table, in place of an older one, and of those of other code in its row of the table.
+
+    Other commands may write to the same file.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(path.with_suffix(".lock")):
-        key = ("task", "method", "seed", "settings")
-        others = [other for other in load_runs(path) if any(other[name] != run[name] for name in key)]
-        files.write_json(path, {"runs": [*others, run]})
+
+        def stays(other):
+            if any(other[name] != run[name] for name in ("task", "method", "settings")):
+                return True
+            return other["seed"] != run["seed"] and other.get("code") == run["code"]
+
+        write_result(path, {"runs": [*filter(stays, load_runs(path)), run]})
 
 
 def to_markdown(table, runs):

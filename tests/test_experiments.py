@@ -12,6 +12,7 @@ import draw
 import finetune
 import search
 from baselines import robustt
+from checkpoints.provenance import write_result
 from experiments import runs, table1, table2, table3, table6, tables
 from runtime import cli, files
 from tests.conftest import call
@@ -38,11 +39,11 @@ def scripts(monkeypatch):
             accuracy = 0.8 + 0.01 * options.seed**2
         if name == "finetune":
             metrics = {"test_accuracy": accuracy, "peak_memory": 2e9, "parameters": 3e6}
-            files.write_json(folder / "metrics.json", metrics | {"seconds": 7, "tokens_per_second": 11})
+            write_result(folder / "metrics.json", metrics | {"seconds": 7, "tokens_per_second": 11})
         if name == "attack":
             attacked = {"aua": accuracy / 2, "suc": None, "queries": 50, "resources": {"word vectors": "of a test"}}
             attacked["errors"] = dict.fromkeys("789" * (options.method == "pgd" and options.seed == 4), "none left")
-            files.write_json(folder / f"{options.attack}.json", attacked)
+            write_result(folder / f"{options.attack}.json", attacked)
 
     monkeypatch.setattr(runs, "run_script", run_script)
     return ran
