@@ -67,7 +67,7 @@ class Options:
     precision: str = option("fp32", "auto: bf16 where it is fast", choices=("auto", "bf16", "fp32"), group="machine")
     output: str = option("runs", "folder that finetune.py wrote to", group="output")
     show: int = option(0, "successful attacks to print, with changed words marked", at_least=0, group="output")
-    overwrite: bool = option(False, "make them anew, in place of what is there", group="output")
+    overwrite: bool = option(False, "make them anew; if interrupted, the same command resumes", group="output")
 
 
 NOT_SETTINGS = (

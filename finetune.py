@@ -79,7 +79,7 @@ class Options:
     seed: int = option(0, "random seed", at_least=0, below=2**63, group="optimization")
     output: str = option("runs", "folder; results go to OUTPUT/MODEL/TASK", group="output")
     export_hf: str = option(None, "also write a dense copy for transformers to this folder", group="output")
-    overwrite: bool = option(False, "make it anew, and the export, in place of what is there", group="output")
+    overwrite: bool = option(False, "make it anew; if interrupted, the same command resumes", group="output")
     precision: str = option("auto", "auto: bf16 where supported", choices=("auto", "bf16", "fp32"), group="machine")
     grad_accum_steps: int = option(1, "parts of a step, computed in turn to save memory", at_least=1, group="machine")
     checkpointing: bool = option(False, "recompute activations to save memory, a third more work", group="machine")

@@ -72,7 +72,7 @@ class Options:
         1, "number of searches, from --seed on; then file names end in the seed", at_least=1, group="output"
     )
     output: str = option("runs", "folder; results go to OUTPUT/MODEL", group="output")
-    overwrite: bool = option(False, "make it anew, in place of what is there", group="output")
+    overwrite: bool = option(False, "make it anew; if interrupted, the same command resumes", group="output")
     precision: str = option("auto", "auto: bf16 where supported", choices=("auto", "bf16", "fp32"), group="machine")
     grad_accum_steps: int = option(1, "parts of a step, computed in turn to save memory", at_least=1, group="machine")
     checkpointing: bool = option(False, "recompute activations to save memory, a third more work", group="machine")

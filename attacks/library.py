@@ -41,6 +41,7 @@ def import_textattack():
         warnings.simplefilter("ignore")
         import textattack
     logging.disable(logging.NOTSET)
+    warnings.filterwarnings("ignore", category=DeprecationWarning, module="textattack")
     if not was_marked:
         marker.unlink(missing_ok=True)  # so that TextAttack still downloads its data when it is used on its own
     for name in ("textattack.shared.utils.install", "jieba"):

@@ -62,7 +62,7 @@ class Options:
     clip_norm: float = option(1.0, "largest norm of the loss's gradient", above=0, group="optimization")
     precision: str = option("auto", "auto: bf16 where it is fast", choices=("auto", "bf16", "fp32"), group="machine")
     output: str = option("runs", "folder of finetune.py; the ticket is written to OUTPUT/MODEL/TASK", group="output")
-    overwrite: bool = option(False, "make it anew, in place of what is there", group="output")
+    overwrite: bool = option(False, "make it anew; if interrupted, the same command resumes", group="output")
 
 
 class Gates(nn.Module):

@@ -14,12 +14,12 @@ from runtime.cli import BadInput
 from runtime.files import writable
 
 
-def cache_folder():
+def folder():
     """The folder of files that can be rebuilt: $XDG_CACHE_HOME/orticket, or ~/.cache/orticket."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "orticket"
 
 
-def cached(path, read, build):
+def get(path, read, build):
     """read(path) of a file or folder in the cache. build(path) makes it if it is missing or `read` raises BadInput.
 
     Of several processes, one builds it and the others wait. A cache that cannot be written is replaced by a temporary

@@ -15,7 +15,7 @@ from pathlib import Path, PureWindowsPath
 
 import torch
 
-from checkpoints.cache import cache_folder, cached
+from checkpoints import cache
 from checkpoints.safetensors import MappedTensors, read_safetensors
 from checkpoints.tensorflow1 import read_tensorflow
 from runtime.cli import BadInput, one_line
@@ -188,7 +188,7 @@ def unpack(archive):
                     raise BadInput(f"{path} is damaged")
         return folder
 
-    folder = cached(cache_folder() / "unpacked" / sha256(archive), intact, extract)
+    folder = cache.get(cache.folder() / "unpacked" / sha256(archive), intact, extract)
     configs = [path for path in folder.rglob("*") if path.name in ("config.json", "bert_config.json")]
     return min(configs, key=lambda path: (len(path.parts), path)).parent if configs else folder
 

@@ -95,8 +95,11 @@ def run_settings(options):
 
 
 def load_runs(path):
-    """The runs in the .json of a table."""
-    return read_result(path)["runs"] if path.is_file() else []
+    """The runs in the .json of a table. Raises BadInput for another .json."""
+    runs = read_result(path).get("runs") if path.is_file() else []
+    if runs is None:
+        raise BadInput(f"{path} has no runs: give another --results")
+    return runs
 
 
 def save_run(path, run):

@@ -13,8 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from checkpoints import safetensors
-from checkpoints.cache import cache_folder, cached
+from checkpoints import cache, safetensors
 from runtime.cli import BadInput, progress
 from runtime.files import atomic_write, sha256
 from runtime.optim import seed_step
@@ -77,9 +76,9 @@ class TokenizedSplit:
         texts = [texts for texts, _ in rows]
         if cached:
             key = {"rows_sha256": rows_sha256(tokenizer, max_length, rows)}
-            path = cache_folder() / "encodings" / f"{key['rows_sha256']}.safetensors"
+            path = cache.folder() / "encodings" / f"{key['rows_sha256']}.safetensors"
             write = lambda path: safetensors.write_safetensors(path, encode(tokenizer, texts, max_length), key)  # noqa: E731
-            encoding = cached(path, lambda path: read_encoding(path, key), write)
+            encoding = cache.get(path, lambda path: read_encoding(path, key), write)
         else:
             encoding = encode(tokenizer, texts, max_length)
         self.ids, self.ends = encoding["ids"], encoding["ends"]
@@ -194,10 +193,10 @@ class Blocks:
     def __init__(self, tokenizer, documents, size, key, block, device="cpu"):
         self.tokenizer, self.block, self.device = tokenizer, block, device
         key = hashlib.sha256(f"{tokenizer.digest} {key}".encode()).hexdigest()
-        path = cache_folder() / "tokens" / f"{key}.int32"
+        path = cache.folder() / "tokens" / f"{key}.int32"
         write = lambda path: write_tokens(path, key, token_stream(tokenizer, documents, size))  # noqa: E731
         # the file stays open: the cache may be cleared during a search
-        self.file, self.tokens, self.sha256 = cached(path, lambda path: open_tokens(path, key), write)
+        self.file, self.tokens, self.sha256 = cache.get(path, lambda path: open_tokens(path, key), write)
         if len(self) == 0:
             raise BadInput(f"the corpus has {self.tokens} tokens, not enough for one block of {block}")
 
