@@ -47,16 +47,19 @@ def parse(path, status):
 
     status: changes with the file.
     """
-    tree, modules = ast.parse(path.read_bytes()), set()
+    tree, names = ast.parse(path.read_bytes()), []
     for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            modules |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            modules |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            level, module = getattr(node, "level", 0), getattr(node, "module", None)
+            package = path.relative_to(ROOT).parts[:-level] if level else ()  # of a relative import
+            package += tuple(module.split(".")) if module else ()
+            names += [(*package, *alias.name.split(".")) for alias in node.names]
         elif isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
             del node.body[0]
-    files = [ROOT / f"{str(module).replace('.', '/')}.py" for module in sorted(map(str, modules))]
-    return hashlib.sha256(ast.unparse(tree).encode()).hexdigest()[:16], [file for file in files if file.is_file()]
+    # a name may be a module, or something in one; importing a module runs the __init__.py of its packages
+    stems = {ROOT.joinpath(*name[:length]) for name in names for length in range(1, len(name) + 1)}
+    files = {file for stem in stems for file in (Path(f"{stem}.py"), stem / "__init__.py") if file.is_file()}
+    return hashlib.sha256(ast.unparse(tree).encode()).hexdigest()[:16], sorted(files)
 
 
 def write_result(path, value):

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from checkpoints import cache, safetensors
+from checkpoints.provenance import json_sha256, software
 from runtime.cli import BadInput, progress
 from runtime.files import atomic_write, sha256
 from runtime.optim import seed_step
@@ -75,10 +76,13 @@ class TokenizedSplit:
         self.labels = torch.tensor([label for _, label in rows], dtype=torch.int64)
         texts = [texts for texts, _ in rows]
         if cached:
-            key = {"rows_sha256": rows_sha256(tokenizer, max_length, rows)}
-            path = cache.folder() / "encodings" / f"{key['rows_sha256']}.safetensors"
-            write = lambda path: safetensors.write_safetensors(path, encode(tokenizer, texts, max_length), key)  # noqa: E731
-            encoding = cache.get(path, lambda path: read_encoding(path, key), write)
+            key = cache_key(rows_sha256(tokenizer, max_length, rows))
+            path = cache.folder() / "encodings" / f"{key}.safetensors"
+            encoding = cache.get(
+                path,
+                lambda path: read_encoding(path, key),
+                lambda path: safetensors.write_safetensors(path, encode(tokenizer, texts, max_length), {"key": key}),
+            )
         else:
             encoding = encode(tokenizer, texts, max_length)
         self.ids, self.ends = encoding["ids"], encoding["ends"]
@@ -143,11 +147,16 @@ def encode(tokenizer, texts, max_length):
     }
 
 
+def cache_key(*inputs):
+    """The name of a file in the cache, which depends on the inputs and on the code that makes it from them."""
+    return json_sha256([inputs, software(__file__)["code"]])
+
+
 def read_encoding(path, key):
-    """The tensors of `encode` in a cache file. Raises BadInput if it is damaged or has other rows."""
+    """The tensors of `encode` in a cache file. Raises BadInput if it is damaged or has another key."""
     tensors, metadata = safetensors.read_with_metadata(path)
-    if metadata != key:
-        raise BadInput(f"{path} has other rows")
+    if metadata != {"key": key}:
+        raise BadInput(f"{path} is of other rows")
     return tensors
 
 
@@ -192,11 +201,12 @@ class Blocks:
 
     def __init__(self, tokenizer, documents, size, key, block, device="cpu"):
         self.tokenizer, self.block, self.device = tokenizer, block, device
-        key = hashlib.sha256(f"{tokenizer.digest} {key}".encode()).hexdigest()
-        path = cache.folder() / "tokens" / f"{key}.int32"
-        write = lambda path: write_tokens(path, key, token_stream(tokenizer, documents, size))  # noqa: E731
-        # the file stays open: the cache may be cleared during a search
-        self.file, self.tokens, self.sha256 = cache.get(path, lambda path: open_tokens(path, key), write)
+        key = cache_key(tokenizer.digest, key)
+        self.file, self.tokens, self.sha256 = cache.get(  # the file stays open: the cache may be cleared meanwhile
+            cache.folder() / "tokens" / f"{key}.int32",
+            lambda path: open_tokens(path, key),
+            lambda path: write_tokens(path, key, token_stream(tokenizer, documents, size)),
+        )
         if len(self) == 0:
             raise BadInput(f"the corpus has {self.tokens} tokens, not enough for one block of {block}")
 

@@ -9,9 +9,9 @@ import shutil
 import subprocess
 import sys
 import threading
-import time
 import types
 import unittest.mock
+import warnings
 from pathlib import Path
 
 import filelock
@@ -35,10 +35,11 @@ from checkpoints.provenance import Checkpoint, is_up_to_date, read_made_by, read
 from checkpoints.tickets import find_ticket, read_coefficients
 from experiments import runs as runs_of_tables
 from experiments import table2, tables
-from inputs import mlm_head
+from inputs import batches, mlm_head
 from inputs.batches import Blocks, TokenizedSplit
 from inputs.finetuned import load_finetuned
 from inputs.tokenizer import Tokenizer
+from runtime import distributed
 from runtime import files as runtime_files
 from runtime.cli import BadInput
 from tests.conftest import HERE, call, interrupted_at, saved
@@ -73,12 +74,12 @@ def edit_function(path, name):
     path.write_text(edited, "utf8")
 
 
-def python_modules(path):
+def python_modules(path, root=HERE):
     """The project's modules that a script imports, according to Python's own finder."""
-    finder = modulefinder.ModuleFinder([str(HERE)])
+    finder = modulefinder.ModuleFinder([str(root)])
     finder.run_script(str(path))
     found = {Path(module.__file__) for module in finder.modules.values() if module.__file__}
-    return {path.relative_to(HERE).as_posix() for path in found if path.name != "__init__.py"}
+    return {path.relative_to(root).as_posix() for path in found}
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -87,6 +88,18 @@ def test_the_code_of_a_script_is_what_it_imports(script):
     assert software(path)["code"].keys() == python_modules(path)
     others = {f"{name.replace('.', '/')}.py" for name in SCRIPTS} - {path.relative_to(HERE).as_posix()}
     assert not others & software(path)["code"].keys()
+
+
+def test_code_is_found_however_it_is_imported(source):
+    (source / "deep" / "er").mkdir(parents=True)
+    (source / "deep" / "__init__.py").write_text("x = 1")
+    (source / "deep" / "er" / "__init__.py").write_text("from .. import other\nfrom ..other import y")
+    (source / "deep" / "er" / "one.py").write_text("from .two import z\nimport json, deep.er.three")
+    for name in ("deep/other", "deep/er/two", "deep/er/three", "deep/unused", "json"):
+        (source / f"{name}.py").write_text("y = z = 0")
+    (source / "some.py").write_text("def f():\n    import deep.er.one as one\n")
+    found = python_modules(source / "some.py", source)
+    assert software(source / "some.py")["code"].keys() == found and len(found) == 8
 
 
 def test_the_digest_of_code_ignores_comments_docstrings_and_formatting(source):
@@ -361,7 +374,7 @@ def of_another_run(path, folder):
     if path.suffix == ".safetensors":
         tensors, found = our_safetensors.read_with_metadata(path)
         found["settings"] = found.get("settings", {}) | {"seed": 7}
-        found |= {"rows_sha256": "0"} if "rows_sha256" in found else {}
+        found |= {"key": "0"} if "key" in found else {}
         changed = {name: ~tensor if tensor.dtype == torch.bool else tensor + 1 for name, tensor in tensors.items()}
         our_safetensors.write_safetensors(other, changed, found)
     elif path.suffix == ".json" and "checksum" in json.loads(path.read_text("utf8")):
@@ -432,21 +445,22 @@ def test_a_damaged_or_foreign_file_changes_no_value(made, tmp_path, monkeypatch,
         ("finetune", "export/model.safetensors", ["--export-hf", "{mine}/export"]),
     ],
 )
-def test_a_command_waits_for_another_that_writes_the_same_files(again, tmp_path, capsys, name, file, more):
+def test_a_command_waits_for_another_that_writes_the_same_files(again, tmp_path, monkeypatch, name, file, more):
     mine = tmp_path / "runs" / "tiny" / "mine"
     (mine / "export").mkdir()
-    is_held, released = threading.Event(), []
+    is_held, is_waiting, lines = threading.Event(), threading.Event(), []
 
     def hold():
         with filelock.FileLock(f"{mine / file}.lock"):
             is_held.set()
-            time.sleep(1)
-            released.append(True)
+            is_waiting.wait()
+            lines.append("released")
 
-    threading.Thread(target=hold).start()
+    monkeypatch.setattr(distributed, "print", lambda *line, **_: lines.append(*line) or is_waiting.set(), raising=False)
+    threading.Thread(target=hold, daemon=True).start()
     is_held.wait()
-    assert again(name, *(flag.format(mine=mine) for flag in more)) == 0 and released
-    assert f"another command is writing {mine / file}: waiting until it ends\n" in capsys.readouterr().err
+    assert again(name, *(flag.format(mine=mine) for flag in more)) == 0
+    assert lines == [f"another command is writing {mine / file}: waiting until it ends", "released"]
 
 
 def test_a_cache_that_cannot_be_written_is_replaced_by_a_temporary_folder(again, tmp_path, capsys, monkeypatch):
@@ -474,6 +488,20 @@ def test_a_damaged_cache_is_made_again_with_a_line(made, tmp_path, monkeypatch, 
         capsys.readouterr()
         assert frozen(read()) == expected and path.read_bytes() == content
         assert re.fullmatch(rf"{path} is .*: making it again\n", capsys.readouterr().out)
+
+
+def test_a_cache_is_made_again_after_an_edit(made, source, tmp_path, monkeypatch):
+    monkeypatch.setattr(batches, "__file__", str(source / "inputs" / "batches.py"))
+    files = Files(made, tmp_path, monkeypatch)
+    for kind, function in (("tokens", "token_stream"), ("encoding", "encode")):
+        _, read = getattr(files, kind)()
+        edit_text(source / "inputs" / "batches.py")
+        with monkeypatch.context() as patch:
+            patch.setattr(batches, function, None)
+            read()
+            edit_function(source / "inputs" / "batches.py", function)
+            with pytest.raises(TypeError):  # calls it
+                read()
 
 
 def test_tensors_of_another_model_are_named(tmp_path):
@@ -509,8 +537,8 @@ def windows(monkeypatch):
     monkeypatch.delattr(os, "getppid")
 
 
-def test_no_file_is_replaced_or_removed_while_it_is_in_use(again, tmp_path, windows):
-    """Each script is interrupted, resumed, and told to overwrite."""
+def test_no_file_is_replaced_or_removed_while_it_is_in_use_and_all_are_closed(again, windows):
+    """Each script is told to overwrite, interrupted, and resumed. Python warns of files that are not closed."""
     original = our_safetensors.write_safetensors
 
     def interrupted(path, *rest):
@@ -518,12 +546,16 @@ def test_no_file_is_replaced_or_removed_while_it_is_in_use(again, tmp_path, wind
         if str(path).endswith(("search.state.safetensors", "finetune.state.safetensors", "seed0.state.safetensors")):
             raise KeyboardInterrupt
 
-    for name in ("search", "draw", "finetune", "baselines.robustt", "attack"):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(our_safetensors, "write_safetensors", interrupted)
-            assert again(name, "--overwrite") == (0 if name in ("draw", "attack") else 130)
-        assert again(name, "--overwrite") == 0
-        assert again(name) == 0
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        for name in ("search", "finetune", "baselines.robustt"):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(our_safetensors, "write_safetensors", interrupted)
+                assert again(name, "--overwrite") == 130
+            assert again(name, "--overwrite") == 0
+        assert again("draw", "--overwrite") == again("attack", "--overwrite") == again("attack") == 0
+        gc.collect()
+    assert not [str(warning.message) for warning in warned if warning.category is ResourceWarning]
 
 
 def test_memory_is_released_where_the_system_does_what_linux_does(monkeypatch):
@@ -544,12 +576,10 @@ def test_text_has_the_same_bytes_on_windows(tmp_path, monkeypatch):
     assert (tmp_path / "text").read_bytes() == b'{\n  "a": 1\n}\n'
 
 
-@pytest.mark.parametrize("names", [["search", "finetune"], pytest.param(list(EDITS), marks=pytest.mark.slow)])
-def test_scripts_close_their_files_and_warn_of_nothing(again, made, tmp_path, names):
-    """With -X dev and -W error nothing is printed to standard error."""
+@pytest.mark.slow
+def test_with_python_x_dev_and_w_error_nothing_is_printed_to_standard_error(again, made, tmp_path):
     code = "import gc, sys\nsys.path.insert(0, '.')\nfrom importlib import import_module\n"
-    for name in names:
-        command = made.commands[name]
+    for name, command in made.commands.items():
         command = [str(tmp_path / "runs" if part == made.folder / "runs" else part) for part in command]
         command += ["--overwrite", *(["--export-hf", str(tmp_path / "export")] if name == "finetune" else [])]
         code += f"sys.argv = {[name, *command]!r}\nimport_module({name!r}).main()\ngc.collect()\n"
