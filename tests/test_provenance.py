@@ -1,6 +1,7 @@
 """checkpoints/provenance.py and all that scripts write: edited code is noticed, damaged files are refused or made
 again, one command at a time writes, and interrupted runs resume."""
 
+import gc
 import json
 import modulefinder
 import os
