@@ -16,7 +16,10 @@ from runtime.files import writable
 
 def folder():
     """The folder of files that can be rebuilt: $XDG_CACHE_HOME/orticket, or ~/.cache/orticket."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "orticket"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "orticket"
+    except RuntimeError as error:  # this user has no home
+        return temporary_folder(f"there is no cache, {error}")
 
 
 def get(path, read, build):
@@ -25,13 +28,10 @@ def get(path, read, build):
     Of several processes, one builds it and the others wait. A cache that cannot be written is replaced by a temporary
     folder.
     """
-    if path.exists():
+    if os.path.exists(path):  # False, and no error, in a folder that may not be read
         with contextlib.suppress(BadInput):
             return read(path)  # without the lock: the cache may be read-only
-    try:
-        writable(path.parent)
-    except BadInput as error:
-        path = temporary_folder(str(error)) / path.name
+    path = writable_folder(path.parent) / path.name
     with filelock.FileLock(f"{path}.lock"):
         if path.exists():
             try:
@@ -40,6 +40,14 @@ def get(path, read, build):
                 print(f"{error}: making it again")
         build(path)
     return read(path)
+
+
+def writable_folder(path):
+    """The folder `path`, created if need be, or a temporary one if it cannot be written."""
+    try:
+        return writable(path)
+    except BadInput as error:
+        return temporary_folder(str(error))
 
 
 @functools.cache

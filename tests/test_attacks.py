@@ -355,12 +355,14 @@ def test_unusual_texts_do_not_end_the_run(textattack, victim, tmp_path):
 
 def test_two_processes_run_all_attacks_without_nltk_data_or_a_network_and_name_the_replacements(victim, tmp_path):
     shutil.copytree(victim, tmp_path / "runs")
-    environment = os.environ | {"HOME": str(tmp_path), "NLTK_DATA": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    (tmp_path / "home").write_text("")  # no cache can be written there
+    environment = os.environ | {"HOME": str(tmp_path / "home"), "NLTK_DATA": str(tmp_path), "OMP_NUM_THREADS": "1"}
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--"]
     flags = ["--attack", "all", "--n", "2", "--ticket", "none", "--output", tmp_path / "runs"]
     process = spawn([*torchrun, "attack.py", *flags], env=environment)
     out, err = process.communicate()
     assert process.returncode == 0 and err == "", err
+    assert out.count("home/.cache/textattack: Not a directory: using a temporary folder instead") == 1
     assert "NLTK's tagger is not there" in out and "TextFooler's list" in out and "synonyms.npz" in out
     assert out.count("2 of 2 examples attacked") == 4 and out.count("Clean%") == 1
 
