@@ -56,7 +56,7 @@ def source(tmp_path, monkeypatch):
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, target)
     monkeypatch.setattr(provenance, "ROOT", tmp_path / "source")
-    for module in (*SCRIPTS.values(), mlm_head):
+    for module in (*SCRIPTS.values(), mlm_head, batches):
         monkeypatch.setattr(module, "__file__", str(tmp_path / "source" / Path(module.__file__).relative_to(HERE)))
     return tmp_path / "source"
 
@@ -492,7 +492,6 @@ def test_a_damaged_cache_is_made_again_with_a_line(made, tmp_path, monkeypatch, 
 
 
 def test_a_cache_is_made_again_after_an_edit(made, source, tmp_path, monkeypatch):
-    monkeypatch.setattr(batches, "__file__", str(source / "inputs" / "batches.py"))
     files = Files(made, tmp_path, monkeypatch)
     for kind, function in (("tokens", "token_stream"), ("encoding", "encode")):
         _, read = getattr(files, kind)()
