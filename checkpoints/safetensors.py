@@ -2,8 +2,8 @@
 
 A file is 8 bytes with the header's length (little endian), a JSON header
 {"name": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}, ..., "__metadata__": {"key": "text"}}, and the
-tensors' bytes one after another. It cannot run code, and a loaded tensor is a view of the file. This project adds to the
-metadata a checksum: the sha256 of the whole file with zeros in place of the checksum.
+tensors' bytes one after another. It cannot run code, and a loaded tensor is a view of the file. This project adds a
+checksum to the metadata: the sha256 of the whole file with zeros in place of the checksum.
 """
 
 import hashlib
