@@ -16,9 +16,7 @@ runs resume when rerun.
 
 import hashlib
 import importlib.metadata
-import os
 import shlex
-import sys
 import time
 from collections import OrderedDict
 from dataclasses import asdict, dataclass
@@ -35,7 +33,8 @@ from attacks.recipes import RECIPES, build
 from attacks.results import Results, print_table
 from bert import Bert
 from checkpoints import huggingface
-from checkpoints.provenance import versions
+from checkpoints.provenance import software
+from checkpoints.runs import read_metrics
 from freelb import ADVERSARIES
 from inputs.finetuned import load_finetuned
 from inputs.tokenizer import Tokenizer
@@ -72,7 +71,7 @@ class Options:
     output: str = option("runs", "folder that finetune.py wrote to", group="output")
     suffix: str = option(None, "of the names of the result files: ATTACK-SUFFIX", group="output")
     show: int = option(0, "successful attacks to print, with changed words marked", at_least=0, group="output")
-    overwrite: bool = option(False, "replace results of other settings in the same folder", group="output")
+    overwrite: bool = option(False, "make them anew; if interrupted, the same command resumes", group="output")
 
 
 NOT_SETTINGS = (
@@ -83,11 +82,10 @@ NOT_SETTINGS = (
 
 def main():
     options = cli.parse(Options, __doc__)
-    rank, world, launcher = distributed.RANK, distributed.WORLD, os.getppid()
-    if rank:
-        sys.stdout = open(os.devnull, "w")
+    rank, world, launcher = distributed.RANK, distributed.WORLD, distributed.parent()
     tune_allocator()
     device = pick_device()
+    distributed.init_distributed(device)
     dtype = pick_precision(device, options.precision)
     print(run_banner(options.model, device, dtype))
 
@@ -112,24 +110,26 @@ def main():
             for resource, description in used.items():
                 print(f"{name}, {resource}: {description}")
             path = folder / f"{'-'.join(filter(None, (name, options.suffix)))}.jsonl"
-            results = Results(path, provenance, name, used, list(examples), options.overwrite)
-            bar = cli.progress(len(examples), len(results.rows), name, "example")
-            try:
-                for number in list(examples)[rank::world]:
-                    if number in results.rows:
-                        continue
-                    textattack.shared.utils.set_seed((options.seed * 1_000_003 + number) % 2**32)
-                    results.add(attack_example(attack, task, similarity_encoder, number, *examples[number]))
-                    results.show(bar, world > 1)
-                    stop_without_launcher(launcher)
-                while rank == 0 and len(results.rows) < len(examples):  # other processes are still at work
-                    time.sleep(0.2)
-                    results.show(bar, True)
-                    stop_without_launcher(launcher)
-            finally:
-                bar.close()
-                if rank == 0:
-                    table[name] = results.summarize(clean, options.show)
+            with distributed.file_lock(files.writable(folder) / path.name):
+                results = Results(path, provenance, name, used, list(examples), options.overwrite)
+                bar = cli.progress(len(examples), len(results.rows), name, "example")
+                try:
+                    for number in list(examples)[rank::world]:
+                        if number in results.rows:
+                            continue
+                        textattack.shared.utils.set_seed((options.seed * 1_000_003 + number) % 2**32)
+                        results.add(attack_example(attack, task, similarity_encoder, number, *examples[number]))
+                        results.show(bar, world > 1)
+                        stop_without_launcher(launcher)
+                    while rank == 0 and len(results.rows) < len(examples):  # other processes are still at work
+                        time.sleep(0.2)
+                        results.show(bar, True)
+                        stop_without_launcher(launcher)
+                finally:
+                    bar.close()
+                    if rank == 0:
+                        table[name] = results.summarize(clean, options.show)
+        distributed.shutdown()
     finally:
         if table:
             print_table(table)
@@ -137,7 +137,7 @@ def main():
 
 def stop_without_launcher(launcher):
     """Raise BadInput if torchrun, which started this process, is gone, and perhaps other processes with it."""
-    if distributed.WORLD > 1 and os.getppid() != launcher:
+    if distributed.WORLD > 1 and distributed.parent() != launcher:
         raise BadInput("torchrun is gone: run the same command again to resume")
 
 
@@ -173,8 +173,8 @@ def find_victim(options, task, splits, device, dtype):
     settings = {name: value for name, value in asdict(options).items() if name not in NOT_SETTINGS}
     settings |= {"precision": precision_name(dtype), "max_length": max_length}
     settings |= {"classes": list(class_names), "ticket": Path(options.ticket).name}
-    packages = versions() | {name: importlib.metadata.version(name) for name in ("textattack", "nltk")}
-    provenance = {"script": "attack.py", "settings": settings, "model_sha256": sha256, "versions": packages}
+    provenance = {"script": "attack.py", "settings": settings, "model_sha256": sha256, **software(__file__)}
+    provenance["versions"] |= {name: importlib.metadata.version(name) for name in ("textattack", "nltk")}
     return resources.TextModel(model, tokenizer, max_length, device, dtype), folder, provenance
 
 
@@ -207,7 +207,7 @@ def sample(options, rows):
 def clean_accuracy(options, folder, victim, test):
     """Clean%, the accuracy on all test rows: measured by finetune.py, or here for classifiers and with --max-length."""
     if options.max_length is None and (folder / "metrics.json").is_file():
-        metrics = files.read_json(folder / "metrics.json")
+        metrics = read_metrics(folder)
         accuracy, source = metrics["test_accuracy"], f", as finetune.py measured in {metrics['settings']['precision']}"
     else:
         predicted = victim([texts for texts, _ in test]).argmax(1)

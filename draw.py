@@ -16,10 +16,10 @@ import torch
 import data
 from bert import Bert, Config
 from checkpoints import safetensors
-from checkpoints.provenance import versions
+from checkpoints.provenance import is_up_to_date, software
 from checkpoints.tickets import read_coefficients
 from gates import draw_masks
-from runtime import cli, files
+from runtime import cli, distributed, files
 from runtime.cli import BadInput, option
 from runtime.device import DEFAULT_MODEL
 from sharing.plots import plot_ticket
@@ -35,6 +35,7 @@ class Options:
     model: str = option(DEFAULT_MODEL, "the model that was searched", group="files")
     coefficients: str = option(None, "a coefficients file [that of search.py in OUTPUT/MODEL]", group="files")
     output: str = option("runs", "folder; the ticket goes to OUTPUT/MODEL/TASK", group="files")
+    overwrite: bool = option(False, "draw it anew, in place of what is there", group="files")
 
 
 def main():
@@ -62,13 +63,17 @@ def main():
         "settings": {"task": options.task, "tau_head": options.tau_head, "tau_ffn": tau_ffn},
         "model_sha256": metadata["model_sha256"],
         "coefficients_sha256": files.sha256(path),
-        "coefficients_provenance": {key: metadata[key] for key in ("settings", "corpus_sha256", "versions")},
-        "versions": versions(),
+        "coefficients_provenance": {
+            key: metadata.get(key) for key in ("settings", "corpus_sha256", "code", "versions")
+        },
+        **software(__file__),
     }
     ticket, plot = folder / "ticket.safetensors", folder / "ticket.png"
-    safetensors.write_safetensors(ticket, {"head": head_mask, "ffn": ffn_mask}, provenance)
     title = f"{model}, ticket for {options.task}: tau_H = {options.tau_head:.3g}, tau_F = {tau_ffn:.3g}"
-    plot_ticket(head, ffn, head_mask, ffn_mask, title, plot)
+    with distributed.file_lock(files.writable(folder) / ticket.name):
+        if not is_up_to_date(ticket, provenance, options.overwrite):
+            safetensors.write_safetensors(ticket, {"head": head_mask, "ffn": ffn_mask}, provenance)
+        plot_ticket(head, ffn, head_mask, ffn_mask, title, plot)
     print(title)
     report(head_mask, ffn_mask, Config(**metadata["config"] | {"num_labels": classes}))
     print(f"ticket: {ticket}, heat map: {plot}")

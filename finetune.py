@@ -19,8 +19,8 @@ import data
 from baselines.infobert import Anchor, InfoBERT
 from bert import Bert, Config, pruning_slices
 from checkpoints import huggingface
-from checkpoints.provenance import is_up_to_date, versions
-from checkpoints.runs import FinetuneRun, effective_settings
+from checkpoints.provenance import is_up_to_date, software, write_result
+from checkpoints.runs import FinetuneRun, effective_settings, read_metrics
 from checkpoints.tickets import find_ticket
 from freelb import ADVERSARIES, freelb, initial_delta
 from inputs.batches import TokenizedSplit, rows_sha256
@@ -84,7 +84,7 @@ class Options:
     seed: int = option(0, "random seed", at_least=0, below=2**63, group="optimization")
     output: str = option("runs", "folder; results go to OUTPUT/MODEL/TASK", group="output")
     export_hf: str = option(None, "also write a dense copy for transformers to this folder", group="output")
-    overwrite: bool = option(False, "replace a model made with other settings, or the export", group="output")
+    overwrite: bool = option(False, "make it anew; if interrupted, the same command resumes", group="output")
     precision: str = option("auto", "auto: bf16 where supported", choices=("auto", "bf16", "fp32"), group="machine")
     grad_accum_steps: int = option(1, "parts of a step, computed in turn to save memory", at_least=1, group="machine")
     checkpointing: bool = option(False, "recompute activations to save memory, a third more work", group="machine")
@@ -128,7 +128,7 @@ def main():
         "model_sha256": model_sha256,
         "ticket_sha256": ticket_sha256,
         "config": asdict(config),
-        "versions": versions(),
+        **software(__file__),
     }
     wants_export = options.export_hf and distributed.broadcast_from_main(
         lambda: not is_exported(options, source, masks, folder, provenance)
@@ -145,7 +145,7 @@ def main():
     if distributed.is_main_process():
         report(options, folder)
         if wants_export:
-            export(options, folder, masks, tokenizer, task, provenance)
+            export(options, source, folder, masks, tokenizer, task, provenance)
 
 
 def finetune(options, model, weight_masks, splits, run, dtype):
@@ -208,7 +208,7 @@ def run_finetuning(options, model, weight_masks, splits, folder, provenance, tok
         **by_class,
     }
     if distributed.is_main_process():
-        files.write_json(folder / "metrics.json", provenance | metrics)
+        write_result(folder / "metrics.json", provenance | metrics)
         tokenizer.save(folder)
         model.save(folder, task.labels, provenance)  # last: if this file exists, the run is complete
 
@@ -249,7 +249,7 @@ def accuracy(model, split, batch_size, dtype):
 
 def report(options, folder):
     """Print the accuracies, the cost and the folder of the model."""
-    metrics = files.read_json(folder / "metrics.json")
+    metrics = read_metrics(folder)
     print(
         f"best of {options.epochs} epochs on the held-out rows: epoch {metrics['best_epoch']}, "
         f"accuracy {metrics['validation_accuracy']:.2%}; test accuracy {metrics['test_accuracy']:.2%}"

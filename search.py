@@ -20,7 +20,7 @@ import torch
 import data
 from bert import Bert, Config
 from checkpoints import huggingface, safetensors
-from checkpoints.provenance import Checkpoint, is_up_to_date, versions
+from checkpoints.provenance import Checkpoint, is_up_to_date, software
 from checkpoints.runs import SearchRun
 from freelb import freelb, initial_delta
 from gates import Coefficients, EarlyStopping, draw_masks
@@ -78,7 +78,7 @@ class Options:
     )
     output: str = option("runs", "folder; results go to OUTPUT/MODEL", group="output")
     save_model: str = option(None, "also write theta after the search to this folder, as a model", group="output")
-    overwrite: bool = option(False, "replace the results of another search", group="output")
+    overwrite: bool = option(False, "make it anew; if interrupted, the same command resumes", group="output")
     precision: str = option("auto", "auto: bf16 where supported", choices=("auto", "bf16", "fp32"), group="machine")
     grad_accum_steps: int = option(1, "parts of a step, computed in turn to save memory", at_least=1, group="machine")
     checkpointing: bool = option(False, "recompute activations to save memory, a third more work", group="machine")
@@ -119,7 +119,7 @@ def main():
             "model_sha256": model_sha256,
             "config": asdict(config),
             "corpus_sha256": examples_sha256,
-            "versions": versions(),
+            **software(__file__),
         }
         path, state = output / f"coefficients{suffix}.safetensors", output / f"search{suffix}.state.safetensors"
         theta = options.save_model and files.writable(Path(f"{options.save_model}{suffix}"))

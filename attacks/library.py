@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
+from checkpoints import cache
 from inputs import hub
 
 NLTK_DATA = {  # package -> its folder, in NLTK's data folder or in a zip file of the same name
@@ -39,10 +40,14 @@ def import_textattack():
     # With TA_CACHE_DIR set, TextAttack redirects the caches of other libraries: restore the environment afterwards.
     with mock.patch.dict(os.environ), mock.patch.object(nltk, "download"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        if (folder := cache.writable_folder(cache_folder())) != cache_folder():
+            os.environ["TA_CACHE_DIR"] = str(folder)
         import textattack
     logging.disable(logging.NOTSET)
+    warnings.filterwarnings("ignore", category=DeprecationWarning, module="textattack")
     if not was_marked:
-        marker.unlink(missing_ok=True)  # so that TextAttack still downloads its data when it is used on its own
+        with contextlib.suppress(OSError):  # it is not there, or its folder is not
+            marker.unlink()  # so that TextAttack still downloads its data when it is used on its own
     for name in ("textattack.shared.utils.install", "jieba"):
         logging.getLogger(name).setLevel(logging.ERROR)
     return textattack, nltk_data

@@ -5,6 +5,7 @@ Suc% is succeeded / (succeeded + failed), and #Query the mean number of queries 
 count nowhere, and are tried again when the command is rerun. The other figures are means over successful attacks.
 """
 
+import contextlib
 import difflib
 import hashlib
 import json
@@ -17,8 +18,8 @@ from statistics import mean
 
 import filelock
 
-from checkpoints.provenance import is_up_to_date
-from runtime import files
+from checkpoints.provenance import identity, is_up_to_date, json_sha256, read_result, write_result
+from runtime import distributed, files
 from runtime.cli import BadInput
 
 
@@ -29,30 +30,39 @@ class Results:
     """
 
     def __init__(self, path, provenance, name, used, sample, overwrite):
-        self.path, self.summary, self.sample = path, path.with_suffix(".json"), sample
+        self.path, self.summary, self.sample, self.rows = path, path.with_suffix(".json"), sample, {}
         used_sha256 = hashlib.sha256(json.dumps(used, sort_keys=True).encode()).hexdigest()
         self.provenance = provenance | {"resources": used, "resources_sha256": used_sha256}
         self.provenance["settings"] = provenance["settings"] | {"attack": name}
-        path.parent.mkdir(parents=True, exist_ok=True)
+        self.run_sha256 = json_sha256(identity(self.provenance))
         self.lock = filelock.FileLock(path.with_suffix(".lock"))
-        with self.lock:
-            if not is_up_to_date(self.summary, self.provenance, overwrite):
-                path.unlink(missing_ok=True)
-                files.write_json(self.summary, self.provenance)
-            elif path.is_file():  # an interrupted run may have left half a line
-                os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+        self.overwrite = distributed.broadcast_from_main(lambda: self.prepare(overwrite))
         self.read()
+
+    def prepare(self, overwrite):
+        """Begin, or go on with what an interrupted run left. Returns whether the run was begun with --overwrite."""
+        if is_up_to_date(self.summary, self.provenance, overwrite):
+            if self.path.is_file():  # an interrupted run may have left half a line
+                os.truncate(self.path, self.path.read_bytes().rfind(b"\n") + 1)
+            return read_result(self.summary).get("overwrite", False)
+        self.path.unlink(missing_ok=True)
+        write_result(self.summary, self.provenance | {"overwrite": overwrite})
+        return overwrite
 
     def read(self):
         """Read `rows`, {example: row}, as written by all processes."""
         with self.lock:
-            lines = self.path.read_bytes().splitlines() if self.path.is_file() else []
-        self.rows = {row["example"]: row for row in map(json.loads, lines)}
+            self.rows = read_rows(self.path, self.run_sha256)
 
     def add(self, row):
         self.rows[row["example"]] = row
         with self.lock, open(self.path, "ab") as file:
-            file.write(to_json_line(row))
+            file.write(self.to_line(row))
+
+    def to_line(self, row):
+        """A row as a line of JSON, with a checksum that depends on the run, too."""
+        text = json.dumps(row, ensure_ascii=False).encode("utf8", "replace")
+        return text[:-1] + end_of_line(text, self.run_sha256) + b"\n"
 
     def show(self, bar, is_shared):
         """Update the progress bar. is_shared: whether other processes write as well."""
@@ -82,10 +92,12 @@ class Results:
         errors = {number: row["reason"] for number, row in self.rows.items() if row["outcome"] == "error"}
         if len(self.rows) == len(self.sample):
             with files.atomic_write(self.path) as tmp_path, open(tmp_path, "wb") as file:
-                file.writelines(to_json_line(self.rows[number]) for number in self.sample if number not in errors)
-            Path(self.lock.lock_file).unlink(missing_ok=True)
+                file.writelines(self.to_line(self.rows[number]) for number in self.sample if number not in errors)
+            with contextlib.suppress(OSError):  # on Windows, if another process has it
+                Path(self.lock.lock_file).unlink()
         figures = {"clean": clean, **self.figures(), "examples": len(self.rows), "errors": errors}
-        files.write_json(self.summary, self.provenance | figures)
+        unfinished = {"overwrite": self.overwrite} if len(self.rows) < len(self.sample) else {}
+        write_result(self.summary, self.provenance | figures | unfinished)
         for row in [row for row in self.rows.values() if row["outcome"] == "succeeded"][:count]:
             print_change(row)
         outcomes = ", ".join(f"{number} {outcome}" for outcome, number in sorted(figures["outcomes"].items()))
@@ -98,13 +110,22 @@ class Results:
         return figures
 
 
-def read_rows(path):
-    """The rows of ATTACK.jsonl, one for each attacked example."""
-    return [json.loads(line) for line in Path(path).read_bytes().splitlines()]
+def read_rows(path, run_sha256):
+    """{example: row} of ATTACK.jsonl. Raises BadInput if a line is damaged or another run's."""
+    rows = {}
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1] if path.is_file() else [], 1):
+        text = line.rpartition(b', "checksum"')[0] + b"}"
+        if line != text[:-1] + end_of_line(text, run_sha256):
+            remedy = "remove the line to attack its example again, or use --overwrite"
+            raise BadInput(f"{path} line {number} is damaged or another run's: {remedy}")
+        row = json.loads(text)
+        rows[row["example"]] = row
+    return rows
 
 
-def to_json_line(row):
-    return json.dumps(row, ensure_ascii=False).encode("utf8", "replace") + b"\n"
+def end_of_line(text, run_sha256):
+    checksum = hashlib.sha256(run_sha256.encode() + text).hexdigest()[:32]
+    return f', "checksum": "{checksum}"}}'.encode()
 
 
 def print_table(figures_of):

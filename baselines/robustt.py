@@ -21,7 +21,7 @@ from torch.nn.utils import parametrize
 
 import data
 from checkpoints import safetensors
-from checkpoints.provenance import Checkpoint, is_up_to_date, versions
+from checkpoints.provenance import Checkpoint, is_up_to_date, software
 from freelb import freelb, initial_delta
 from gates import draw_mask
 from inputs.batches import TokenizedSplit, rows_sha256
@@ -63,7 +63,7 @@ class Options:
     clip_norm: float = option(1.0, "largest norm of the loss's gradient", above=0, group="optimization")
     precision: str = option("auto", "auto: bf16 where it is fast", choices=("auto", "bf16", "fp32"), group="machine")
     output: str = option("runs", "folder of finetune.py; the ticket is written to OUTPUT/MODEL/TASK", group="output")
-    overwrite: bool = option(False, "replace a ticket that was made with other settings", group="output")
+    overwrite: bool = option(False, "make it anew; if interrupted, the same command resumes", group="output")
 
 
 class Gates(nn.Module):
@@ -113,7 +113,7 @@ def main():
         "model_sha256": metadata["model_sha256"],
         "finetuned_sha256": files.sha256(source / "model.safetensors"),
         "task_sha256": rows_sha256(tokenizer, max_length, train),
-        "versions": versions(),
+        **software(__file__),
     }
     path = folder / f"robustt-seed{options.seed}.safetensors"
     state = path.with_suffix(".state.safetensors")

@@ -9,17 +9,20 @@ import os
 import pickle
 import re
 import reprlib
+import shutil
 import warnings
 import zipfile
+import zlib
 from pathlib import Path, PureWindowsPath
 
 import torch
 
+from checkpoints import cache
 from checkpoints.families import FAMILIES
 from checkpoints.safetensors import MappedTensors, read_safetensors
 from checkpoints.tensorflow1 import read_tensorflow
 from runtime.cli import BadInput, one_line
-from runtime.files import atomic_write, build_once, cache_folder, read_json, sha256, write_json
+from runtime.files import atomic_write, read_json, sha256, write_json
 
 SUPPORTED = {
     "hidden_act": ("gelu",),
@@ -215,22 +218,41 @@ def unpack(archive):
 
     Raises BadInput for an archive that is damaged or too large, or has a path that leads out of the folder.
     """
-    folder = cache_folder() / "unpacked" / sha256(archive)
-    with build_once(folder) as is_missing:
-        if is_missing:
-            try:
-                with zipfile.ZipFile(archive) as archived, atomic_write(folder) as tmp_path:
-                    for name in archived.namelist():
-                        relative_path(name, f"{archive}: file name")
-                    if sum(member.file_size for member in archived.infolist()) > LARGEST_ARCHIVE:
-                        raise BadInput(f"{archive} claims to hold more than {LARGEST_ARCHIVE:,} bytes")
-                    archived.extractall(tmp_path)
-            except BadInput:
-                raise
-            except Exception as error:  # zipfile raises many types of exception for a damaged archive
-                raise BadInput(f"{archive} is not a valid zip archive: {one_line(error)}") from None
+
+    def extract(folder):
+        shutil.rmtree(folder, ignore_errors=True)  # if it is damaged
+        try:
+            with zipfile.ZipFile(archive) as archived, atomic_write(folder) as tmp_path:
+                for name in archived.namelist():
+                    relative_path(name, f"{archive}: file name")
+                if sum(member.file_size for member in archived.infolist()) > LARGEST_ARCHIVE:
+                    raise BadInput(f"{archive} claims to hold more than {LARGEST_ARCHIVE:,} bytes")
+                archived.extractall(tmp_path)
+        except BadInput:
+            raise
+        except Exception as error:  # zipfile raises many types of exception for a damaged archive
+            raise BadInput(f"{archive} is not a valid zip archive: {one_line(error)}") from None
+
+    def intact(folder):
+        with zipfile.ZipFile(archive) as archived:
+            for member in archived.infolist():
+                path = folder / member.filename
+                if not member.is_dir() and not (path.is_file() and crc32(path) == member.CRC):
+                    raise BadInput(f"{path} is damaged")
+        return folder
+
+    folder = cache.get(cache.folder() / "unpacked" / sha256(archive), intact, extract)
     configs = [path for path in folder.rglob("*") if path.name in ("config.json", "bert_config.json")]
     return min(configs, key=lambda path: (len(path.parts), path)).parent if configs else folder
+
+
+def crc32(path):
+    """The checksum of a file as zip archives store it."""
+    found = 0
+    with open(path, "rb") as file:
+        while chunk := file.read(2**20):
+            found = zlib.crc32(chunk, found)
+    return found
 
 
 def read_bin(path):

@@ -1,46 +1,164 @@
 """How a file was made, whether it is up to date, and the state from which an interrupted run resumes."""
 
+import ast
+import functools
+import hashlib
 import importlib.metadata
 import json
 import os
 import platform
+from datetime import datetime
+from pathlib import Path
+
+import torch
 
 from checkpoints import safetensors
 from runtime import distributed
 from runtime.cli import BadInput
-from runtime.files import read_json
+from runtime.files import read_json, write_json
+
+ROOT = Path(__file__).resolve().parents[1]
+NAMES = ("model", "corpus", "objective", "revision", "data_revision")  # their content is identified by a sha256
+
+
+def software(script):
+    """The "code" and "versions" of a provenance: {file: digest} of the script at this path and of the project's files
+    that it imports, directly or not; {package: version}."""
+    code, paths = {}, [Path(script).resolve()]
+    while paths:
+        path = paths.pop()
+        name = path.relative_to(ROOT).as_posix()
+        if name not in code:
+            status = path.stat()
+            code[name], imported = parse(path, (status.st_mtime_ns, status.st_size))
+            paths += imported
+    return {"code": code, "versions": versions()}
+
+
+def versions():
+    """The versions that can change a result: Python's and those of torch, tokenizers and numpy."""
+    packages = {name: importlib.metadata.version(name) for name in ("torch", "tokenizers", "numpy")}
+    return {"python": platform.python_version(), **packages}
+
+
+@functools.cache
+def parse(path, status):
+    """(digest of a Python file without comments, docstrings and formatting; the project's files that it imports).
+
+    status: changes with the file.
+    """
+    tree, names = ast.parse(path.read_bytes()), []
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            level, module = getattr(node, "level", 0), getattr(node, "module", None)
+            package = path.relative_to(ROOT).parts[:-level] if level else ()  # of a relative import
+            package += tuple(module.split(".")) if module else ()
+            names += [(*package, *alias.name.split(".")) for alias in node.names]
+        elif isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
+            del node.body[0]
+    # a name may be a module, or something in one; importing a module runs the __init__.py of its packages
+    stems = {ROOT.joinpath(*name[:length]) for name in names for length in range(1, len(name) + 1)}
+    files = {file for stem in stems for file in (Path(f"{stem}.py"), stem / "__init__.py") if file.is_file()}
+    return hashlib.sha256(ast.unparse(tree).encode()).hexdigest()[:16], sorted(files)
+
+
+def write_result(path, value):
+    """Write a dictionary as JSON with its checksum, for `read_result`."""
+    write_json(path, value | {"checksum": json_sha256(value)})
+
+
+def read_result(path):
+    """The dictionary that `write_result` wrote. Raises BadInput if the file is damaged or has no checksum."""
+    value = read_json(path)
+    if value.pop("checksum", None) != json_sha256(value):
+        raise BadInput(f"{path} is damaged, or has no checksum: restore a copy, or make it again")
+    return value
+
+
+def json_sha256(value):
+    """The sha256 of what a JSON file of this value says."""
+    value = json.loads(json.dumps(value))
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def identity(provenance):
+    """The part of a provenance that decides whether two files have the same content."""
+    kept = ("script", "code", "config")
+    found = {key: value for key, value in provenance.items() if key in kept or key.endswith("sha256")}
+    names = (*NAMES, "task") if "task_sha256" in provenance else NAMES
+    settings = {key: value for key, value in provenance["settings"].items() if key not in names}
+    return json.loads(json.dumps(found | {"settings": settings}))
+
+
+def read_made_by(path, provenance):
+    """({name: tensor}, metadata) of a file, without tensors for JSON.
+
+    Raises BadInput if the file is damaged, or was not made with this provenance: then the message says what differs.
+    """
+    tensors, metadata = {}, None
+    if str(path).endswith(".json"):
+        metadata = read_result(path)
+    else:
+        tensors, metadata = safetensors.read_with_metadata(path)
+    if not isinstance(metadata.get("settings"), dict):
+        raise BadInput(f"{path} has no provenance")
+    old, new = identity(metadata), identity(provenance)
+    settings = differences(old.pop("settings"), new.pop("settings"))
+    code = differences(old.pop("code", {}), new.pop("code", {}))
+    what = [f"another {key}" for key in differences(old, new)]
+    what += [f"{key} {before!r}, not {after!r}" for key, (before, after) in settings.items()]
+    reasons = [f"with other settings ({', '.join(what)})"] if what else []
+    if code:
+        reasons.append(f"by other code ({summary(code)})")
+    if reasons:
+        raise BadInput(f"{path} was made {' and '.join(reasons)}")
+    return tensors, metadata
+
+
+def differences(old, new):
+    """{key: (value in `old`, value in `new`)} of the keys whose values differ."""
+    return {key: (old.get(key), new.get(key)) for key in sorted(old | new) if old.get(key) != new.get(key)}
+
+
+def summary(names):
+    """The first of many names, for a message."""
+    names = list(names)
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def is_up_to_date(path, provenance, overwrite, elsewhere="another --output"):
-    """Whether the file at `path` exists and has this provenance, so that it need not be made again.
+    """Whether the file at `path` was made by the same command and code, so that it need not be made again. Says so.
 
-    A file with a different provenance, or one that cannot be read, is removed if `overwrite` is set. Otherwise raises
-    BadInput, with `elsewhere` as an alternative to --overwrite. Models, corpora and tasks are compared by their sha256,
-    not by their paths.
+    `overwrite` removes it, unless it is the state of an unfinished run with `overwrite`, which the same command
+    resumes. Otherwise raises BadInput if it cannot be used, with `elsewhere` as an alternative to --overwrite.
     """
     if not os.path.exists(path):
         return False
     try:
-        metadata = read_json(path) if str(path).endswith(".json") else safetensors.read_with_metadata(path)[1]
-        if not isinstance(metadata, dict) or not isinstance(metadata.get("settings"), dict):
-            raise BadInput(f"{path} has no provenance")
+        metadata = read_made_by(path, provenance)[1]
     except BadInput as error:
         if not overwrite:
             raise BadInput(f"{error}: use --overwrite or {elsewhere}") from None
-        metadata = {"settings": {}}
-    provenance = json.loads(json.dumps(provenance))
-    contents = [key for key in provenance if key.endswith("sha256") or key == "config"]
-    differs = [f"another {key}" for key in contents if metadata.get(key) != provenance[key]]
-    old, new = metadata["settings"], provenance["settings"]
-    names = ("model", "corpus", "objective", "task", "revision", "data_revision")  # their contents are compared above
-    compared = [key for key in new if key not in names]
-    differs += [f"{key} {old.get(key)!r}, not {new[key]!r}" for key in compared if old.get(key) != new[key]]
-    if not differs:
-        return True
-    if not overwrite:
-        raise BadInput(f"{path} was made with other settings ({', '.join(differs)}): use --overwrite or {elsewhere}")
-    os.remove(path)
-    return False
+        metadata = {}
+    if overwrite and not metadata.get("overwrite"):
+        os.remove(path)
+        return False
+    verb, date = "resuming" if "overwrite" in metadata else "reusing", datetime.fromtimestamp(os.path.getmtime(path))
+    print(f"{verb} {path}, made by the same command, {date:%Y-%m-%d %H:%M}")
+    return True
+
+
+def check_tensors(path, tensors, expected):
+    """Raise BadInput unless the tensors of the file have the names, shapes and types of the `expected`."""
+    kinds = ({name: f"{t.dtype} {tuple(t.shape)}" for name, t in of.items()} for of in (tensors, expected))
+    for name, (found, wanted) in differences(*kinds).items():
+        raise BadInput(f"{path} is of another model: {name} is {found}, not {wanted}: make it again")
+
+
+def load_module(module, tensors, path):
+    """Put the tensors of the file into the module. Raises BadInput if they are not the module's."""
+    check_tensors(path, tensors, module.state_dict())
+    module.load_state_dict(tensors)
 
 
 class Checkpoint:
@@ -52,25 +170,38 @@ class Checkpoint:
 
     def __init__(self, path, provenance, overwrite):
         self.path, self.provenance = path, provenance
+        self.unfinished = provenance | {
+            "script": f"{provenance['script']}, unfinished"
+        }  # no state is taken for a result
         self.tensors, self.metadata = distributed.broadcast_from_main(lambda: self.read(overwrite))
+        self.overwrite = self.metadata.get("overwrite", overwrite)
 
     def read(self, overwrite):
-        if not is_up_to_date(self.path, self.provenance, overwrite):
+        if not is_up_to_date(self.path, self.unfinished, overwrite):
             return {}, {}
         tensors, metadata = safetensors.read_with_metadata(self.path)
         return dict(tensors), metadata
 
     def load(self, optimizer, **modules):
-        """Put the saved state, if there is one, into the optimizer and the modules."""
-        if self.tensors:
-            for name, module in modules.items():
-                module.load_state_dict({key: self.tensors[f"{name}.{key}"] for key in module.state_dict()})
-            states = {}
-            for name, tensor in self.tensors.items():
-                if name.startswith("optimizer."):
-                    _, number, key = name.split(".")
-                    states.setdefault(int(number), {})[key] = tensor.clone()
-            optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
+        """Put the saved state, if there is one, into the optimizer and the modules. Returns its other tensors."""
+        if not self.tensors:
+            return {}
+        parts = {"optimizer": {}}
+        for name, tensor in self.tensors.items():
+            part, _, key = name.partition(".")
+            parts.setdefault(part, {})[key] = tensor
+        self.tensors = {}  # a copy of each is kept: Windows cannot replace the file while it is mapped
+        for name, module in modules.items():
+            load_module(module, parts.pop(name, {}), self.path)
+        saved, expected, states = parts.pop("optimizer"), {}, {}
+        for number, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+            if f"{number}.step" in saved:  # otherwise it has had no gradient
+                keys = [f"{number}.{key}" for key in ("step", "exp_avg", "exp_avg_sq")]
+                states[number] = {key.partition(".")[2]: saved[key].clone() for key in keys if key in saved}
+                expected |= dict(zip(keys, (torch.zeros(()), parameter, parameter)))
+        check_tensors(self.path, saved, expected)
+        optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
+        return {f"{part}.{key}": tensor.clone() for part, of in parts.items() for key, tensor in of.items()}
 
     def save(self, optimizer, modules, tensors={}, metadata={}):
         """Write the state of the optimizer and of the modules {name: module}, and whatever else a rerun needs."""
@@ -78,10 +209,5 @@ class Checkpoint:
             states = {f"{name}.{key}": t for name, module in modules.items() for key, t in module.state_dict().items()}
             for number, state in optimizer.state_dict()["state"].items():
                 states |= {f"optimizer.{number}.{key}": tensor for key, tensor in state.items()}
-            safetensors.write_safetensors(self.path, states | tensors, self.provenance | metadata)
-
-
-def versions():
-    """The versions that can change a result: Python's and those of torch, tokenizers and numpy."""
-    packages = {name: importlib.metadata.version(name) for name in ("torch", "tokenizers", "numpy")}
-    return {"python": platform.python_version(), **packages}
+            metadata = self.unfinished | {"overwrite": self.overwrite} | metadata
+            safetensors.write_safetensors(self.path, states | tensors, metadata)

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 
 from checkpoints import safetensors
-from checkpoints.provenance import Checkpoint
+from checkpoints.provenance import Checkpoint, load_module, read_made_by, read_result, write_result
 from freelb import ADVERSARIES
-from runtime import cli, distributed, files, optim
+from runtime import cli, distributed, optim
 from runtime.cli import BadInput
 from runtime.device import peak_memory
 
@@ -36,10 +36,9 @@ class SearchRun:
 
     def resume(self, optimizer, model, c, stopping):
         """Load the checkpoint, if there is one. Returns the number of steps done."""
-        self.checkpoint.load(optimizer, model=model, c=c)
-        saved, step = self.checkpoint.tensors, 0
+        saved, step = self.checkpoint.load(optimizer, model=model, c=c), 0
         if saved:
-            self.trace = {name: list(saved[name].clone()) for name in self.trace}
+            self.trace = {name: list(saved[name]) for name in self.trace}
             for head, ffn in zip(self.trace["trace.head"], self.trace["trace.ffn"]):
                 stopping.update(head, ffn)
             step = self.mini_epoch_ends[len(self.trace["trace.loss"]) - 1]
@@ -89,7 +88,7 @@ class SearchRun:
             ended = {"stopped_early": stopping.should_stop, "mini_epochs_at_most": len(self.mini_epoch_ends)}
             cost = {"seconds": self.seconds, "peak_memory": peak_memory(self.total.device)}
             name = path.name.replace("coefficients", "search", 1)
-            files.write_json(path.with_name(name).with_suffix(".json"), self.checkpoint.provenance | cost)
+            write_result(path.with_name(name).with_suffix(".json"), self.checkpoint.provenance | cost)
             safetensors.write_safetensors(path, final | result, self.checkpoint.provenance | ended)
 
 
@@ -162,7 +161,7 @@ class FinetuneRun:
         if distributed.is_main_process():
             if self.best_epoch == len(self.scores):
                 state = modules["model"].state_dict()
-                safetensors.write_safetensors(self.best_path(), state, self.checkpoint.provenance)
+                safetensors.write_safetensors(self.best_path(), state, self.checkpoint.unfinished)
             progress = {"scores": self.scores, "seconds": self.seconds, "peak_memory": self.memory}
             self.checkpoint.save(optimizer, modules, metadata=progress)
             for older in set(self.folder.glob("epoch*.state.safetensors")) - {self.best_path()}:
@@ -172,8 +171,8 @@ class FinetuneRun:
     def load_best(self, model):
         """Put the weights of the best epoch into the model."""
         self.bar.close()
-        read = distributed.broadcast_from_main(lambda: dict(safetensors.read_safetensors(self.best_path())[0]))
-        model.load_state_dict(read)
+        path, made_by = self.best_path(), self.checkpoint.unfinished
+        load_module(model, distributed.broadcast_from_main(lambda: dict(read_made_by(path, made_by)[0])), path)
 
     def metrics(self):
         """The held-out accuracy and the cost of the run."""
@@ -192,3 +191,12 @@ class FinetuneRun:
         steps = range(self.best_epoch * self.steps_per_epoch)
         rates = (optim.learning_rate(options.learning_rate, step, self.steps, options.warmup) for step in steps)
         return math.prod(1 - rate * options.weight_decay for rate in rates)
+
+
+def read_metrics(folder):
+    """The content of metrics.json. Raises BadInput if it is another run's than model.safetensors beside it."""
+    path, model = folder / "metrics.json", folder / "model.safetensors"
+    metrics, (_, provenance) = read_result(path), safetensors.read_with_metadata(model, "finetune.py")
+    if any(metrics.get(key) != value for key, value in provenance.items()):
+        raise BadInput(f"{path} is of another run than model.safetensors: fine-tune again with --overwrite")
+    return metrics

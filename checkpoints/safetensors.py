@@ -2,13 +2,16 @@
 
 A file is 8 bytes with the header's length (little endian), a JSON header
 {"name": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}, ..., "__metadata__": {"key": "text"}}, and the
-tensors' bytes one after another. It cannot run code, and a loaded tensor is a view of the file.
+tensors' bytes one after another. It cannot run code, and a loaded tensor is a view of the file. This project adds a
+checksum to the metadata: the sha256 of the whole file with zeros in place of the checksum.
 """
 
+import hashlib
 import json
 import math
 import mmap
 import os
+import sys
 
 import torch
 
@@ -25,6 +28,7 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+CHECKSUM, NO_CHECKSUM = "orticket_sha256", "0" * 64  # its name in the metadata, and what stands for it in the sum
 
 
 class MappedTensors(dict):
@@ -36,8 +40,8 @@ class MappedTensors(dict):
         self.files = []
 
     def release(self):
-        """Free the memory of what was read so far. This also undoes what was written to the tensors."""
-        for file in self.files:
+        """On Linux, free the memory of what was read so far. This also undoes what was written to the tensors."""
+        for file in self.files if sys.platform == "linux" else ():
             file.madvise(mmap.MADV_DONTNEED)
 
 
@@ -50,8 +54,8 @@ def map_file(path):
 def read_safetensors(path):
     """(MappedTensors, {metadata}) of a safetensors file.
 
-    Raises BadInput for a file that is not well-formed. As in the reference implementation, the tensors must fill the
-    file without overlaps or holes.
+    Raises BadInput for a file that is not well-formed, and for one of this project's with another checksum. As in the
+    reference implementation, the tensors must fill the file without overlaps or holes.
     """
 
     def bad(reason):
@@ -68,7 +72,7 @@ def read_safetensors(path):
         raise bad(f"its header claims {start - 8} of {size} bytes")
     try:
         header = json.loads(mapped[8:start])
-        metadata = header.pop("__metadata__", {})
+        metadata = dict(header.pop("__metadata__", {}))
         entries = [(e["data_offsets"], name, DTYPES[e["dtype"]], e["shape"]) for name, e in header.items()]
         entries.sort()
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
@@ -87,13 +91,29 @@ def read_safetensors(path):
         offset = end
     if start + offset != size:
         raise bad(f"{size - start - offset} bytes too many")
+    if CHECKSUM in metadata and metadata[CHECKSUM] != checksum(path, start, metadata[CHECKSUM]):
+        raise BadInput(f"{path} is damaged, its checksum is another: restore a copy, or make it again")
     return tensors, metadata
+
+
+def checksum(path, start, found):
+    """The checksum of the file, whose header ends at `start` and has the checksum `found`.
+
+    Does not read the memory mapping, whose pages would count as memory of this process.
+    """
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        digest.update(file.read(start).replace(str(found).encode(), NO_CHECKSUM.encode(), 1))
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def write_safetensors(path, tensors, metadata):
     """Write {name: tensor} and the metadata, JSON values that say how the file was made, atomically."""
-    metadata = {"format": "pt"} | {key: json.dumps(value, sort_keys=True) for key, value in metadata.items()}
-    header, offset = {"__metadata__": metadata}, 0  # transformers requires a format
+    values = {key: json.dumps(value, sort_keys=True) for key, value in sorted(metadata.items())}
+    metadata = {CHECKSUM: NO_CHECKSUM, "format": "pt"} | values  # transformers requires a format
+    header, offset = {"__metadata__": metadata}, 0
     names = {dtype: name for name, dtype in DTYPES.items()}
     for name, tensor in tensors.items():
         end = offset + tensor.numel() * tensor.element_size()
@@ -101,22 +121,27 @@ def write_safetensors(path, tensors, metadata):
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the format aligns tensors to 8 bytes
+    head = len(text).to_bytes(8, "little") + text
+    digest = hashlib.sha256(head)
     with atomic_write(path) as tmp_path, open(tmp_path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(head)
         for tensor in tensors.values():
-            file.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+            data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+            digest.update(data)
+            file.write(data)
+        file.seek(head.index(NO_CHECKSUM.encode()))
+        file.write(digest.hexdigest().encode())
 
 
 def read_with_metadata(path, *scripts):
-    """(tensors, metadata) of a file by `write_safetensors`. Raises BadInput if another program wrote it.
+    """(tensors, metadata) of a file by `write_safetensors`. Raises BadInput if it is damaged or another program's.
 
     scripts: names of scripts; a file that none of them wrote is an error, too.
     """
     tensors, metadata = read_safetensors(path)
-    try:
-        metadata = {key: json.loads(value) for key, value in metadata.items() if key != "format"}
-    except (ValueError, TypeError, AttributeError, RecursionError):
-        raise BadInput(f"{path} was not written by this project: its metadata is not JSON") from None
+    if CHECKSUM not in metadata:
+        raise BadInput(f"{path} was not written by this project, or by an earlier version: it has no checksum")
+    metadata = {key: json.loads(value) for key, value in metadata.items() if key not in (CHECKSUM, "format")}
     if scripts and not (metadata.get("script") in scripts and isinstance(metadata.get("settings"), dict)):
         raise BadInput(f"{path} was not written by {' or '.join(scripts)}")
     return tensors, metadata

@@ -1,13 +1,15 @@
 """Read what search.py and draw.py wrote, coefficients and tickets, and check that they fit the model."""
 
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 import data
-from bert import Config
+from bert import Bert, Config
 from checkpoints import safetensors
+from checkpoints.provenance import check_tensors
 from gates import draw_masks
 from runtime import cli, files
 from runtime.cli import BadInput
@@ -65,6 +67,9 @@ def find_ticket(options, drawn, model_sha256, config):
     if metadata["script"] == "robustt.py":
         if options.ablation:
             raise BadInput(f"--ablation {options.ablation} needs a ticket of heads and neurons, not of single weights")
+        with torch.device("meta"):
+            weights = {name: p.bool() for name, p in Bert(replace(config, num_labels=2)).named_parameters()}
+        check_tensors(path, tensors, {name: weight for name, weight in weights.items() if name in tensors})
         return tensors, files.sha256(path)
     masks = tuple(heads_and_neurons(path, tensors, config, torch.bool))
     if not masks[0].any(1).all():

@@ -60,12 +60,10 @@ def write_text(folder):
     ]
     lines = [" ".join(text.split()) for text in texts]
     for name, part in (("held-out", lines[::HELD_OUT]), ("train", [x for i, x in enumerate(lines) if i % HELD_OUT])):
-        with files.atomic_write(folder / name / "text.txt") as tmp_path:
-            Path(tmp_path).write_text("\n".join(part), "utf8", newline="\n")
+        files.write_text(folder / name / "text.txt", "\n".join(part))
     return folder
 
 
-@torch.inference_mode()
 def held_out_loss(name, folder, output):
     """The mean MLM loss of a model on the text in `folder`, in float32, with the same masks for every model."""
     path, sha256 = data.find_model(name)
@@ -77,7 +75,8 @@ def held_out_loss(name, folder, output):
     optim.seed_step(0, len(blocks))
     for chosen in torch.arange(len(blocks)).split(32):
         ids, positions, labels = blocks.batch(chosen)
-        total += model.mlm_loss(model(ids, positions=positions), labels).item() * len(labels)
+        with torch.inference_mode():
+            total += model.mlm_loss(model(ids, positions=positions), labels).item() * len(labels)
         count += len(labels)
     return total / count
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from attacks.results import read_rows
+from checkpoints.provenance import identity, json_sha256, read_result, software
 from runtime import files
 from runtime.cli import BadInput
 
@@ -56,6 +57,12 @@ RESERVED = ("model", "output", "task", "seed", "seeds", "ticket", "method", "abl
 OUTCOMES = {"failed": "1", "succeeded": "0", "skipped": "-", "error": "?"}  # of an attacked sentence; 1: it held
 
 
+def code():
+    """{file: digest} of what makes a run: the scripts and this file."""
+    paths = [ROOT / f"{name}.py" for name in ("search", "draw", "finetune", "attack", "baselines/robustt")]
+    return {name: digest for path in (*paths, __file__) for name, digest in software(path)["code"].items()}
+
+
 def parse_overrides(options):
     """The NAME=VALUE pairs of --search, --draw, --finetune, --robustt and --attack: {script: {option: value}}."""
     overrides = {}
@@ -90,14 +97,21 @@ def relevant_overrides(name, overrides):
 
 
 def run_script(name, /, **flags):
-    """Run search, draw, finetune, attack or a module of a room. Its progress and errors are shown, its output is not."""
-    arguments = []
+    """Run search, draw, finetune, attack or baselines.robustt. Its progress and errors are shown, its output is not.
+
+    overwrite, among the flags: if it fails, it is run again with --overwrite.
+    """
+    arguments, overwrite = [], flags.pop("overwrite", None)
     for flag, value in flags.items():
         arguments += [] if value is None else [f"--{flag.replace('_', '-')}", str(value)]
     program = ["-m", name] if "." in name else [ROOT / f"{name}.py"]
     paths = [str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    code = subprocess.run([sys.executable, *program, *arguments], env=env, stdout=subprocess.DEVNULL).returncode
+    for more in ([], ["--overwrite"]) if overwrite else ([],):
+        command = [sys.executable, *program, *arguments, *more]
+        code = subprocess.run(command, env=env, stdout=subprocess.DEVNULL).returncode
+        if code != 2:
+            break
     if code == 130:
         raise KeyboardInterrupt
     if code:
@@ -123,7 +137,8 @@ def run_method(options, task, name, seed, overrides):
     if method.ticket in ("drawn", "random"):
         search = DEFAULTS["search"] | given["search"] | method.search | {"seed": seed}
     output = Path(options.output, folder_name(search, given["draw"], trained))
-    where, ticket = {"model": options.model, "output": output}, method.ticket
+    where = {"model": options.model, "output": output, "overwrite": options.overwrite or None}
+    ticket = method.ticket
     folder = files.model_folder(output, options.model) / files.task_folder(task)
     if search:
         figures["search seconds"] = draw_ticket(options, search, where | {"task": task}, given["draw"])
@@ -136,7 +151,7 @@ def run_method(options, task, name, seed, overrides):
     run["ticket_seed"] = trained.pop("ticket_seed", None)
     run_script("finetune", **where, **trained, **run, task=task)
     folder /= files.run_name(SimpleNamespace(**run))
-    metrics = files.read_json(folder / "metrics.json")
+    metrics = read_result(folder / "metrics.json")
     figures |= {"Clean%": 100 * metrics["test_accuracy"], "GB": metrics["peak_memory"] / 1e9}
     figures |= {"M parameters": metrics["parameters"] / 1e6, "learning rate": metrics["settings"]["learning_rate"]}
     figures |= {key: metrics[key] for key in ("seconds", "tokens_per_second")}
@@ -157,11 +172,11 @@ def run_method(options, task, name, seed, overrides):
 def draw_ticket(options, search, drawn, overrides):
     """Search, in a folder that all tasks and ratios share, and draw. Returns the seconds of the search."""
     output = Path(options.output, folder_name(search))
-    run_script("search", model=options.model, output=output, **search)
+    run_script("search", model=options.model, output=output, overwrite=drawn["overwrite"], **search)
     folder, objective = files.model_folder(output, options.model), search.get("objective", "mlm")
     suffix = "" if objective == "mlm" else f"-{files.task_folder(objective)}"
     run_script("draw", **drawn, **overrides, coefficients=folder / f"coefficients{suffix}.safetensors")
-    return files.read_json(folder / f"search{suffix}.json")["seconds"]
+    return read_result(folder / f"search{suffix}.json")["seconds"]
 
 
 def run_attack(flags, folder):
@@ -169,10 +184,11 @@ def run_attack(flags, folder):
     stem = "-".join(filter(None, (flags["attack"], flags.get("suffix"))))
     for _ in range(2):  # an error may be one of memory
         run_script("attack", **flags)
-        summary = files.read_json(folder / f"{stem}.json")
+        summary = read_result(folder / f"{stem}.json")
         if not summary["errors"]:
             break
-    rows = {row["example"]: OUTCOMES[row["outcome"]] for row in read_rows(folder / f"{stem}.jsonl")}
+    found = read_rows(folder / f"{stem}.jsonl", json_sha256(identity(summary)))
+    rows = {number: OUTCOMES[row["outcome"]] for number, row in found.items()}
     rows |= dict.fromkeys(map(int, summary["errors"]), OUTCOMES["error"])
     return summary, pack("".join(rows[number] for number in sorted(rows)))
 

@@ -15,9 +15,10 @@ import numpy as np
 
 import data
 from attacks.recipes import RECIPES
-from checkpoints.provenance import versions
+from checkpoints import provenance
+from checkpoints.provenance import read_result, write_result
 from experiments.compare import compare
-from experiments.runs import METHODS, PAPER_TASKS, parse_overrides, relevant_overrides, run_method, unpack
+from experiments.runs import METHODS, PAPER_TASKS, code, parse_overrides, relevant_overrides, run_method, unpack
 from runtime import cli, files
 from runtime.cli import BadInput, option
 from runtime.device import DEFAULT_MODEL, MODEL_HELP, describe, pick_device
@@ -55,6 +56,7 @@ class Options:
     attack: tuple = option((), "options of attack.py, such as sample-seed=1", group="overrides")
     output: str = option("runs", "folder for the models", group="output")
     results: str = option("experiments/results", "folder for the tables", group="output")
+    overwrite: bool = option(False, "make runs of other code anew, in place of those that are there", group="output")
 
 
 def make_table(table, methods, description, to_markdown=None, attacked=True, **defaults):
@@ -94,8 +96,15 @@ def make_runs(options, table, cells):
         overrides = {script: given[script] | own.get(script, {}) for script in given}
         key = {"task": task, "method": method, "seed": seed, "settings": settings | {"n": options.n[task]}}
         keys.append(key | {"overrides": relevant_overrides(method, overrides)})
-    recorded = [{name: run[name] for name in KEY} for run in load_runs(path)]
-    missing, machine = [key for key in keys if key not in recorded], describe(pick_device())
+    machine, current, recorded, outdated = describe(pick_device()), code(), [], {}
+    for run in load_runs(path):
+        if (key := {name: run[name] for name in KEY}) in keys:
+            outdated |= provenance.differences(run["code"], current)
+            recorded += [key] if run["code"] == current else []
+    if outdated and not options.overwrite:
+        files_changed = provenance.summary(outdated)
+        raise BadInput(f"{path} has runs of other code ({files_changed}): use --overwrite, or another --results")
+    missing = [key for key in keys if key not in recorded]
     if options.dry_run:
         list_missing(missing, load_runs(path), machine)
         return load_runs(path)
@@ -103,7 +112,7 @@ def make_runs(options, table, cells):
     for key in missing:
         bar.set_postfix_str(f"{key['method']} on {key['task']}, seed {key['seed']}")
         run = run_method(options, key["task"], key["method"], key["seed"], key["overrides"])
-        save_run(path, key | run | {"machine": machine, "versions": versions()})
+        save_run(path, key | run | {"machine": machine, "code": current, "versions": provenance.versions()})
         bar.update()
     bar.close()
     return load_runs(path)
@@ -137,22 +146,32 @@ def list_missing(missing, runs, machine):
 
 
 def load_runs(path):
-    """The runs in the .json of a table."""
-    return files.read_json(path)["runs"] if path.is_file() else []
+    """The runs in the .json of a table. Raises BadInput for another .json."""
+    runs = read_result(path).get("runs") if path.is_file() else []
+    if runs is None:
+        raise BadInput(f"{path} has no runs: give another --results")
+    return runs
 
 
 def save_run(path, run):
-    """Add a run to the .json of a table, or replace it. Other commands may write to the same file."""
+    """Add a run to the .json of a table, in place of an older one, and of those of other code in its row of the table.
+
+    Other commands may write to the same file.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(path.with_suffix(".lock")):
-        others = [other for other in load_runs(path) if any(other[name] != run[name] for name in KEY)]
-        files.write_json(path, {"runs": [*others, run]})
+
+        def stays(other):
+            if any(other[name] != run[name] for name in KEY if name != "seed"):
+                return True
+            return other["seed"] != run["seed"] and other["code"] == run["code"]
+
+        write_result(path, {"runs": [*filter(stays, load_runs(path)), run]})
 
 
 def write_markdown(options, name, text):
     """Write RESULTS/NAME.md and print it."""
-    with files.atomic_write(Path(options.results) / f"{name}.md") as tmp_path:
-        Path(tmp_path).write_text(text, "utf8", newline="\n")
+    files.write_text(Path(options.results) / f"{name}.md", text)
     print(text, end="")
 
 

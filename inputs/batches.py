@@ -13,11 +13,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from checkpoints import safetensors
+from checkpoints import cache, safetensors
+from checkpoints.provenance import json_sha256, software
 from runtime.cli import BadInput, progress
-from runtime.files import atomic_write, build_once, cache_folder, sha256
+from runtime.files import atomic_write, sha256
 from runtime.optim import seed_step
 
+CHECKSUM = 32  # bytes in front of the tokens of a corpus
 CHUNK = 1000  # texts tokenized at a time: the library's encodings take a hundred times the memory of their ids
 
 
@@ -74,11 +76,13 @@ class TokenizedSplit:
         self.labels = torch.tensor([label for _, label in rows], dtype=torch.int64)
         texts = [texts for texts, _ in rows]
         if cached:
-            path = cache_folder() / "encodings" / f"{rows_sha256(tokenizer, max_length, rows)}.safetensors"
-            with build_once(path) as is_missing:
-                if is_missing:
-                    safetensors.write_safetensors(path, encode(tokenizer, texts, max_length), {})
-            encoding, _ = safetensors.read_safetensors(path)
+            key = cache_key(rows_sha256(tokenizer, max_length, rows))
+            path = cache.folder() / "encodings" / f"{key}.safetensors"
+            encoding = cache.get(
+                path,
+                lambda path: read_encoding(path, key),
+                lambda path: safetensors.write_safetensors(path, encode(tokenizer, texts, max_length), {"key": key}),
+            )
         else:
             encoding = encode(tokenizer, texts, max_length)
         self.ids, self.ends = encoding["ids"], encoding["ends"]
@@ -143,6 +147,19 @@ def encode(tokenizer, texts, max_length):
     }
 
 
+def cache_key(*inputs):
+    """The name of a file in the cache, which depends on the inputs and on the code that makes it from them."""
+    return json_sha256([inputs, software(__file__)["code"]])
+
+
+def read_encoding(path, key):
+    """The tensors of `encode` in a cache file. Raises BadInput if it is damaged or has another key."""
+    tensors, metadata = safetensors.read_with_metadata(path)
+    if metadata != {"key": key}:
+        raise BadInput(f"{path} is of other rows")
+    return tensors
+
+
 def rows_sha256(tokenizer, max_length, *splits):
     """The sha256 of the rows of these splits, with their labels, as they are tokenized."""
     whole = hashlib.sha256()
@@ -184,18 +201,18 @@ class Blocks:
 
     def __init__(self, tokenizer, documents, size, key, block, device="cpu"):
         self.tokenizer, self.block, self.device = tokenizer, block, device
-        key = hashlib.sha256(f"{tokenizer.digest} {key}".encode()).hexdigest()
-        path = cache_folder() / "tokens" / f"{key}.int32"
-        with build_once(path) as is_missing:
-            if is_missing:
-                with atomic_write(path) as tmp_path, open(tmp_path, "wb") as file:
-                    for ids in token_stream(tokenizer, documents, size):
-                        file.write(ids)
-        self.file = open(path, "rb")  # stays open: the cache may be cleared during a search
-        self.tokens = os.path.getsize(path) // 4
+        key = cache_key(tokenizer.digest, key)
+        self.file, self.tokens, self.sha256 = cache.get(  # the file stays open: the cache may be cleared meanwhile
+            cache.folder() / "tokens" / f"{key}.int32",
+            lambda path: open_tokens(path, key),
+            lambda path: write_tokens(path, key, token_stream(tokenizer, documents, size)),
+        )
         if len(self) == 0:
             raise BadInput(f"the corpus has {self.tokens} tokens, not enough for one block of {block}")
-        self.sha256 = sha256(path)
+
+    def __del__(self):
+        if hasattr(self, "file"):
+            self.file.close()
 
     def __len__(self):
         return self.tokens // (self.block - 2)
@@ -204,7 +221,7 @@ class Blocks:
         """The blocks numbered `chosen`, (B, block) int64."""
         ids = np.full((len(chosen), self.block), self.tokenizer.cls, dtype=np.int64)
         for row, number in zip(ids, chosen.tolist()):
-            self.file.seek(4 * number * (self.block - 2))
+            self.file.seek(CHECKSUM + 4 * number * (self.block - 2))
             row[1:-1] = np.fromfile(self.file, np.int32, self.block - 2)
         ids[:, -1] = self.tokenizer.sep
         return torch.from_numpy(ids)
@@ -221,10 +238,32 @@ class Blocks:
     def frequencies(self, size):
         """How often each of `size` tokens occurs, (size,)."""
         counts = torch.zeros(size, dtype=torch.int64)
-        self.file.seek(0)
+        self.file.seek(CHECKSUM)
         while len(ids := np.fromfile(self.file, np.int32, 2**20)):
             counts += torch.bincount(torch.from_numpy(ids).long(), minlength=size)
         return counts
+
+
+def write_tokens(path, key, chunks):
+    """Write int32 arrays, one after another, behind a checksum that depends on the key of their corpus, too."""
+    digest = hashlib.sha256()
+    with atomic_write(path) as tmp_path, open(tmp_path, "wb") as file:
+        file.seek(CHECKSUM)
+        for ids in chunks:
+            digest.update(ids)
+            file.write(ids)
+        file.seek(0)
+        file.write(hashlib.sha256(f"{key} {digest.hexdigest()}".encode()).digest())
+
+
+def open_tokens(path, key):
+    """(open file, number of tokens, their sha256) of a file by `write_tokens`. Raises BadInput if it is damaged."""
+    tokens_sha256 = sha256(path, CHECKSUM)
+    file = open(path, "rb")
+    if file.read(CHECKSUM) != hashlib.sha256(f"{key} {tokens_sha256}".encode()).digest():
+        file.close()
+        raise BadInput(f"{path} is damaged")
+    return file, (os.path.getsize(path) - CHECKSUM) // 4, tokens_sha256
 
 
 def token_stream(tokenizer, documents, size):

@@ -1,6 +1,7 @@
 """Load a model that finetune.py wrote, and check that it belongs to the rows at hand. Its accuracy on each class."""
 
 import math
+from dataclasses import asdict
 from itertools import islice
 
 import torch
@@ -23,6 +24,11 @@ def load_finetuned(folder, task, splits, options, device):
     """
     model, tokenizer = Bert.load(folder).to(device), Tokenizer(folder)
     metadata = safetensors.read_with_metadata(folder / "model.safetensors", "finetune.py")[1]
+    config = {
+        key: value for key, value in asdict(model.config).items() if key not in ("num_labels", "heads", "neurons")
+    }
+    if not config.items() <= metadata.get("config", config).items():
+        raise BadInput(f"{folder}/config.json is not that of model.safetensors: fine-tune again with --overwrite")
     max_length = min(metadata["settings"]["max_length"] or task.max_length, model.config.max_length)
     count = min(metadata["settings"]["train_rows"] or math.inf, len(splits["train"]))
     trained = splits | {"train": data.first_rows(splits["train"], count, options.task)}

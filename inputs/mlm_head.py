@@ -3,6 +3,7 @@
 It is no part of Algorithm 1. search.py needs the head for its loss, BERT-Attack for its substitutes.
 """
 
+import contextlib
 from dataclasses import asdict
 
 import filelock
@@ -10,9 +11,10 @@ import torch
 
 import data
 from checkpoints import safetensors
-from checkpoints.provenance import is_up_to_date, versions
+from checkpoints.provenance import load_module, read_made_by, software
 from inputs.batches import Blocks, mask_tokens
 from runtime import cli, files, optim
+from runtime.cli import BadInput
 from runtime.device import autocast, pick_precision, precision_name
 
 # what the fitted head depends on, with the defaults of search.py
@@ -27,11 +29,13 @@ def fit_mlm_head(name, provenance, model, tokenizer, blocks, path, dtype):
     at the log frequencies of the corpus's tokens, so that the head need not learn them.
     """
     settings = {key: provenance["settings"][key] for key in SETTINGS}
-    provenance = provenance | {"settings": settings}
+    provenance = provenance | {"script": "mlm_head.py", "settings": settings, **software(__file__)}
     head, device = model.mlm_head, model.mlm_head.bias.device
-    if is_up_to_date(path, provenance, overwrite=True):
-        head.load_state_dict(safetensors.read_safetensors(path)[0])
-        return
+    try:
+        if path.is_file():
+            return load_module(head, read_made_by(path, provenance)[0], path)
+    except BadInput as error:
+        print(f"{error}: fitting another")
     print(f"{name} has no MLM head: fitting one with the encoder frozen, saved to {path}")
     counts = blocks.frequencies(model.config.vocab_size) + 0.5
     head.bias.data.copy_((counts / counts.sum()).log())
@@ -63,21 +67,22 @@ def find_mlm_head(name, output, model, model_sha256, tokenizer, device):
     """
     path = files.output_folder(output, name) / "mlm_head.safetensors"
     with filelock.FileLock(f"{path}.lock"):  # one of several processes fits, the others wait
-        found = safetensors.read_with_metadata(path)[1] if path.is_file() else {}
+        found = {}
+        if path.is_file():
+            with contextlib.suppress(BadInput):  # `fit_mlm_head` says what is wrong, and fits another
+                found = safetensors.read_with_metadata(path)[1]
         if found.get("model_sha256") != model_sha256:
             blocks = Blocks(tokenizer, *data.find_corpus("bbc"), SETTINGS["block"])
             dtype = pick_precision(device, SETTINGS["precision"])
             provenance = {
-                "script": "search.py",
                 "settings": SETTINGS | {"precision": precision_name(dtype)},
                 "model_sha256": model_sha256,
                 "config": asdict(tokenizer.config),
                 "corpus_sha256": blocks.sha256,
-                "versions": versions(),
             }
             torch.manual_seed(SETTINGS["seed"])
             model.mlm_head.apply(model.initialize)
             fit_mlm_head(name, provenance, model.to(device), tokenizer, blocks, path, dtype)
     tensors, metadata = safetensors.read_with_metadata(path)
-    model.mlm_head.load_state_dict(tensors)
+    load_module(model.mlm_head, tensors, path)
     return metadata

@@ -15,7 +15,7 @@ from tokenizers.processors import RobertaProcessing
 from bert import Config
 from checkpoints.families import FAMILIES, SPECIAL_TOKENS, TOKENIZERS
 from runtime.cli import BadInput, one_line
-from runtime.files import atomic_write, read_json, write_json
+from runtime.files import read_json, write_json, write_text
 
 
 class Tokenizer:
@@ -75,8 +75,7 @@ class Tokenizer:
             settings = {"tokenizer_class": "RobertaTokenizer", "add_prefix_space": spaced}
         settings["model_max_length"] = self.config.max_length
         write_json(Path(folder) / "tokenizer_config.json", settings)
-        with atomic_write(Path(folder) / "tokenizer.json") as tmp_path:
-            Path(tmp_path).write_text(self.library.to_str(pretty=True), "utf8")
+        write_text(Path(folder) / "tokenizer.json", self.library.to_str(pretty=True))
 
 
 def read_library(folder):

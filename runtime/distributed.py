@@ -27,6 +27,13 @@ def is_main_process():
     return RANK == 0
 
 
+def parent():
+    """The process that started this one, None if it has ended on Windows. os.getppid() would still name it there."""
+    import psutil  # here, as it needs modules that some systems lack
+
+    return psutil.Process().parent()
+
+
 def init_distributed(device):
     """Join the other processes. No timeout: process 0 may download for hours, and torchrun ends all if one fails."""
     if WORLD > 1:
@@ -111,5 +118,6 @@ def file_lock(path):
         yield
     finally:
         if is_main_process():
-            Path(lock.lock_file).unlink(missing_ok=True)  # a waiting command notices, and creates a new file
+            with contextlib.suppress(OSError):  # Windows, where `release` does it
+                Path(lock.lock_file).unlink()  # a waiting command notices, and creates a new file
         lock.release()

@@ -8,8 +8,6 @@ import shutil
 import tempfile
 from pathlib import Path
 
-import filelock
-
 from runtime.cli import BadInput
 
 
@@ -33,10 +31,13 @@ def atomic_write(path):
             os.remove(tmp_path)
 
 
+def write_text(path, text):
+    with atomic_write(path) as tmp_path, open(tmp_path, "w", encoding="utf8", newline="\n") as file:
+        file.write(text)
+
+
 def write_json(path, value):
-    with atomic_write(path) as tmp_path, open(tmp_path, "w", encoding="utf8") as file:
-        json.dump(value, file, indent=2, sort_keys=True)
-        file.write("\n")
+    write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
 
 
 def read_json(path):
@@ -51,21 +52,11 @@ def read_json(path):
     return value
 
 
-@contextlib.contextmanager
-def build_once(path):
-    """Yield True if the block must build `path`. Of several processes, one builds it and the others wait."""
-    if path.exists():  # without the lock: the cache may be read-only
-        yield False
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(f"{path}.lock"):
-        yield not path.exists()
-
-
-def sha256(path):
-    """The sha256 of a file's content, in hexadecimal."""
+def sha256(path, start=0):
+    """The sha256 of a file's content from byte `start` on, in hexadecimal."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
+        file.seek(start)
         while chunk := file.read(2**20):
             digest.update(chunk)
     return digest.hexdigest()
@@ -90,11 +81,6 @@ def run_name(options):
     ablation = f"-{options.ablation}" if options.ablation else ""
     number = "" if options.ticket_seed is None else options.ticket_seed
     return f"{Path(options.ticket).stem}{number}-{options.method}{ablation}-seed{options.seed}"
-
-
-def cache_folder():
-    """The folder of files that can be rebuilt: $XDG_CACHE_HOME/orticket, or ~/.cache/orticket."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "orticket"
 
 
 def output_folder(root, model):

@@ -8,8 +8,10 @@ from pathlib import Path
 
 from bert import Bert
 from checkpoints.provenance import is_up_to_date
+from checkpoints.runs import read_metrics
 from runtime import files
 from runtime.cli import BadInput
+from runtime.distributed import file_lock
 
 SIGNATURE = "Made by orticket's `finetune.py`"  # identifies an export by its model card, also a partial one
 DONE = "for transformers, with zeros where the ticket pruned: {}"
@@ -38,16 +40,17 @@ def is_exported(options, source, masks, folder, provenance):
     return False
 
 
-def export(options, folder, masks, tokenizer, task, provenance):
+def export(options, source, folder, masks, tokenizer, task, provenance):
     """Write the model in `folder` to --export-hf, dense where it was pruned, with tokenizer and model card."""
     target, model = Path(options.export_hf), Bert.load(folder)
     if model.config.is_pruned:
         model = model.dense(*masks)
-    with files.atomic_write(target / "README.md") as tmp_path:
-        Path(tmp_path).write_text(model_card(files.read_json(folder / "metrics.json"), task), "utf8")
-    tokenizer.save(target)
-    model.save(target, task.labels, dense_provenance(provenance))
-    print(DONE.format(target))
+    with file_lock(target / "model.safetensors"):
+        if not is_exported(options, source, masks, folder, provenance):  # another command may have written there
+            files.write_text(target / "README.md", model_card(read_metrics(folder), task))
+            tokenizer.save(target)
+            model.save(target, task.labels, dense_provenance(provenance))
+            print(DONE.format(target))
 
 
 def dense_provenance(provenance):

@@ -24,10 +24,11 @@ from attacks import counterfit, library, recipes, resources
 from benchmarks import libraries
 from bert import Bert
 from checkpoints import safetensors as our_safetensors
+from checkpoints.provenance import write_result
 from inputs import batches, hub
 from inputs.batches import TokenizedSplit, rows_sha256
 from inputs.tokenizer import Tokenizer
-from runtime import distributed, files
+from runtime import distributed
 from runtime.cli import BadInput
 from tests.conftest import HERE, MINILM, call, change, count_words, spawn
 
@@ -178,7 +179,7 @@ def set_provenance(folder, task, max_length=None):
     length = max_length or task.max_length
     sha256 = rows_sha256(Tokenizer(folder), length, *task.load(None).values())
     metadata = {
-        "settings": {"max_length": max_length, "train_rows": None},
+        "settings": {"max_length": max_length, "train_rows": None, "precision": "bf16"},
         "task_sha256": sha256,
         "script": "finetune.py",
     }
@@ -234,6 +235,12 @@ def test_outcomes_texts_and_query_counts_equal_textattack(textattack, victim, na
             outcomes[-1].append((type(result), result.perturbed_result.attacked_text.text, result.num_queries))
     assert outcomes[0] == outcomes[1]
     assert len({kind for kind, _, _ in outcomes[0]}) > 1 and max(queries for _, _, queries in outcomes[0]) > 20
+
+
+def write_metrics(folder, test_accuracy):
+    """Write metrics.json as finetune.py does beside its model."""
+    provenance = our_safetensors.read_with_metadata(folder / "model.safetensors")[1]
+    write_result(folder / "metrics.json", provenance | {"test_accuracy": test_accuracy})
 
 
 def run_attack(victim, tmp_path, *flags):
@@ -348,12 +355,14 @@ def test_unusual_texts_do_not_end_the_run(textattack, victim, tmp_path):
 
 def test_two_processes_run_all_attacks_without_nltk_data_or_a_network_and_name_the_replacements(victim, tmp_path):
     shutil.copytree(victim, tmp_path / "runs")
-    environment = os.environ | {"HOME": str(tmp_path), "NLTK_DATA": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    (tmp_path / "home").write_text("")  # no cache can be written there
+    environment = os.environ | {"HOME": str(tmp_path / "home"), "NLTK_DATA": str(tmp_path), "OMP_NUM_THREADS": "1"}
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--"]
     flags = ["--attack", "all", "--n", "2", "--ticket", "none", "--output", tmp_path / "runs"]
     process = spawn([*torchrun, "attack.py", *flags], env=environment)
     out, err = process.communicate()
     assert process.returncode == 0 and err == "", err
+    assert out.count("home/.cache/textattack: Not a directory: using a temporary folder instead") == 1
     assert "NLTK's tagger is not there" in out and "TextFooler's list" in out and "synonyms.npz" in out
     assert out.count("2 of 2 examples attacked") == 4 and out.count("Clean%") == 1
 
@@ -363,7 +372,7 @@ def test_model_is_attacked_at_the_length_of_its_fine_tuning(victim, tmp_path, ca
     shutil.copytree(victim, tmp_path, dirs_exist_ok=True)
     run = tmp_path / "minilm" / "rt" / "none-vanilla-seed0"
     set_provenance(run, data.TASKS["rt"], max_length=16)
-    files.write_json(run / "metrics.json", {"test_accuracy": 0.125, "settings": {"precision": "bf16"}})
+    write_metrics(run, 0.125)
     flags = ["--attack", "deepwordbug", "--n", "1"]
     assert run_attack(victim, tmp_path, *flags)[2]["settings"]["max_length"] == 16
     assert "12.50% accuracy" in capsys.readouterr().out
@@ -383,8 +392,10 @@ def test_command_fails_if_every_attack_ends_in_an_error(textattack, victim, tmp_
 
 def test_process_stops_when_torchrun_is_gone(textattack, victim, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(distributed, "WORLD", 2)  # and the other process never writes
-    parents = itertools.chain([7], itertools.repeat(1))  # the process id of torchrun, then that of init
-    monkeypatch.setattr(os, "getppid", lambda: next(parents))
+    for name, instead in (("init_distributed", lambda device: None), ("broadcast_from_main", lambda work: work())):
+        monkeypatch.setattr(distributed, name, instead)
+    parents = itertools.chain(["torchrun"], itertools.repeat(None))  # on Unix init follows it, on Windows nothing
+    monkeypatch.setattr(distributed, "parent", lambda: next(parents))
     code, path, summary = run_attack(victim, tmp_path, "--n", "2", "--attack", "deepwordbug")
     assert code == 2 and "torchrun is gone" in capsys.readouterr().err
     assert summary["examples"] == 1
@@ -395,7 +406,7 @@ def test_custom_task_with_other_rows_is_refused(victim, tmp_path, capsys, monkey
     lines = [json.dumps({"text": texts[0], "label": label}) for texts, label in rows]
     (tmp_path / "mine.jsonl").write_text("\n".join(lines))
     folder = copy_victim(victim, tmp_path, tmp_path / "mine.jsonl")
-    files.write_json(folder / "metrics.json", {"test_accuracy": 0.125, "settings": {"precision": "bf16"}})
+    write_metrics(folder, 0.125)
     flags = ["--n", "2", "--ticket", "none", "--output", tmp_path, "--attack", "deepwordbug", "--task"]
     assert call(attack, *flags, tmp_path / "mine.jsonl") == 0
     assert f"{folder} has 12.50% accuracy, as finetune.py measured in bf16" in capsys.readouterr().out

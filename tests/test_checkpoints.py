@@ -3,6 +3,7 @@
 The oracles are the safetensors library and transformers.
 """
 
+import hashlib
 import json
 import pickle
 import re
@@ -67,9 +68,13 @@ def test_writing_to_a_mapped_tensor_does_not_change_the_file(tmp_path):
     assert path.read_bytes() == before
 
 
-def test_loading_maps_the_file_without_copying_it(tmp_path):
+@pytest.mark.parametrize("writer", ["the safetensors library", "this project, with a checksum"])
+def test_loading_maps_the_file_without_copying_it(tmp_path, writer):
     path = tmp_path / "large.safetensors"
-    safetensors.torch.save_file({"a": torch.ones(2**26)}, path)
+    if writer == "the safetensors library":
+        safetensors.torch.save_file({"a": torch.ones(2**26)}, path)
+    else:
+        our_safetensors.write_safetensors(path, {"a": torch.ones(2**26)}, {})
     script = f"""
 from checkpoints.safetensors import read_safetensors
 def resident_pages():
@@ -82,6 +87,26 @@ print((resident_pages() - before) * 4096, tensors['a'][5].item())
         [sys.executable, "-c", script], cwd=HERE, capture_output=True, text=True, check=True
     ).stdout.split()
     assert value == "1.0" and int(grown) < 2**26  # the tensor itself has 2^28 bytes
+
+
+def test_the_checksum_is_that_of_the_file_with_zeros_in_its_place(tmp_path):
+    path = tmp_path / "ours.safetensors"
+    our_safetensors.write_safetensors(path, {"a": torch.randn(4, 3), "none": torch.zeros(0)}, {"seed": 3})
+    with safetensors.safe_open(path, "pt") as file:
+        found = file.metadata()["orticket_sha256"]
+    assert hashlib.sha256(path.read_bytes().replace(found.encode(), b"0" * 64)).hexdigest() == found
+
+
+def test_a_flipped_bit_anywhere_in_a_file_is_noticed(tmp_path):
+    path = tmp_path / "ours.safetensors"
+    our_safetensors.write_safetensors(path, {"a": torch.randn(3), "b": torch.tensor([True])}, {"seed": 3})
+    content = path.read_bytes()
+    for bit in range(8 * len(content)):
+        changed = bytearray(content)
+        changed[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(changed)
+        with pytest.raises(BadInput):
+            our_safetensors.read_with_metadata(path)
 
 
 def malformed():

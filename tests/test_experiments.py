@@ -16,8 +16,10 @@ import attack
 import draw
 import finetune
 import search
+from attacks.results import end_of_line
 from baselines import robustt
 from checkpoints import safetensors
+from checkpoints.provenance import identity, json_sha256, write_result
 from experiments import compare, figure1, figure2, runs, table1, table2, table3, table4, table5, table6, tables
 from runtime import cli, files
 from tests.conftest import call
@@ -48,22 +50,25 @@ def scripts(monkeypatch):
             accuracy = 0.8 + 0.01 * options.seed**2
         if name == "search":
             suffix = "" if options.objective == "mlm" else f"-{options.objective}"
-            files.write_json(model / f"search{suffix}.json", {"seconds": 5})
+            write_result(model / f"search{suffix}.json", {"seconds": 5})
         if name == "finetune":
             metrics = {"test_accuracy": accuracy, "peak_memory": 2e9, "parameters": 3e6}
             metrics |= {"settings": {"learning_rate": options.learning_rate or 1e-4}}
             speed = 11 if options.method == "freelb" else 22
-            files.write_json(folder / "metrics.json", metrics | {"seconds": 70 / speed, "tokens_per_second": speed})
+            write_result(folder / "metrics.json", metrics | {"seconds": 70 / speed, "tokens_per_second": speed})
         if name == "attack":
             error = options.method == "pgd" and options.seed == 4
             attacked = {"aua": accuracy / 2, "suc": None, "queries": 50, "resources": {"word vectors": "of a test"}}
             attacked["errors"] = dict.fromkeys("789" * error, "none left")
             stem = f"{options.attack}-{options.suffix}" if options.suffix else options.attack
-            files.write_json(folder / f"{stem}.json", attacked)
+            attacked["settings"] = {}
+            write_result(folder / f"{stem}.json", attacked)
             held = 10 * (options.seed + 1) - (options.ticket == "none")
             outcomes = ["failed" if number < held else "succeeded" for number in range(100)]
             rows = [{"example": n, "outcome": outcomes[n]} for n in range(100) if str(n) not in attacked["errors"]]
-            (folder / f"{stem}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in reversed(rows)))
+            lines = [json.dumps(row).encode() for row in reversed(rows)]
+            ends = [end_of_line(line, json_sha256(identity(attacked))) for line in lines]
+            (folder / f"{stem}.jsonl").write_bytes(b"".join(line[:-1] + end + b"\n" for line, end in zip(lines, ends)))
 
     monkeypatch.setattr(runs, "run_script", run_script)
     return ran
@@ -147,7 +152,7 @@ def test_dry_run_lists_missing_runs_with_their_hours_and_makes_none(scripts, tmp
     made = recorded(tmp_path)
     for run, hours in zip(made, (0.5, 2.0)):
         run["hours"] = hours
-    files.write_json(tmp_path / "results" / "table1.json", {"runs": made})
+    write_result(tmp_path / "results" / "table1.json", {"runs": made})
     seen = len(scripts)
     capsys.readouterr()
     assert make_table(tmp_path, "--methods", "Vanilla", "PGD", "FreeLB", "--seeds", 2, "--dry-run") == 0

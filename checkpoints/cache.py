@@ -1,0 +1,59 @@
+"""Files that can be made again: unpacked archives, tokens."""
+
+import atexit
+import contextlib
+import functools
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import filelock
+
+from runtime.cli import BadInput
+from runtime.files import writable
+
+
+def folder():
+    """The folder of files that can be rebuilt: $XDG_CACHE_HOME/orticket, or ~/.cache/orticket."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "orticket"
+    except RuntimeError as error:  # this user has no home
+        return temporary_folder(f"there is no cache, {error}")
+
+
+def get(path, read, build):
+    """read(path) of a file or folder in the cache. build(path) makes it if it is missing or `read` raises BadInput.
+
+    Of several processes, one builds it and the others wait. A cache that cannot be written is replaced by a temporary
+    folder.
+    """
+    if os.path.exists(path):  # False, and no error, in a folder that may not be read
+        with contextlib.suppress(BadInput):
+            return read(path)  # without the lock: the cache may be read-only
+    path = writable_folder(path.parent) / path.name
+    with filelock.FileLock(f"{path}.lock"):
+        if path.exists():
+            try:
+                return read(path)
+            except BadInput as error:
+                print(f"{error}: making it again")
+        build(path)
+    return read(path)
+
+
+def writable_folder(path):
+    """The folder `path`, created if need be, or a temporary one if it cannot be written."""
+    try:
+        return writable(path)
+    except BadInput as error:
+        return temporary_folder(str(error))
+
+
+@functools.cache
+def temporary_folder(reason):
+    """A folder that is removed when the process ends. Prints the reason why it is needed."""
+    print(f"{reason}: using a temporary folder instead")
+    folder = tempfile.mkdtemp(prefix="orticket-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
