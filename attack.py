@@ -14,6 +14,8 @@ written to the model's folder below --output: ATTACK.jsonl has a line per exampl
 runs resume when rerun.
 """
 
+import runtime.start  # noqa: F401 # isort: skip
+
 import hashlib
 import importlib.metadata
 import os
@@ -65,6 +67,7 @@ class Options:
     encoder: str = option("minilm", "use: Universal Sentence Encoder", choices=("minilm", "use"), group="resources")
     masked_lm: str = option(None, "of BERT-Attack [the pre-trained or the default model]", group="resources")
     bert_attack_k: int = option(48, "candidates per word in BERT-Attack", at_least=1, group="resources")
+    device: str = option("auto", "cpu, cuda, cuda:1, mps; auto: CUDA, then MPS, then CPU", group="machine")
     precision: str = option("fp32", "auto: bf16 where it is fast", choices=("auto", "bf16", "fp32"), group="machine")
     output: str = option("runs", "folder that finetune.py wrote to", group="output")
     show: int = option(0, "successful attacks to print, with changed words marked", at_least=0, group="output")
@@ -72,7 +75,7 @@ class Options:
 
 
 NOT_SETTINGS = (
-    *("output", "show", "overwrite"),  # do not affect the results
+    *("output", "show", "overwrite", "device"),  # do not affect the results
     *("vectors", "encoder", "masked_lm", "bert_attack_k"),  # recorded as resources instead
 )
 
@@ -83,10 +86,9 @@ def main():
     if rank:
         sys.stdout = open(os.devnull, "w")
     tune_allocator()
-    device = pick_device()
+    device = pick_device(options.device)
     dtype = pick_precision(device, options.precision)
     print(run_banner(options.model, device, dtype))
-
     task = data.find_task(options.task, tuple(options.text_columns), options.label_column)
     if options.attack_columns not in (None, *task.columns):
         raise BadInput(f"--attack-columns {options.attack_columns}: {options.task} has {' and '.join(task.columns)}")
@@ -108,7 +110,7 @@ def main():
             for resource, description in used.items():
                 print(f"{name}, {resource}: {description}")
             results = Results(folder / f"{name}.jsonl", provenance, name, used, list(examples), options.overwrite)
-            bar = cli.progress(len(examples), len(results.rows), name, "example")
+            bar = cli.progress(len(examples), len(results.rows), name, "example", faster="torchrun")
             try:
                 for number in list(examples)[rank::world]:
                     if number in results.rows:

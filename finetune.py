@@ -10,6 +10,8 @@ Fine-tuning starts from the pre-trained weights theta_0, not from those of the s
 accuracy on held-out training rows is kept and tested. Interrupted runs resume when rerun, from the last epoch.
 """
 
+import runtime.start  # noqa: F401 # isort: skip
+
 from dataclasses import asdict, dataclass
 from itertools import islice
 
@@ -29,15 +31,7 @@ from inputs.tokenizer import Tokenizer
 from runtime import cli, distributed, files, optim
 from runtime.cli import BadInput, option
 from runtime.cpu import tune_allocator
-from runtime.device import (
-    DEFAULT_MODEL,
-    MODEL_HELP,
-    autocast,
-    pick_device,
-    pick_precision,
-    precision_name,
-    run_banner,
-)
+from runtime.device import DEFAULT_MODEL, MODEL_HELP, autocast, pick_device, pick_precision, precision_name, run_banner
 from runtime.embeddings import restore_vocabulary, restrict_vocabulary
 from sharing.export import export, is_exported
 
@@ -80,19 +74,21 @@ class Options:
     output: str = option("runs", "folder; results go to OUTPUT/MODEL/TASK", group="output")
     export_hf: str = option(None, "also write a dense copy for transformers to this folder", group="output")
     overwrite: bool = option(False, "replace a model made with other settings, or the export", group="output")
+    device: str = option("auto", "cpu, cuda, cuda:1, mps; auto: CUDA, then MPS, then CPU", group="machine")
     precision: str = option("auto", "auto: bf16 where supported", choices=("auto", "bf16", "fp32"), group="machine")
     grad_accum_steps: int = option(1, "parts of a step, computed in turn to save memory", at_least=1, group="machine")
     checkpointing: bool = option(False, "recompute activations to save memory, a third more work", group="machine")
 
 
-NOT_SETTINGS = ("output", "overwrite", "export_hf", "grad_accum_steps", "checkpointing")  # a run may resume with others
+# a run may resume with others
+NOT_SETTINGS = ("output", "overwrite", "export_hf", "device", "grad_accum_steps", "checkpointing")
 
 
 def main():
     options = cli.parse(Options, __doc__)
     tune_allocator()
-    device = pick_device()
-    distributed.init_distributed(device)
+    device = pick_device(options.device)
+    distributed.init_distributed(device, shared=":" in options.device)
     dtype = pick_precision(device, options.precision)
     print(run_banner(options.model, device, dtype))
     task = data.find_task(options.task, tuple(options.text_columns), options.label_column)
@@ -238,11 +234,13 @@ def reinitialize_pruned(model, head_mask, ffn_mask):
 def accuracy(model, split, batch_size, dtype):
     """The share of rows that the model classifies correctly, without dropout. The processes share the batches."""
     model.eval()
-    correct = torch.zeros((), device=split.device)
+    correct, bar = torch.zeros((), device=split.device), cli.progress(len(split), description="classify", unit="row")
     for batch in islice(split.batches(batch_size), distributed.RANK, None, distributed.WORLD):
         with autocast(split.device, dtype):
             logits = model.class_logits(batch.ids, batch.attention_mask, batch.segments)
             correct += (logits.argmax(1) == batch.labels).sum()
+        bar.update(len(logits) * distributed.WORLD)
+    bar.close()
     return distributed.all_reduce_sum(correct).item() / len(split)
 
 

@@ -37,7 +37,7 @@ class MappedTensors(dict):
 
     def release(self):
         """Free the memory of what was read so far. This also undoes what was written to the tensors."""
-        for file in self.files:
+        for file in self.files if hasattr(mmap, "MADV_DONTNEED") else ():  # Windows has no such call
             file.madvise(mmap.MADV_DONTNEED)
 
 

@@ -1,6 +1,7 @@
 """One run of a table: a method on a task with a seed, made by the scripts, each of which skips what is already done."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -73,7 +74,7 @@ def run_script(name, /, **flags):
     paths = [str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
     code = subprocess.run([sys.executable, *program, *arguments], env=env, stdout=subprocess.DEVNULL).returncode
-    if code == 130:
+    if code in (130, -signal.SIGINT):
         raise KeyboardInterrupt
     if code:
         raise BadInput(f"python {' '.join(map(str, [*program, *arguments]))} failed with exit code {code}")
