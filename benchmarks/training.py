@@ -13,7 +13,7 @@ import data
 import finetune
 from benchmarks import libraries
 from benchmarks.libraries import freelb_step
-from bert import Bert
+from bert import Bert, Config
 from freelb import ADVERSARIES
 from gates import Coefficients, draw_masks
 from inputs.batches import TokenizedSplit
@@ -35,7 +35,8 @@ def time_training(options, side, precision, folder):
         tune_allocator()
     torch.manual_seed(0)
     if is_search:
-        ids = torch.randint(1000, 30000, (options.batch_size, options.block), device=device)
+        words = min(1000, Config.read(folder).vocab_size // 2), min(30000, Config.read(folder).vocab_size)
+        ids = torch.randint(*words, (options.batch_size, options.block), device=device)
         positions = (torch.rand(ids.shape, device=device) < 0.15).flatten().nonzero().flatten()
         batch = ids, positions, ids.flatten()[positions]
         found = libraries.search_work(folder, *BASELINES[side], batch) if baseline else search_work(folder, batch)
@@ -56,8 +57,8 @@ def time_training(options, side, precision, folder):
     def seconds_of(call):
         start = time.perf_counter()
         result = call()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        if device.type != "cpu":
+            getattr(torch, device.type).synchronize()
         return time.perf_counter() - start, result
 
     def epoch():

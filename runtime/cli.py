@@ -7,6 +7,7 @@ import io
 import math
 import operator
 import os
+import re
 import shlex
 import sys
 import time
@@ -17,12 +18,8 @@ from runtime.start import INTERRUPTED, RANK
 
 BOUNDS = {"at_least": operator.ge, "above": operator.gt, "below": operator.lt, "at_most": operator.le}
 MEMORY = "not enough memory: lower --batch-size or the tokens per text, raise --grad-accum-steps, add --checkpointing"
-LIBRARY_ERRORS = {  # part of a library's message -> (exit code, what it means here)
-    "out of memory": (1, MEMORY),
-    "allocate memory": (1, MEMORY),
-    "not enough memory": (1, MEMORY),
-    "bad_alloc": (1, MEMORY),
-    "ALLOC_FAILED": (1, MEMORY),
+LIBRARY_ERRORS = {  # in a library's message -> (exit code, what it means here)
+    "out of memory|allocate memory|not enough memory|bad_alloc|ALLOC_FAILED": (1, MEMORY),
     "Connection closed by peer": (1, "another process has ended"),  # gloo's
     "home directory": (2, "error: there is no home directory for the caches: set HOME"),
     "surrogates not allowed": (2, "error: a name or a text is not valid UTF-8"),
@@ -70,8 +67,8 @@ def explain(error):
         return 1, "standard output was closed"
     if isinstance(error, MemoryError):
         return 1, MEMORY
-    for part, meaning in LIBRARY_ERRORS.items():
-        if part in str(error):
+    for pattern, meaning in LIBRARY_ERRORS.items():
+        if re.search(pattern, str(error)):
             return meaning
     if isinstance(error, ModuleNotFoundError):
         return 2, f"error: the package {error.name} is not installed: pip install -r requirements.txt"

@@ -37,9 +37,10 @@ def pick_device(name="auto"):
     if kind != "cuda":
         return torch.device(kind)
     number, count = int(index or os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if number >= count and index:
+        raise BadInput(f"--device {name}: this machine has {count} GPUs, numbered from 0")
     if number >= count:
-        remedy = f"give cuda:0 to cuda:{count - 1}" if index else f"set --nproc-per-node {count}"
-        raise BadInput(f"--device {name}: more processes than the {count} GPUs of this machine: {remedy}")
+        raise BadInput(f"more processes than the {count} GPUs of this machine: set --nproc-per-node {count}")
     return torch.device(kind, number)
 
 

@@ -4,14 +4,18 @@ import json
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import finetune
+import freelb
 import gates
 import search
-from bert import Bert
+from bert import Bert, Config
 from checkpoints import safetensors as our_safetensors
+from inputs.batches import Batch, MaskedBatch
+from runtime import optim
 from runtime.cli import BadInput
-from runtime.device import pick_device
+from runtime.device import autocast, pick_device
 from tests.conftest import HERE, call, gradients, inputs, interrupted_at, quick_search, saved, spawn
 
 
@@ -31,14 +35,58 @@ def without_dropout(tmp_path_factory):
     return folder
 
 
-def test_more_processes_than_gpus_are_refused(monkeypatch):
+def test_devices_are_picked_by_name_and_process(monkeypatch):
+    for name in ("gpu", "cuda:", "cuda:x", "cpu:0", "auto:1", "mps:0", ""):
+        with pytest.raises(BadInput, match=f"--device {name!r}: give auto, cpu, cuda"):
+            pick_device(name)
+    for name in ("cuda", "cuda:0", "mps"):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        with pytest.raises(BadInput, match=f"--device {name}: PyTorch .* finds no such device"):
+            pick_device(name)
+    assert pick_device("auto") == pick_device("cpu") == torch.device("cpu")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert pick_device("auto") == pick_device("mps") == torch.device("mps")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert pick_device() == torch.device("cuda:1")
+    assert pick_device() == pick_device("cuda") == torch.device("cuda:1") and pick_device("cpu").type == "cpu"
+    assert pick_device("cuda:0") == torch.device("cuda:0")  # all processes
     monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(BadInput, match="more processes than the 2 GPUs of this machine"):
+    with pytest.raises(BadInput, match="more processes than the 2 GPUs of this machine: set --nproc-per-node 2"):
         pick_device()
+    with pytest.raises(BadInput, match="cuda:2: this machine has 2 GPUs"):
+        pick_device("cuda:2")
+
+
+@pytest.fixture
+def fake_gpu(monkeypatch):
+    """PyTorch's fake GPU: tensors without content, but with a device. To use two devices together is an error."""
+    for name in ("get_rng_state", "set_rng_state"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: None)
+    with FakeTensorMode():
+        yield torch.device("cuda:0")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_training_on_a_gpu_makes_no_tensor_on_the_cpu(fake_gpu, dtype):
+    sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 40}
+    model, c = Bert(Config(**sizes, num_labels=2), mlm=True).to(fake_gpu), gates.Coefficients(2, 3, 40).to(fake_gpu)
+    ids = torch.zeros(4, 10, dtype=torch.long, device=fake_gpu)
+    parameters = [*model.parameters(), *c.parameters()]
+    optimizer = optim.adamw(model.parameters(), 1e-3, 0.01, {"params": c.parameters(), "weight_decay": 0.0})
+    batches = [Batch(ids, ids > 0, ids, ids[:, 0]), Batch(ids, None, None, ids[:, 0]), MaskedBatch(ids, ids[0], ids[0])]
+    for model.checkpointing in (False, True):
+        for batch in batches:
+            delta = freelb.initial_delta(batch.token_mask, 24, 0.05, 0.2)
+            with autocast(fake_gpu, dtype):
+                loss_of = lambda delta: search.objective(model, batch, c.gates, delta)  # noqa: E731
+                loss = freelb.freelb(loss_of, delta, batch.token_mask, 3, 0.03, 0.2)
+            c.penalty(1e-4, 1e-4).backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            assert loss.device == fake_gpu and all(p.grad is None or p.grad.device == fake_gpu for p in parameters)
+    with pytest.raises(RuntimeError, match="device"):  # the fake GPU does notice
+        ids + torch.ones(4, 10)
 
 
 def test_two_processes_resume_the_search_of_one_and_find_what_one_finds(without_dropout, corpus, tmp_path):

@@ -247,6 +247,7 @@ BAD = {
     "no coefficients at all": (draw, ["--coefficients", "{tmp}/ticket.safetensors"], "was not written by search.py"),
     "metadata of no script": (draw, ["--coefficients", "{tmp}/notes.safetensors"], "was not written by search.py"),
     "metadata without sizes": (draw, ["--coefficients", "{tmp}/sizes.safetensors"], "does not say how it was made"),
+    "metadata of other types": (draw, ["--coefficients", "{tmp}/types.safetensors"], "does not say how it was made"),
     "a truncated file": (
         draw,
         ["--model", "tiny", "--coefficients", "{tmp}/cut.safetensors"],
@@ -296,6 +297,8 @@ def test_bad_input_gets_one_line_and_exit_code_2(case, tmp_path, capsys, monkeyp
     our_safetensors.write_safetensors(tmp_path / "notes.safetensors", c, metadata | {"settings": []})
     no_sizes = {key: value for key, value in metadata.items() if key != "config"}
     our_safetensors.write_safetensors(tmp_path / "sizes.safetensors", c, no_sizes)
+    other_types = metadata | {"config": metadata["config"] | {"hidden_size": "24"}}
+    our_safetensors.write_safetensors(tmp_path / "types.safetensors", c, other_types)
     wide = c | {"ffn": torch.ones(2, 41)}
     our_safetensors.write_safetensors(tmp_path / "wide.safetensors", wide, metadata)
     whole = (tmp_path / "tiny" / "coefficients.safetensors").read_bytes()
