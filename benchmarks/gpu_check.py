@@ -34,6 +34,7 @@ from runtime.device import autocast, describe, pick_device
 ROOT = Path(__file__).resolve().parents[1]
 TINY = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 128}
 STUB = "class Missing(Exception):\n    pass\n\n\ndef __getattr__(name):\n    return Missing\n"
+LIMIT = 180  # seconds of a part, so that one that hangs does not take the time of the others
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
@@ -57,7 +58,7 @@ def main():
         return PARTS[options.parts[0]](options, Path(options.worker))
     device = pick_device(options.device)
     rows = []
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         for package in ("pyarrow", "requests", "urllib3"):  # for data that is not used here
             if importlib.util.find_spec(package) is None:
                 for name in ("__init__", "parquet"):
@@ -83,21 +84,21 @@ def run_part(options, part, folder, left):
     """The rows that a part printed as JSON, and one more if it failed. They are printed as they come."""
     flags = ["--device", options.device, "--worker", folder, "--parts", part, *["--small"] * options.small]
     flags += [] if options.corpus is None else ["--corpus", os.path.abspath(options.corpus)]
-    path, start, rows = Path(folder) / f"{part}.out", time.monotonic()
+    path, start, limit, failure = Path(folder) / f"{part}.out", time.monotonic(), max(1, min(left, LIMIT)), None
     paths = [f"{folder}/stubs", *filter(None, [os.environ.get("PYTHONPATH")])]
-    env, failure = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}, None
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "ORTICKET_DEBUG": "1"}
     with open(path, "w") as out, open(f"{path}.err", "w") as err:
         command = [sys.executable, "-m", "benchmarks.gpu_check", *flags]
         try:
-            code = subprocess.run(command, cwd=ROOT, env=env, stdout=out, stderr=err, timeout=max(1, left)).returncode
-            if code:
-                failure = f"exit code {code}", "FAILED"
+            code = subprocess.run(command, cwd=ROOT, env=env, stdout=out, stderr=err, timeout=limit).returncode
+            failure = (f"exit code {code}", "FAILED") if code else None
         except subprocess.TimeoutExpired:
-            failure = "no time left", "left out"
+            failure = f"stopped after {limit:.0f} s", "FAILED" if limit == LIMIT else "left out"
     rows = [{"part": part, **json.loads(line)} for line in path.read_text("utf8").splitlines() if line[:1] == "{"]
     if failure:
-        last = (Path(f"{path}.err").read_text("utf8", "replace").strip().splitlines() or [""])[-1]
-        rows.append({"part": part, "what": failure[0], "result": last.replace("|", "/"), "verdict": failure[1]})
+        log = Path(f"{path}.err").read_text("utf8", "replace").strip().splitlines() or [""]
+        row = {"part": part, "what": failure[0], "result": log[-1].replace("|", "/"), "verdict": failure[1]}
+        rows.append(row | {"log": log[-30:]})
     for row in rows:
         print("{part:10} {what:50} {result} {verdict}".format(**row), flush=True)
     print(f"{part:10} {time.monotonic() - start:.0f} s", flush=True)

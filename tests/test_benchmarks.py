@@ -1,5 +1,6 @@
 """Tests of benchmarks/."""
 
+import importlib.util
 import json
 
 import numpy as np
@@ -13,7 +14,8 @@ def checked(tmp_path, monkeypatch, missing, *parts):
     """The rows of the parts of gpu_check on a CPU, whose processes lack these packages."""
     (tmp_path / "sitecustomize.py").write_text(f"import sys\nsys.modules |= dict.fromkeys({missing})")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setattr(gpu_check.importlib.util, "find_spec", lambda name: None if name in missing else True)
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name in missing else find(name, *more))
     flags = ["--small", "--device", "cpu", "--results", tmp_path, *["--parts", *parts] * bool(parts)]
     assert call(gpu_check, *flags) == 0
     rows = json.loads((tmp_path / "gpu.json").read_text())["rows"]
