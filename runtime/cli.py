@@ -192,7 +192,7 @@ class progress:
 
     def close(self):
         if self.bar is not None:
-            self.bar.update(self.n - self.bar.n)
+            self.refresh_bar()
             self.bar.close()
 
     def update(self, n=1):
@@ -232,14 +232,17 @@ class progress:
                 togo = f"{(self.total - self.n) / self.size:,.0f} {self.units} to go"
                 self.print(f"{togo}, {left} at most{self.faster and '; faster: '}{self.faster}")
         if self.bar is not None or (now - self.begun > self.SHORT and (is_due or now - self.shown > self.SILENCE)):
-            status = self.status() if callable(self.status) else self.status
             if self.bar is not None:
-                self.bar.set_postfix_str(status, refresh=False)
-                self.bar.update(self.n - self.bar.n)
+                self.refresh_bar()
             else:
+                status = self.status() if callable(self.status) else self.status
                 done = f"{self.n / self.size:,.0f} of {self.total / self.size:,.0f} {self.units}"
                 self.print(", ".join(filter(None, [done, left and f"{left} left", status])))
             self.shown, self.part = now, self.current_part()
+
+    def refresh_bar(self):
+        self.bar.set_postfix_str(self.status() if callable(self.status) else self.status, refresh=False)
+        self.bar.update(self.n - self.bar.n)
 
     def print(self, text):
         """Print a line, above the bar if there is one."""
