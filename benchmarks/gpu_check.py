@@ -177,7 +177,8 @@ def check_equal(options, folder):
         for steps in (1, 3):
             expected = compute(model, cpu, torch.float32, steps)
             largest = max(value.abs().max().item() for key, value in expected.items() if value.numel() and "." in key)
-            for dtype, bound in ((torch.float32, 1e-4), (torch.bfloat16, None)):
+            bound = 1e-4 if steps == 1 else 1e-3  # g / |g| of an ascent step amplifies rounding errors
+            for dtype, bound in ((torch.float32, bound), (torch.bfloat16, None)):
                 found = compute(model, device, dtype, steps)
                 errors = {
                     key: (found[key] - value).abs().max().item() / max(value.abs().max().item(), largest / 100)
