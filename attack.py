@@ -14,6 +14,8 @@ written to the model's folder below --output: ATTACK.jsonl has a line per exampl
 runs resume when rerun.
 """
 
+import runtime.start  # noqa: F401 # isort: skip
+
 import hashlib
 import importlib.metadata
 import shlex
@@ -67,6 +69,7 @@ class Options:
     encoder: str = option("minilm", "use: Universal Sentence Encoder", choices=("minilm", "use"), group="resources")
     masked_lm: str = option(None, "of BERT-Attack [the pre-trained or the default model]", group="resources")
     bert_attack_k: int = option(48, "candidates per word in BERT-Attack", at_least=1, group="resources")
+    device: str = option("auto", "cpu, cuda, cuda:1, mps; auto: CUDA, then MPS, then CPU", group="machine")
     precision: str = option("fp32", "auto: bf16 where it is fast", choices=("auto", "bf16", "fp32"), group="machine")
     output: str = option("runs", "folder that finetune.py wrote to", group="output")
     suffix: str = option(None, "of the names of the result files: ATTACK-SUFFIX", group="output")
@@ -75,7 +78,7 @@ class Options:
 
 
 NOT_SETTINGS = (
-    *("output", "suffix", "show", "overwrite"),  # do not affect the results
+    *("output", "suffix", "show", "overwrite", "device"),  # do not affect the results
     *("vectors", "encoder", "masked_lm", "bert_attack_k"),  # recorded as resources instead
 )
 
@@ -84,11 +87,10 @@ def main():
     options = cli.parse(Options, __doc__)
     rank, world, launcher = distributed.RANK, distributed.WORLD, distributed.parent()
     tune_allocator()
-    device = pick_device()
-    distributed.init_distributed(device)
+    device = pick_device(options.device)
+    distributed.init_distributed(device, shared=":" in options.device)
     dtype = pick_precision(device, options.precision)
     print(run_banner(options.model, device, dtype))
-
     task = data.find_task(options.task, tuple(options.text_columns), options.label_column, options.drop_labels)
     if options.attack_columns not in (None, *task.columns):
         raise BadInput(f"--attack-columns {options.attack_columns}: {options.task} has {' and '.join(task.columns)}")
@@ -112,7 +114,7 @@ def main():
             path = folder / f"{'-'.join(filter(None, (name, options.suffix)))}.jsonl"
             with distributed.file_lock(files.writable(folder) / path.name):
                 results = Results(path, provenance, name, used, list(examples), options.overwrite)
-                bar = cli.progress(len(examples), len(results.rows), name, "example")
+                bar = cli.progress(len(examples), len(results.rows), name, "example", faster="torchrun")
                 try:
                     for number in list(examples)[rank::world]:
                         if number in results.rows:

@@ -121,7 +121,7 @@ class Layer(nn.Module):
             q, kv = self.query_key_value(x).split((width, 2 * width), 2)  # (B, T, H s) and (B, T, 2 H s)
         q = q.view(B, q.shape[1], self.heads, self.head_size).transpose(1, 2)  # (B, H, T or 1, s)
         k, v = kv.view(B, T, 2, self.heads, self.head_size).permute(2, 0, 3, 1, 4)  # (B, H, T, s) each
-        if x.is_cuda or (q.dtype == torch.float32 and not torch.is_grad_enabled()):
+        if x.device.type != "cpu" or (q.dtype == torch.float32 and not torch.is_grad_enabled()):
             p = self.attention_dropout.p if self.training else 0.0
             context = F.scaled_dot_product_attention(q, k, v, None if bias is None else bias.to(q.dtype), p)
         else:  # elsewhere two plain products are faster than SDPA
@@ -236,7 +236,7 @@ class Bert(nn.Module):
     def mlm_loss(self, states, labels):
         """The mean cross entropy of `mlm_logits(states)` and labels (n,), computed in float32 also under autocast."""
         products = linear(self.mlm_head(states), self.decoder)  # (n, V)
-        size = max(1, len(labels)) if products.is_cuda else 32  # on a CPU, rows that stay in the cache
+        size = max(1, len(labels)) if products.device.type != "cpu" else 32  # on a CPU, rows that stay in the cache
         losses = [
             F.cross_entropy(rows.float() + self.mlm_head.bias, expected, reduction="sum")
             for rows, expected in zip(products.split(size), labels.split(size))

@@ -8,6 +8,8 @@ tasks share the coefficients and differ only in the ratio of the neurons, so tha
 finetune.py continues with line 6: it applies the masks to theta_0.
 """
 
+import runtime.start  # noqa: F401 # isort: skip
+
 from dataclasses import dataclass, replace
 from pathlib import Path
 

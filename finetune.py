@@ -10,6 +10,8 @@ Fine-tuning starts from the pre-trained weights theta_0, not from those of the s
 accuracy on held-out training rows is kept and tested. Interrupted runs resume when rerun, from the last epoch.
 """
 
+import runtime.start  # noqa: F401 # isort: skip
+
 from dataclasses import asdict, dataclass
 
 import torch
@@ -30,15 +32,7 @@ from inputs.tokenizer import Tokenizer
 from runtime import cli, distributed, files, optim
 from runtime.cli import BadInput, option
 from runtime.cpu import tune_allocator
-from runtime.device import (
-    DEFAULT_MODEL,
-    MODEL_HELP,
-    autocast,
-    pick_device,
-    pick_precision,
-    precision_name,
-    run_banner,
-)
+from runtime.device import DEFAULT_MODEL, MODEL_HELP, autocast, pick_device, pick_precision, precision_name, run_banner
 from runtime.embeddings import restore_vocabulary, restrict_vocabulary
 from sharing.export import export, is_exported
 
@@ -85,19 +79,21 @@ class Options:
     output: str = option("runs", "folder; results go to OUTPUT/MODEL/TASK", group="output")
     export_hf: str = option(None, "also write a dense copy for transformers to this folder", group="output")
     overwrite: bool = option(False, "make it anew; if interrupted, the same command resumes", group="output")
+    device: str = option("auto", "cpu, cuda, cuda:1, mps; auto: CUDA, then MPS, then CPU", group="machine")
     precision: str = option("auto", "auto: bf16 where supported", choices=("auto", "bf16", "fp32"), group="machine")
     grad_accum_steps: int = option(1, "parts of a step, computed in turn to save memory", at_least=1, group="machine")
     checkpointing: bool = option(False, "recompute activations to save memory, a third more work", group="machine")
 
 
-NOT_SETTINGS = ("output", "overwrite", "export_hf", "grad_accum_steps", "checkpointing")  # a run may resume with others
+# a run may resume with others
+NOT_SETTINGS = ("output", "overwrite", "export_hf", "device", "grad_accum_steps", "checkpointing")
 
 
 def main():
     options = cli.parse(Options, __doc__)
     tune_allocator()
-    device = pick_device()
-    distributed.init_distributed(device)
+    device = pick_device(options.device)
+    distributed.init_distributed(device, shared=":" in options.device)
     dtype = pick_precision(device, options.precision)
     print(run_banner(options.model, device, dtype))
     task = data.find_task(options.task, tuple(options.text_columns), options.label_column, options.drop_labels)

@@ -11,6 +11,8 @@ Interrupted runs resume when rerun, from the last mini-epoch, and on a CPU end w
 those of section 3.5 of the paper where it gives them, except for the corpus and, without CUDA, the model.
 """
 
+import runtime.start  # noqa: F401 # isort: skip
+
 import shlex
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -79,6 +81,7 @@ class Options:
     output: str = option("runs", "folder; results go to OUTPUT/MODEL", group="output")
     save_model: str = option(None, "also write theta after the search to this folder, as a model", group="output")
     overwrite: bool = option(False, "make it anew; if interrupted, the same command resumes", group="output")
+    device: str = option("auto", "cpu, cuda, cuda:1, mps; auto: CUDA, then MPS, then CPU", group="machine")
     precision: str = option("auto", "auto: bf16 where supported", choices=("auto", "bf16", "fp32"), group="machine")
     grad_accum_steps: int = option(1, "parts of a step, computed in turn to save memory", at_least=1, group="machine")
     checkpointing: bool = option(False, "recompute activations to save memory, a third more work", group="machine")
@@ -89,16 +92,17 @@ NOT_SETTINGS = (
     "overwrite",
     "save_model",
     "seeds",
+    "device",
     "grad_accum_steps",
     "checkpointing",
-)  # a search may resume with others
+)  # may differ on resuming
 
 
 def main():
     options = cli.parse(Options, __doc__)
     tune_allocator()
-    device = pick_device()
-    distributed.init_distributed(device)
+    device = pick_device(options.device)
+    distributed.init_distributed(device, shared=":" in options.device)
     dtype = pick_precision(device, options.precision)
     output = files.output_folder(options.output, options.model)
     with distributed.main_process_first():
@@ -154,10 +158,10 @@ def starting_point(options, folder, num_labels, run, tokenizer, output, dtype):
         print(line)
     model.checkpointing = options.checkpointing
     if "mlm_head" in model.initialized and not run.checkpoint.tensors:
-        path, provenance = output / "mlm_head.safetensors", run.checkpoint.provenance
+        path, provenance, blocks = output / "mlm_head.safetensors", run.checkpoint.provenance, run.examples
         with distributed.file_lock(path):
             if distributed.is_main_process():
-                fit_mlm_head(options.model, provenance, model.to(pick_device()), tokenizer, run.examples, path, dtype)
+                fit_mlm_head(options.model, provenance, model.to(blocks.device), tokenizer, blocks, path, dtype)
         model.mlm_head.load_state_dict(distributed.broadcast_from_main(model.mlm_head.state_dict))
     return model, Coefficients(config.num_hidden_layers, config.num_attention_heads, config.intermediate_size)
 

@@ -69,7 +69,7 @@ class Results:
         if is_shared:
             self.read()
         bar.n = len(self.rows)
-        bar.set_postfix_str(f"Aua {self.figures()['aua'] or 0:.1%}")
+        bar.set_postfix_str(lambda: f"Aua {self.figures()['aua'] or 0:.1%}")
 
     def figures(self):
         """The metrics as fractions, each None if there is nothing to divide by, and the number of each outcome."""

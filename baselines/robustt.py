@@ -29,7 +29,7 @@ from inputs.finetuned import load_finetuned
 from runtime import cli, distributed, files, optim
 from runtime.cli import BadInput, option
 from runtime.cpu import tune_allocator
-from runtime.device import DEFAULT_MODEL, autocast, pick_device, pick_precision, precision_name, run_banner
+from runtime.device import DEFAULT_MODEL, autocast, faster_ways, pick_device, pick_precision, precision_name, run_banner
 
 LEFT, RIGHT, TEMPERATURE = -0.1, 1.1, 2 / 3  # the stretched interval and the temperature of hard concrete gates
 RETRAINED = (  # settings of the fine-tuned model with which its ticket is retrained
@@ -61,6 +61,7 @@ class Options:
     warmup: float = option(0.1, "share of all steps with warm-up", at_least=0, below=1, group="optimization")
     weight_decay: float = option(1e-6, "weight decay of AdamW", at_least=0, group="optimization")
     clip_norm: float = option(1.0, "largest norm of the loss's gradient", above=0, group="optimization")
+    device: str = option("auto", "cpu, cuda, cuda:1, mps; auto: CUDA, then MPS, then CPU", group="machine")
     precision: str = option("auto", "auto: bf16 where it is fast", choices=("auto", "bf16", "fp32"), group="machine")
     output: str = option("runs", "folder of finetune.py; the ticket is written to OUTPUT/MODEL/TASK", group="output")
     overwrite: bool = option(False, "make it anew; if interrupted, the same command resumes", group="output")
@@ -91,7 +92,7 @@ def main():
     if distributed.WORLD > 1:
         raise BadInput("robustt.py works in one process: start it without torchrun")
     tune_allocator()
-    device = pick_device()
+    device = pick_device(options.device)
     dtype = pick_precision(device, options.precision)
     print(run_banner(options.model, device, dtype))
     task = data.find_task(options.task, tuple(options.text_columns), options.label_column, options.drop_labels)
@@ -106,7 +107,7 @@ def main():
     train = data.first_rows(splits["train"], options.train_rows, options.task)
     rows = TokenizedSplit(tokenizer, train, max_length, device)
     print(f"task {options.task}: {len(rows):,} training rows; the weights of {source} are not changed")
-    settings = {key: value for key, value in asdict(options).items() if key not in ("output", "overwrite")}
+    settings = {key: value for key, value in asdict(options).items() if key not in ("output", "overwrite", "device")}
     provenance = {
         "script": "robustt.py",
         "settings": settings | {"precision": precision_name(dtype)},
@@ -152,7 +153,8 @@ def learn_scores(options, model, rows, checkpoint, dtype):
     steps = options.epochs * steps_per_epoch
     checkpoint.load(optimizer, gates=gates)
     first_epoch = checkpoint.metadata.get("epochs_done", 0)
-    bar = cli.progress(steps, first_epoch * steps_per_epoch, "masks")
+    faster = faster_ways(rows.device, "fewer --train-rows or --epochs")
+    bar = cli.progress(steps, first_epoch * steps_per_epoch, "masks", parts=options.epochs, faster=faster)
     model.train()
     for epoch in range(first_epoch, options.epochs):
         batches = map(rows.batch, rows.epoch(options.batch_size, options.seed, epoch))
@@ -174,8 +176,8 @@ def learn_scores(options, model, rows, checkpoint, dtype):
             optimizer.step()
             optimizer.zero_grad()
             bar.update()
-            if not bar.disable:
-                bar.set_postfix_str(f"loss {loss:.3f}, open {open_share:.1%}", refresh=False)
+            status = loss, open_share
+            bar.set_postfix_str(lambda: "loss {:.3f}, open {:.1%}".format(*status), refresh=False)
         if not math.isfinite(loss):
             raise BadInput(f"training diverged in epoch {epoch + 1}: lower --learning-rate {lr:g}")
         checkpoint.save(optimizer, {"gates": gates}, metadata={"epochs_done": epoch + 1})

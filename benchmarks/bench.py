@@ -20,32 +20,23 @@ import time
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
-import numpy as np
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 import attack
 import data
-import finetune
 from attacks import recipes
 from attacks.library import import_textattack
-from benchmarks import libraries, scale
-from benchmarks.libraries import freelb_step
+from benchmarks import libraries, scale, training
+from benchmarks.training import BASELINES
 from bert import Bert, Config
 from checkpoints.huggingface import read_weights
-from freelb import ADVERSARIES
-from gates import Coefficients, draw_masks
-from inputs.batches import TokenizedSplit
 from inputs.tokenizer import Tokenizer
 from runtime import cli, files
 from runtime.cli import BadInput, option
 from runtime.cpu import tune_allocator
-from runtime.device import autocast, describe, peak_memory, pick_device, pick_precision
-from runtime.embeddings import restrict_vocabulary
+from runtime.device import describe, peak_memory, pick_device, pick_precision
 
-BASELINES = {"transformers, SDPA": "sdpa", "transformers, eager": "eager"}  # name -> attention implementation
 BENCHMARKS = ("search", "finetune", "load", "attack", "scale")
 ATTACK_PARTS = ("the model", "sentence encoder", "part of speech", "substitutes", "the rest", "import")
 
@@ -65,6 +56,7 @@ class Options:
     megabytes: int = option(1000, "scale: size of the largest corpus", at_least=1)
     rounds: int = option(3, "processes per side", at_least=1)
     same_allocator: bool = option(False, "call runtime.cpu.tune_allocator for the baselines, too")
+    device: str = option("auto", "cpu, cuda, cuda:1, mps; auto: CUDA, then MPS, then CPU")
     output: str = option("runs", "attack: folder of finetune.py; scale: folder for scale.png and scale.json")
     json: str = option(None, "also write the figures to this file, except those of scale")
     worker: str = option(None, "internal: SIDE;CASE;FOLDER, one process of one side")
@@ -75,7 +67,7 @@ def main():
     if options.what == "scale":
         return scale.bench(options)
     benchmarks = {"load": (bench_load, time_load), "attack": (bench_attack, time_attack)}
-    benchmark, worker = benchmarks.get(options.what, (bench_training, time_training))
+    benchmark, worker = benchmarks.get(options.what, (bench_training, training.time_training))
     if options.worker:
         return print(json.dumps(worker(options, *options.worker.split(";"))))
     with tempfile.TemporaryDirectory() as folder:
@@ -120,9 +112,11 @@ def print_table(figures, columns):
 
 
 def bench_training(options, folder):
-    device, is_search = pick_device(), options.what == "search"
+    device, is_search = pick_device(options.device), options.what == "search"
     precisions = ["fp32"] if pick_precision(device, "auto") == torch.float32 else ["bf16", "fp32"]
-    cases = [(side, precision) for precision in precisions for side in ("orticket", *BASELINES)]
+    cases = [
+        (side, precision) for precision in precisions for side in ("orticket", *BASELINES) if "compiled" not in side
+    ]
     labels = () if is_search else data.find_task(options.task).labels
     torch.manual_seed(0)
     source = data.find_model("minilm")[0]
@@ -153,106 +147,6 @@ def bench_training(options, folder):
     if not is_search:
         check_agreement([row["right"] for row in same_model], 0.03)
     return figures
-
-
-def time_training(options, side, precision, folder):
-    """One process of one side: {"seconds", "flops", "loss", ...}."""
-    device, is_search, baseline = pick_device(), options.what == "search", side in BASELINES
-    dtype = pick_precision(device, precision)
-    if not baseline or options.same_allocator:
-        tune_allocator()
-    torch.manual_seed(0)
-    if is_search:
-        ids = torch.randint(1000, 30000, (options.batch_size, options.block), device=device)
-        positions = (torch.rand(ids.shape, device=device) < 0.15).flatten().nonzero().flatten()
-        given = (ids, positions, ids.flatten()[positions]), device
-        found = libraries.search_work(folder, BASELINES[side], *given) if baseline else search_work(folder, *given)
-        modules, loss_of = found
-        adversary = options.adv_steps, *ADVERSARIES["freelb"][1:]
-        loss = lambda: freelb_step(loss_of, torch.ones_like(ids), 384, adversary)  # noqa: E731
-        work = SimpleNamespace(modules=modules, loss=loss, steps=lambda: [loss()], tokens=ids.numel())
-    else:
-        task = data.find_task(options.task)
-        splits = task.load(None)
-        rows = data.first_rows(splits["train"], options.rows, options.task)
-        given = rows, splits["test"], options.batch_size, task.max_length, device
-        ours = folder, side, dtype, splits["train"]
-        work = libraries.finetune_work(folder, BASELINES[side], *given) if baseline else finetune_work(*ours, *given)
-    modules = torch.nn.ModuleList(work.modules)
-    optimizer = torch.optim.AdamW(modules.parameters(), lr=2e-5, fused=True)
-
-    def seconds_of(call):
-        start = time.perf_counter()
-        result = call()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - start, result
-
-    def epoch():
-        for _ in work.steps():
-            torch.nn.utils.clip_grad_norm_(modules.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-
-    with autocast(device, dtype):
-        modules.eval()
-        torch.manual_seed(1)  # the same delta on both sides
-        figures = {"loss": float(work.loss()), "tokens": work.tokens}
-        optimizer.zero_grad()
-        if not is_search:
-            with torch.inference_mode():
-                work.classify()
-                figures["classify"], right = seconds_of(work.classify)
-            figures["right"] = right / len(splits["test"])
-        modules.train()
-        with FlopCounterMode(display=False) as counter:
-            epoch()
-        figures["flops"] = counter.get_total_flops()
-        figures["seconds"] = statistics.median(seconds_of(epoch)[0] for _ in range(options.steps if is_search else 1))
-        figures["memory"] = peak_memory(device)
-        size = 8192 if device.type == "cuda" else 2048
-        a = torch.randn(size, size, device=device)
-        fastest = min(seconds_of(lambda: torch.mm(a, a))[0] for _ in range(8))
-        figures["peak"] = 2 * size**3 / fastest
-    return figures
-
-
-def search_work(folder, batch, device):
-    """([model, coefficients], loss_of(delta)) of search.py on a batch (ids, positions, labels)."""
-    model, c = Bert.load(folder, mlm=True).to(device), Coefficients(6, 12, 1536).to(device)
-    ids, positions, labels = batch
-
-    def loss_of(delta):
-        return model.mlm_loss(model(ids, positions=positions, gates=c.gates, delta=delta), labels)
-
-    return [model, c], loss_of
-
-
-def finetune_work(folder, side, dtype, train, rows, test, batch_size, max_length, device):
-    """What finetune.py does with these `rows` of the training split `train`, whose whole vocabulary is kept."""
-    adversary = ADVERSARIES["freelb" if side == "with FreeLB" else "vanilla"]
-    model, tokenizer = Bert.load(folder), Tokenizer(Path(folder))
-    if side == "its ticket":
-        model = model.pruned(*draw_masks(torch.rand(6, 12), torch.rand(6, 1536), 1 / 6, 0.3))
-    model.to(device)
-    sets = [TokenizedSplit(tokenizer, part, max_length, device) for part in (rows, test, train)]
-    model, _ = restrict_vocabulary(model, *sets)
-    rows, test, _ = sets
-
-    def steps():
-        for batch in rows.batches(batch_size, np.random.default_rng(0)):
-            loss_of = lambda delta: model.class_loss(*batch, delta=delta)  # noqa: E731
-            yield freelb_step(loss_of, batch.token_mask, 384, adversary)
-
-    def loss():
-        with torch.no_grad():
-            losses = [model.class_loss(*batch) * len(batch.labels) for batch in rows.batches(batch_size)]
-        return sum(losses) / len(rows)
-
-    def classify():
-        return finetune.accuracy(model, test, batch_size, dtype) * len(test)
-
-    return SimpleNamespace(modules=[model], steps=steps, loss=loss, classify=classify, tokens=len(rows.ids))
 
 
 def bench_load(options, folder):
@@ -295,7 +189,7 @@ def time_load(options, side, kind, folder):
 def bench_attack(options, folder):
     """Seconds from the first to the last example. The import of TextAttack, the same for both, is shown separately."""
     cases = [("orticket", "fp32"), ("textattack", "fp32"), ("orticket", "bf16")]
-    if pick_precision(pick_device(), "auto") == torch.float32:
+    if pick_precision(pick_device(options.device), "auto") == torch.float32:
         cases.pop()
     results, figures = run_workers(options, cases, folder), {}
     texts = {case: [result.pop("found") for result in results[case]][0] for case in cases}
@@ -304,7 +198,7 @@ def bench_attack(options, folder):
         row["ratio"] = row["seconds"] / figures["orticket", "fp32"]["seconds"]
         row["queries"] = sum(queries for _, _, queries in texts[case])
         row["same"] = sum(one == other for one, other in zip(texts[case], texts["textattack", "fp32"]))
-    print(f"{options.attack} on {options.n} rows of {options.task}, {describe(pick_device())}")
+    print(f"{options.attack} on {options.n} rows of {options.task}, {describe(pick_device(options.device))}")
     print(f"seconds, medians of {options.rounds} processes; ratio to orticket in fp32")
     columns = {"in all": "{seconds:.2f}", "ratio": "{ratio:.2f}", "queries": "{queries:,}"}
     columns |= {"same outcome": f"{{same}} of {options.n}"} | {part: f"{{{part}:.2f}}" for part in ATTACK_PARTS}
@@ -320,9 +214,9 @@ def time_attack(options, side, precision, folder):
     clock["import"] = time.perf_counter() - start
     tune_allocator()
     given = {"task": options.task, "model": "minilm", "output": options.output, "n": options.n}
-    given |= {"attack": options.attack, "vectors": options.vectors, "precision": precision}
+    given |= {"attack": options.attack, "vectors": options.vectors, "precision": precision, "device": options.device}
     given = attack.Options(**given, ticket="none", max_length=512)
-    device, task = pick_device(), data.find_task(options.task)
+    device, task = pick_device(options.device), data.find_task(options.task)
     splits = task.load(None)
     victim, _, _ = attack.find_victim(given, task, splits, device, pick_precision(device, precision))
     recipe, _ = recipes.build(textattack, nltk_data, options.attack, given, task, victim)

@@ -20,13 +20,15 @@ def freelb_step(loss_of, mask, dim, adversary):
     return freelb(loss_of, initial_delta(mask, dim, init_mag, max_norm), mask, steps, lr, max_norm)
 
 
-def search_work(folder, attention, batch, device):
+def search_work(folder, attention, is_compiled, batch):
     """([BertForMaskedLM], loss_of(delta)), as in FreeLB's and EarlyRobust's published scripts: with the logits of all
     tokens, and delta added to the input embeddings. There are no coefficients."""
     from transformers import BertForMaskedLM
 
-    model = BertForMaskedLM.from_pretrained(folder, attn_implementation=attention).to(device)
     ids, positions, labels = batch
+    model = BertForMaskedLM.from_pretrained(folder, attn_implementation=attention).to(ids.device)
+    if is_compiled:
+        model.compile()
     mask, wanted = torch.ones_like(ids), torch.full_like(ids.flatten(), -100)
     wanted[positions] = labels
     wanted = wanted.view(ids.shape)
@@ -38,14 +40,16 @@ def search_work(folder, attention, batch, device):
     return [model], loss_of
 
 
-def finetune_work(folder, attention, rows, test, batch_size, max_length, device):
+def finetune_work(folder, attention, is_compiled, rows, test, batch_size, max_length, device):
     """BertForSequenceClassification as the Trainer trains it by default: random batches, each padded to its longest row
-    by DataCollatorWithPadding. rows, test: [(tuple of texts, label)]."""
+    by DataCollatorWithPadding; compiled, to a multiple of 32 tokens. rows, test: [(tuple of texts, label)]."""
     from transformers import BertForSequenceClassification, BertTokenizerFast, DataCollatorWithPadding
 
     model = BertForSequenceClassification.from_pretrained(folder, attn_implementation=attention).to(device)
     tokenizer = BertTokenizerFast.from_pretrained(folder)
-    collate = DataCollatorWithPadding(tokenizer)
+    collate = DataCollatorWithPadding(tokenizer, pad_to_multiple_of=32 if is_compiled else None)
+    if is_compiled:
+        model.compile()
 
     def loader(rows, shuffle):
         columns = zip(*(texts for texts, _ in rows))
@@ -81,7 +85,7 @@ def restore_textattack(recipe, textattack, options):
     import transformers
 
     folder = files.model_folder(options.output, options.model) / files.task_folder(options.task)
-    folder, device = folder / "none-vanilla-seed0", pick_device()
+    folder, device = folder / "none-vanilla-seed0", pick_device(options.device)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     model = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval().to(device)
     recipe.goal_function.model = textattack.models.wrappers.HuggingFaceModelWrapper(model, tokenizer)

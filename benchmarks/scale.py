@@ -39,7 +39,13 @@ EXAMPLES = (5, 10, 20, 40)  # attacked rows of rt
 
 def bench(options):
     sizes = [megabytes for megabytes in (1, 10, 100, 1000) if megabytes < options.megabytes] + [options.megabytes]
-    figures = {"machine": describe(pick_device()), "versions": versions(), "search": [], "finetune": [], "attack": []}
+    figures = {
+        "machine": describe(pick_device(options.device)),
+        "versions": versions(),
+        "search": [],
+        "finetune": [],
+        "attack": [],
+    }
     bar = cli.progress(len(sizes) + len(ROWS) + len(EXAMPLES), description="scale", unit="size")
     # the cache is in the temporary folder, too, so that a gigabyte of tokens is not kept
     with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, XDG_CACHE_HOME=folder):
@@ -76,7 +82,7 @@ def measure_search(megabytes, options, folder):
     """Seconds per million tokens of tokenizing a corpus and of the search's steps on it; memory in GB."""
     path = folder / f"{megabytes}.txt"
     write_corpus(path, megabytes * 10**6)
-    device, source = pick_device(), data.find_model("minilm")[0]
+    device, source = pick_device(options.device), data.find_model("minilm")[0]
     dtype = pick_precision(device, "auto")
     tune_allocator()
     torch.manual_seed(0)

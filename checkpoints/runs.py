@@ -12,7 +12,7 @@ from checkpoints.provenance import Checkpoint, load_module, read_made_by, read_r
 from freelb import ADVERSARIES
 from runtime import cli, distributed, optim
 from runtime.cli import BadInput
-from runtime.device import peak_memory
+from runtime.device import faster_ways, peak_memory
 
 
 class SearchRun:
@@ -43,7 +43,9 @@ class SearchRun:
                 stopping.update(head, ffn)
             step = self.mini_epoch_ends[len(self.trace["trace.loss"]) - 1]
         self.total, self.count = torch.zeros((), device=c.head.device), 0
-        self.bar, self.start = cli.progress(self.steps, step, "search"), time.perf_counter()
+        faster = faster_ways(c.head.device, "a shorter --corpus", checkpointing=self.options.checkpointing)
+        self.bar = cli.progress(self.steps, step, "search", parts=len(self.mini_epoch_ends), faster=faster)
+        self.start = time.perf_counter()
         return step
 
     def example_indices(self, step):
@@ -57,9 +59,8 @@ class SearchRun:
     def log(self, loss):
         self.total += loss
         self.count += 1
-        if not self.bar.disable:
-            self.bar.set_postfix_str(f"loss {loss:.3f}{self.status}", refresh=False)
         self.bar.update()
+        self.bar.set_postfix_str(lambda: f"loss {loss:.3f}{self.status}", refresh=False)
 
     def end_mini_epoch(self, optimizer, model, c, distances):
         """Add to the trace and save a checkpoint. Raises BadInput if the search has diverged."""
@@ -74,6 +75,7 @@ class SearchRun:
         self.seconds, self.start = self.seconds + time.perf_counter() - self.start, time.perf_counter()
         self.checkpoint.save(optimizer, {"model": model, "c": c}, self.result(), {"seconds": self.seconds})
         self.status = f", distance heads {distances[0]:.3f}, neurons {distances[1]:.3f}"
+        self.bar.set_postfix_str(f"loss {mean_loss:.3f}{self.status}")
 
     def result(self):
         """{name: tensor}: the trace, stacked over the mini-epochs."""
@@ -119,7 +121,7 @@ class FinetuneRun:
         self.checkpoint = Checkpoint(folder / "finetune.state.safetensors", provenance, options.overwrite)
         saved = self.checkpoint.metadata
         self.scores, self.seconds = saved.get("scores", []), saved.get("seconds", 0.0)
-        self.memory = saved.get("peak_memory", 0)
+        self.memory, self.status = saved.get("peak_memory", 0), ""
         settings = provenance["settings"]
         self.adversary = [settings[f"adv_{name}"] for name in ("steps", "lr", "init_mag", "max_norm")]
         self.steps_per_epoch = math.ceil(len(split) / options.batch_size)
@@ -128,7 +130,10 @@ class FinetuneRun:
     def resume(self, optimizer, modules):
         """Load the checkpoint, if there is one. Returns the number of epochs done."""
         self.checkpoint.load(optimizer, **modules)
-        self.bar = cli.progress(self.steps, len(self.scores) * self.steps_per_epoch, "fine-tune")
+        ways, checkpointing = "fewer --train-rows or --epochs", self.options.checkpointing
+        faster = faster_ways(self.split.device, ways, checkpointing=checkpointing)
+        done = len(self.scores) * self.steps_per_epoch
+        self.bar = cli.progress(self.steps, done, "fine-tune", parts=self.options.epochs, faster=faster)
         return len(self.scores)
 
     def batches(self, epoch):
@@ -141,6 +146,7 @@ class FinetuneRun:
     def log(self, loss):
         self.total += loss
         self.bar.update()
+        self.bar.set_postfix_str(lambda: f"loss {loss:.3f}{self.status}", refresh=False)
 
     def best_path(self):
         """The weights of the best epoch. Each epoch has its own file, so that a kill cannot mix two epochs."""
@@ -166,7 +172,8 @@ class FinetuneRun:
             self.checkpoint.save(optimizer, modules, metadata=progress)
             for older in set(self.folder.glob("epoch*.state.safetensors")) - {self.best_path()}:
                 older.unlink()
-        self.bar.set_postfix_str(f"loss {mean_loss:.3f}, held-out accuracy {score:.2%}")
+        self.status = f", held-out accuracy {score:.2%}"
+        self.bar.set_postfix_str(f"loss {mean_loss:.3f}{self.status}")
 
     def load_best(self, model):
         """Put the weights of the best epoch into the model."""

@@ -1,7 +1,7 @@
 """Read what search.py and draw.py wrote, coefficients and tickets, and check that they fit the model."""
 
 import shlex
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
@@ -24,6 +24,8 @@ def read_coefficients(path):
     try:
         config, model = Config(**metadata["config"]), metadata["settings"]["model"]
         complete = isinstance(model, str) and {"model_sha256", "corpus_sha256", "versions"} <= metadata.keys()
+        kinds = {field.name: (int, float) if field.type is float else field.type for field in fields(Config)}
+        complete = complete and all(isinstance(getattr(config, name), kind) for name, kind in kinds.items())
     except (KeyError, TypeError):
         complete = False
     if not complete:
@@ -59,7 +61,7 @@ def find_ticket(options, drawn, model_sha256, config):
         remedy = f"run {command} first" if path == drawn else "give drawn, random, none or a file"
         raise BadInput(f"there is no ticket {path}: {remedy}")
     tensors, metadata = safetensors.read_with_metadata(path, "draw.py", "robustt.py")
-    drawn_for = metadata["settings"].get("task", options.task)
+    drawn_for = str(metadata["settings"].get("task", options.task))
     if (drawn_for in data.TASKS) != (options.task in data.TASKS) and path == drawn:  # imdb and a custom imdb.csv
         raise BadInput(f"{path} was drawn for {drawn_for}: run {command} again")
     if metadata.get("model_sha256") != model_sha256:
@@ -76,6 +78,8 @@ def find_ticket(options, drawn, model_sha256, config):
         raise BadInput(f"{path} leaves a layer without a head: run {command} again")
     if options.ticket == "random":
         torch.manual_seed(options.seed if options.ticket_seed is None else options.ticket_seed)
-        ratios = metadata["settings"]["tau_head"], metadata["settings"]["tau_ffn"]
+        ratios = [metadata["settings"].get(name) for name in ("tau_head", "tau_ffn")]
+        if not all(isinstance(ratio, (int, float)) and 0 <= ratio < 1 for ratio in ratios):
+            raise BadInput(f"{path} does not say its ratios: run {command} again")
         masks = draw_masks(*(torch.rand(mask.shape) for mask in masks), *ratios)
     return masks, files.sha256(path)

@@ -6,6 +6,7 @@ A seed is a whole run: a search of its own, a ticket, a fine-tuning. Runs with o
 import base64
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -112,7 +113,7 @@ def run_script(name, /, **flags):
         code = subprocess.run(command, env=env, stdout=subprocess.DEVNULL).returncode
         if code != 2:
             break
-    if code == 130:
+    if code in (130, -signal.SIGINT):
         raise KeyboardInterrupt
     if code:
         raise BadInput(f"python {' '.join(map(str, [*program, *arguments]))} failed with exit code {code}")

@@ -131,6 +131,7 @@ def encode(tokenizer, texts, max_length):
         raise BadInput(f"--max-length {max_length} has room for no more than the {special} special tokens")
     ids, lengths, second_start, num_truncated = array.array("i"), [], [], 0
     tokenizer.library.enable_truncation(max_length)
+    bar = progress(len(texts), description="tokens", unit="text") if len(texts) > CHUNK else None
     for start in range(0, len(texts), CHUNK):
         chunk = [text[0] if len(text) == 1 else text for text in texts[start : start + CHUNK]]
         for encoding in tokenizer.encode_batch(chunk):
@@ -138,6 +139,10 @@ def encode(tokenizer, texts, max_length):
             lengths.append(len(encoding))
             second_start.append(lengths[-1] - sum(encoding.type_ids))
             num_truncated += bool(encoding.overflowing)
+        if bar:
+            bar.update(len(chunk))
+    if bar:
+        bar.close()
     tokenizer.library.no_truncation()
     return {
         "ids": torch.from_numpy(np.array(ids, dtype=np.int32)),

@@ -12,7 +12,7 @@ from checkpoints import safetensors
 from inputs.batches import rows_sha256
 from inputs.tokenizer import Tokenizer
 from runtime import distributed
-from runtime.cli import BadInput
+from runtime.cli import BadInput, progress
 from runtime.device import autocast
 
 
@@ -46,10 +46,13 @@ def correct_by_class(model, split, batch_size, dtype):
     """
     model.eval()
     correct = torch.zeros(model.config.num_labels, device=split.device)
+    bar = progress(len(split), description="classify", unit="row")
     for batch in islice(split.batches(batch_size), distributed.RANK, None, distributed.WORLD):
         with autocast(split.device, dtype):
             logits = model.class_logits(batch.ids, batch.attention_mask, batch.segments)
         correct += batch.labels[logits.argmax(1) == batch.labels].bincount(minlength=len(correct))
+        bar.update(len(logits) * distributed.WORLD)
+    bar.close()
     return distributed.all_reduce_sum(correct).cpu()
 
 

@@ -55,7 +55,7 @@ def fit_mlm_head(name, provenance, model, tokenizer, blocks, path, dtype):
         optimizer.step()
         optimizer.zero_grad()
         bar.update()
-        bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
+        bar.set_postfix_str(lambda: f"loss {loss:.3f}", refresh=False)
     bar.close()
     safetensors.write_safetensors(path, head.state_dict(), provenance)
 

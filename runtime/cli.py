@@ -1,15 +1,29 @@
-"""The command line of every script: options, errors in one line, progress bars."""
+"""The command line of every script: options, errors in one line, progress."""
 
 import argparse
+import contextlib
 import dataclasses
+import io
 import math
+import operator
 import os
+import re
 import shlex
 import sys
 import time
+import traceback
 from fractions import Fraction
 
-from tqdm import tqdm
+from runtime.start import INTERRUPTED, RANK
+
+BOUNDS = {"at_least": operator.ge, "above": operator.gt, "below": operator.lt, "at_most": operator.le}
+MEMORY = "not enough memory: lower --batch-size or the tokens per text, raise --grad-accum-steps, add --checkpointing"
+LIBRARY_ERRORS = {  # in a library's message -> (exit code, what it means here)
+    "out of memory|allocate memory|not enough memory|bad_alloc|ALLOC_FAILED": (1, MEMORY),
+    "Connection closed by peer": (1, "another process has ended"),  # gloo's
+    "home directory": (2, "error: there is no home directory for the caches: set HOME"),
+    "surrogates not allowed": (2, "error: a name or a text is not valid UTF-8"),
+}
 
 
 class BadInput(Exception):
@@ -22,27 +36,45 @@ def one_line(error):
 
 
 def run(main):
-    """Run a script's main(). Bad input ends in one line and exit code 2, Ctrl-C in one line and exit code 130."""
-    script = os.path.basename(sys.argv[0])
+    """Run a script's main(). Every error ends in one line. ORTICKET_DEBUG=1 shows the traceback as well."""
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # None: closed
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
         main()
         sys.stdout.flush()
-    except BadInput as error:
-        code, line = 2, f"{script}: error: {error}"
-    except OSError as error:
-        code, line = 2, f"{script}: error: {error.filename or 'output'}: {error.strerror or error}"
-    except KeyboardInterrupt:
-        code, line = 130, f"\n{script}: interrupted; run the same command again to resume"
-    except RuntimeError as error:
-        if "Connection closed by peer" not in str(error):  # gloo's message when another process is gone
-            raise
-        code, line = 1, f"{script}: another process has ended"
-    else:
-        return
-    if int(os.environ.get("RANK", 0)):
-        time.sleep(2)  # torchrun ends the others as soon as one fails: let process 0 print the error they share
-    print(line, file=sys.stderr)
-    sys.exit(code)
+    except (Exception, KeyboardInterrupt) as error:
+        if os.environ.get("ORTICKET_DEBUG") == "1":
+            traceback.print_exc()
+        if RANK:
+            time.sleep(2)  # torchrun ends the others as soon as one fails: let process 0 print the error they share
+        code, line = explain(error)
+        with contextlib.suppress(OSError):
+            print("\n" * (code == 130) + f"{os.path.basename(sys.argv[0])}: {line}", file=sys.stderr)
+        if isinstance(error, BrokenPipeError):  # Python would flush again at its end, and fail
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(code)
+
+
+def explain(error):
+    """(exit code, line) for an exception: 2 for what the user can change, 130 for Ctrl-C, 1 for anything else."""
+    if isinstance(error, BadInput):
+        return 2, f"error: {error}"
+    if isinstance(error, KeyboardInterrupt):
+        return 130, INTERRUPTED
+    if isinstance(error, BrokenPipeError):
+        return 1, "standard output was closed"
+    if isinstance(error, MemoryError):
+        return 1, MEMORY
+    for pattern, meaning in LIBRARY_ERRORS.items():
+        if re.search(pattern, str(error)):
+            return meaning
+    if isinstance(error, ModuleNotFoundError):
+        return 2, f"error: the package {error.name} is not installed: pip install -r requirements.txt"
+    if isinstance(error, OSError):
+        return 2, f"error: {error.filename or 'output'}: {error.strerror or error}"
+    return 1, f"internal error: {one_line(error)}; set ORTICKET_DEBUG=1 for the traceback"
 
 
 def option(
@@ -112,15 +144,10 @@ def parse_bounded(field, text):
             raise ValueError
     except (ValueError, ZeroDivisionError, OverflowError):
         raise argparse.ArgumentTypeError(f"{text!r} is not {'a number' if field.type is float else 'an integer'}")
-    bounds = field.metadata
-    for name, holds in (
-        ("at_least", lambda bound: value >= bound),
-        ("above", lambda bound: value > bound),
-        ("below", lambda bound: value < bound),
-        ("at_most", lambda bound: value <= bound),
-    ):
-        if bounds[name] is not None and not holds(bounds[name]):
-            raise argparse.ArgumentTypeError(f"{text} must be {name.replace('_', ' ')} {bounds[name]}")
+    for name, holds in BOUNDS.items():
+        bound = field.metadata[name]
+        if bound is not None and not holds(value, bound):
+            raise argparse.ArgumentTypeError(f"{text} must be {name.replace('_', ' ')} {bound}")
     return value
 
 
@@ -135,8 +162,96 @@ def flags(options, *names):
     return typed
 
 
-def progress(total, initial=0, description="", unit="step"):
-    """A tqdm bar with rate and remaining time. Silent without a terminal and in all processes except process 0."""
-    settings = {"unit_scale": True, "unit_divisor": 1024} if unit == "B" else {}
-    settings |= {"disable": os.environ.get("RANK", "0") != "0" or None, "dynamic_ncols": True, "unit": unit}
-    return tqdm(total=total, initial=initial, desc=description, **settings)
+class progress:
+    """The progress of a loop: a bar on a terminal, elsewhere lines with the time. Only process 0 shows it.
+
+    Elsewhere a line is printed at each of `parts` parts of the loop, and whenever there was none for SILENCE seconds.
+    A loop that takes more than LONG seconds also gets one line on how long it takes and what would be `faster`.
+    """
+
+    SHORT, LONG, SILENCE = 5, 60, 100  # no line is printed in the first SHORT seconds
+
+    def __init__(self, total, initial=0, description="", unit="step", parts=10, faster=""):
+        self.total, self.n, self.description, self.parts, self.faster = total, initial, description, parts, faster
+        self.size, self.units = (1e6, "MB") if unit == "B" else (1, f"{unit}s")
+        self.begun = self.shown = time.monotonic()
+        self.first = self.rate = None  # (n, time) after the first units, which warm up; seconds per unit since
+        self.initial, self.part, self.is_estimated, self.status = initial, self.current_part(), False, ""
+        self.bar = None
+        if RANK == 0 and sys.stderr.isatty():
+            from tqdm import tqdm
+
+            scale = {"unit_scale": True, "unit_divisor": 1024} if unit == "B" else {}
+            self.bar = tqdm(desc=description, total=total, initial=initial, unit=unit, dynamic_ncols=True, **scale)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def close(self):
+        if self.bar is not None:
+            self.refresh_bar()
+            self.bar.close()
+
+    def update(self, n=1):
+        if self.current_part() > self.part:  # reached before: by now its status is set
+            self.show(is_due=True)
+        self.n += n
+        self.measure()
+        self.show()
+
+    def set_postfix_str(self, status, refresh=True):
+        """What to show beside the rate: a text, or a function that makes it, called only when it is shown."""
+        self.status = status
+        if refresh:
+            self.measure()
+            self.show(is_due=self.current_part() > self.part)
+
+    def measure(self):
+        now = time.monotonic()
+        if self.first is None and self.n > self.initial:
+            self.first = self.n, now
+        elif self.first and self.n > self.first[0]:
+            self.rate = (now - self.first[1]) / (self.n - self.first[0])
+
+    def current_part(self):
+        return self.n * self.parts // max(1, self.total)
+
+    def show(self, is_due=False):
+        """Update the bar, or print a line if `is_due` or if the last one is long ago."""
+        now = time.monotonic()
+        if RANK or now - self.shown < 0.1:
+            return
+        seconds = (self.rate or 0) * (self.total - self.n)
+        left = self.rate and f"{self.rate * self.size:.3g} s each, {duration(seconds)}"
+        if left and not self.is_estimated and now - self.first[1] > self.SHORT:
+            self.is_estimated = True
+            if seconds > self.LONG:
+                togo = f"{(self.total - self.n) / self.size:,.0f} {self.units} to go"
+                self.print(f"{togo}, {left} at most{self.faster and '; faster: '}{self.faster}")
+        if self.bar is not None or (now - self.begun > self.SHORT and (is_due or now - self.shown > self.SILENCE)):
+            if self.bar is not None:
+                self.refresh_bar()
+            else:
+                status = self.status() if callable(self.status) else self.status
+                done = f"{self.n / self.size:,.0f} of {self.total / self.size:,.0f} {self.units}"
+                self.print(", ".join(filter(None, [done, left and f"{left} left", status])))
+            self.shown, self.part = now, self.current_part()
+
+    def refresh_bar(self):
+        self.bar.set_postfix_str(self.status() if callable(self.status) else self.status, refresh=False)
+        self.bar.update(self.n - self.bar.n)
+
+    def print(self, text):
+        """Print a line, above the bar if there is one."""
+        line = f"{time.strftime('%H:%M:%S')} {self.description}: {text}"
+        write = print if self.bar is None else self.bar.write
+        write(line, file=sys.stderr)
+
+
+def duration(seconds):
+    """A time in words, rounded."""
+    size, unit = next((size, unit) for size, unit in ((3600, "h"), (60, "min"), (0, "s")) if seconds >= 1.5 * size)
+    return f"{seconds / (size or 1):.2g} {unit}"

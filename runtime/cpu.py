@@ -27,7 +27,7 @@ class Dropout(nn.Module):
     def forward(self, x):
         if not self.training or self.p == 0:
             return x
-        if x.is_cuda:
+        if x.device.type != "cpu":
             return F.dropout(x, self.p)
         masks = {} if Dropout.kept is None else Dropout.kept
         key = torch.randint(2**63 - 1, ()).item(), x.shape, x.dtype
@@ -55,13 +55,15 @@ class RepeatedDropout:
 
     def __init__(self, passes, device):
         self.cpu_state = torch.get_rng_state()
-        self.cuda_state = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        self.module = getattr(torch, device.type)  # torch.cpu, torch.cuda or torch.mps
+        self.which = [device] * (device.type == "cuda")  # the CPU and MPS have one generator
+        self.state = None if device.type == "cpu" else self.module.get_rng_state(*self.which)
         self.masks = {} if passes > 1 else None
 
     def __enter__(self):
         torch.set_rng_state(self.cpu_state)
-        if self.cuda_state is not None:
-            torch.cuda.set_rng_state(self.cuda_state)
+        if self.state is not None:
+            self.module.set_rng_state(self.state, *self.which)
         Dropout.kept = self.masks
 
     def __exit__(self, *_):

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from runtime.cli import BadInput
+from runtime.start import WORLD
 
 DEFAULT_MODEL = "bert-base-uncased" if torch.cuda.is_available() else "minilm"
 MODEL_HELP = "minilm (bundled), bert-base-uncased, roberta-base or another name on the hub; a folder; a weights file"
@@ -15,21 +16,32 @@ MODEL_HELP = "minilm (bundled), bert-base-uncased, roberta-base or another name 
 
 def run_banner(model, device, dtype):
     """The first line of a script: the model and why it was chosen, the device, the precision."""
-    has = "with" if device.type == "cuda" else "without"
+    has = "with" if torch.cuda.is_available() else "without"
     why = f" (the default {has} CUDA)" if model == DEFAULT_MODEL else ""
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    processes = f"{world} processes, each " if world > 1 else ""
+    processes = f"{WORLD} processes, each " if WORLD > 1 else ""
     return f"model {model}{why} on {processes}{describe(device)} in {precision_name(dtype)}"
 
 
-def pick_device():
-    """This process's GPU, or the CPU where there is no CUDA. Raises BadInput if there are fewer GPUs than processes."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    index, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-    if index >= count:
+def pick_device(name="auto"):
+    """The device --device. cuda is this process's GPU, cuda:1 the second GPU for all processes."""
+    kind, _, index = name.partition(":")
+    is_there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if kind not in ("auto", *is_there) or name != kind and not (kind == "cuda" and index.isdecimal()):
+        raise BadInput(f"--device {name!r}: give auto, cpu, cuda, cuda:0, cuda:1, ..., or mps")
+    if kind == "auto":
+        kind = next(kind for kind in is_there if is_there[kind])
+    if not is_there[kind]:
+        raise BadInput(
+            f"--device {name}: PyTorch {torch.__version__} finds no such device; --device auto takes what is there"
+        )
+    if kind != "cuda":
+        return torch.device(kind)
+    number, count = int(index or os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if number >= count and index:
+        raise BadInput(f"--device {name}: this machine has {count} GPUs, numbered from 0")
+    if number >= count:
         raise BadInput(f"more processes than the {count} GPUs of this machine: set --nproc-per-node {count}")
-    return torch.device("cuda", index)
+    return torch.device(kind, number)
 
 
 def pick_precision(device, precision):
@@ -37,6 +49,8 @@ def pick_precision(device, precision):
     if precision == "auto":
         if device.type == "cuda":
             fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        elif device.type == "mps":
+            fast = torch.backends.mps.is_macos_or_newer(14, 0)  # before, Metal has no bfloat16
         else:
             fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
         precision = "bf16" if fast else "fp32"
@@ -51,6 +65,8 @@ def describe(device):
     """The device in a few words."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
+    if device.type == "mps":
+        return "Apple's GPU (MPS; what it lacks runs on the CPU)"
     return f"CPU with {torch.get_num_threads()} threads"
 
 
@@ -63,6 +79,8 @@ def peak_memory(device):
     """Peak memory in bytes: of this process, or on a GPU what torch allocated there."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory()
     with contextlib.suppress(OSError, IndexError):  # Linux's getrusage includes the parent's memory before exec
         return int(Path("/proc/self/status").read_text("utf8").split("VmHWM:")[1].split()[0]) * 1024
     if sys.platform == "win32":
@@ -72,3 +90,13 @@ def peak_memory(device):
     import resource  # Unix only
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def faster_ways(device, *ways, checkpointing=False):
+    """What would make a run faster, for the line with its estimate. ways: those of the script."""
+    ways += ("no --checkpointing",) if checkpointing else ()
+    if device.type == "cpu":
+        ways += ("a GPU",)
+    elif device.type == "cuda" and torch.cuda.device_count() > WORLD:
+        ways += (f"torchrun --nproc-per-node {torch.cuda.device_count()}",)
+    return ", ".join(ways)

@@ -17,9 +17,9 @@ import filelock
 import torch
 from torch import distributed
 
+from runtime.cli import BadInput
 from runtime.optim import seed_step
-
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+from runtime.start import LOCAL_RANK, RANK, WORLD
 
 
 def is_main_process():
@@ -34,14 +34,21 @@ def parent():
     return psutil.Process().parent()
 
 
-def init_distributed(device):
-    """Join the other processes. No timeout: process 0 may download for hours, and torchrun ends all if one fails."""
+def init_distributed(device, shared=False):
+    """Join the other processes. No timeout: process 0 may download for hours, and torchrun ends all if one fails.
+
+    shared: whether all processes use the same GPU, as with --device cuda:0, which NCCL refuses.
+    """
     if WORLD > 1:
+        if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+            remedy = "unset it, or start the processes with torchrun"
+            raise BadInput(f"WORLD_SIZE is {WORLD} without {', '.join(missing)}: {remedy}")
         if not is_main_process():
             sys.stdout = open(os.devnull, "w")
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=7))
+        backend = "nccl" if device.type == "cuda" and not shared else "gloo"
+        distributed.init_process_group(backend, timeout=timedelta(days=7))
 
 
 def shutdown():
@@ -87,11 +94,10 @@ def all_reduce_sum(tensor):
 @contextlib.contextmanager
 def main_process_first():
     """Run the block in each machine's first process, then in the others, so that caches are filled once."""
-    first = os.environ.get("LOCAL_RANK", "0") == "0"
-    if WORLD > 1 and not first:
+    if WORLD > 1 and LOCAL_RANK > 0:
         distributed.barrier()
     yield
-    if WORLD > 1 and first:
+    if WORLD > 1 and LOCAL_RANK == 0:
         distributed.barrier()
 
 

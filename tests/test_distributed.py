@@ -1,15 +1,18 @@
 """Several processes, micro-batches and checkpointing compute what one process computes at once."""
 
 import json
+import types
 
 import pytest
 import torch
 
 import finetune
+import freelb
 import gates
 import search
-from bert import Bert
+from bert import Bert, Config
 from checkpoints import safetensors as our_safetensors
+from inputs.batches import Batch, MaskedBatch
 from runtime.cli import BadInput
 from runtime.device import pick_device
 from tests.conftest import HERE, call, gradients, inputs, interrupted_at, quick_search, saved, spawn
@@ -31,14 +34,54 @@ def without_dropout(tmp_path_factory):
     return folder
 
 
-def test_more_processes_than_gpus_are_refused(monkeypatch):
+def test_devices_are_picked_by_name_and_process(monkeypatch):
+    for name in ("gpu", "cuda:", "cuda:x", "cpu:0", "auto:1", "mps:0", ""):
+        with pytest.raises(BadInput, match=f"--device {name!r}: give auto, cpu, cuda"):
+            pick_device(name)
+    for name in ("cuda", "cuda:0", "mps"):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        with pytest.raises(BadInput, match=f"--device {name}: PyTorch .* finds no such device"):
+            pick_device(name)
+    assert pick_device("auto") == pick_device("cpu") == torch.device("cpu")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert pick_device("auto") == pick_device("mps") == torch.device("mps")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert pick_device() == torch.device("cuda:1")
+    assert pick_device() == pick_device("cuda") == torch.device("cuda:1") and pick_device("cpu").type == "cpu"
+    assert pick_device("cuda:0") == torch.device("cuda:0")  # all processes
     monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(BadInput, match="more processes than the 2 GPUs of this machine"):
+    with pytest.raises(BadInput, match="more processes than the 2 GPUs of this machine: set --nproc-per-node 2"):
         pick_device()
+    with pytest.raises(BadInput, match="cuda:2: this machine has 2 GPUs"):
+        pick_device("cuda:2")
+
+
+@pytest.mark.parametrize("kind", ["masked words", "padded pairs", "texts"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_training_makes_no_tensor_on_the_cpu(monkeypatch, kind, checkpointing):
+    """PyTorch's meta device has no numbers, but is another device than the CPU: to use both together is an error."""
+    generator = types.SimpleNamespace(get_rng_state=lambda: None, set_rng_state=lambda state: None)
+    monkeypatch.setattr(torch, "meta", generator, raising=False)
+    sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 40}
+    with torch.device("meta"):
+        model, c = Bert(Config(**sizes, num_labels=2), mlm=True), gates.Coefficients(2, 3, 40)
+        ids = torch.zeros(4, 10, dtype=torch.long)
+    model.checkpointing = checkpointing
+    padded = Batch(ids, ids > 0, ids, ids[:, 0])
+    batch = {
+        "masked words": MaskedBatch(ids, ids[0], ids[0]),
+        "padded pairs": padded,
+        "texts": padded._replace(segments=None),
+    }[kind]
+    delta = freelb.initial_delta(batch.token_mask, 24, 0.05, 0.2)
+    loss_of = lambda delta: search.objective(model, batch, c.gates, delta)  # noqa: E731
+    loss = freelb.freelb(loss_of, delta, batch.token_mask, 3, 0.03, 0.2)
+    c.penalty(1e-4, 1e-4).backward()
+    norm = torch.nn.utils.clip_grad_norm_([*model.parameters(), *c.parameters()], 1.0)
+    assert loss.is_meta and norm.is_meta
+    with pytest.raises(RuntimeError, match="device"):  # PyTorch does notice
+        freelb.freelb(loss_of, torch.zeros(4, 10, 24), batch.token_mask, 3, 0.03, 0.2)
 
 
 def test_two_processes_resume_the_search_of_one_and_find_what_one_finds(without_dropout, corpus, tmp_path):

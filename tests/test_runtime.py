@@ -1,11 +1,16 @@
 """runtime/: dropout and products on a CPU, locks, the learning rate, the errors of every script."""
 
 import math
+import os
+import re
+import signal
 import subprocess
 import sys
 import threading
 import time
+import types
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,19 +18,149 @@ import draw
 import finetune
 import search
 from checkpoints import safetensors as our_safetensors
-from runtime import distributed, optim
+from runtime import cli, distributed, optim
 from runtime.cli import BadInput
 from runtime.cpu import Dropout, linear
-from tests.conftest import HERE, call, quick_search
+from runtime.start import INTERRUPTED
+from tests.conftest import HERE, call, quick_search, spawn
+
+UNIX_ONLY = f"""import mmap, os, sys, torch  # the library knows where it is
+sys.modules |= dict.fromkeys(("resource", "pwd", "grp", "termios", "pty", "syslog"))
+for name in "fork getuid geteuid getgid uname sysconf statvfs killpg setsid getloadavg sched_getaffinity".split():
+    vars(os).pop(name, None)
+vars(mmap).pop("MADV_DONTNEED", None)
+del sys.argv[0]
+sys.path.insert(0, {str(HERE)!r})
+import runpy
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""  # what Windows lacks. fcntl stays: filelock needs it here
 
 
-@pytest.mark.parametrize("script", ["search", "draw", "finetune", "attack"])
-def test_scripts_start_without_modules_that_only_unix_has(script):
-    hidden = ("resource", "fcntl", "pwd", "grp", "termios")
-    code = f"import sys, runpy; sys.modules |= dict.fromkeys({hidden!r}); sys.argv = ['{script}.py', '--help'];"
-    code += f"runpy.run_module({script!r}, run_name='__main__')"
-    ended = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
+@pytest.mark.parametrize("script", ["draw", "finetune", "attack"])
+def test_scripts_start_without_what_only_unix_has(script):
+    ended = subprocess.run(
+        [sys.executable, "-c", UNIX_ONLY, f"{script}.py", "--help"], cwd=HERE, capture_output=True, text=True
+    )
     assert ended.returncode == 0 and ended.stdout.startswith("usage:"), ended.stderr
+
+
+def test_a_search_needs_nothing_that_only_unix_has(tiny, corpus, tmp_path):
+    command = [sys.executable, "-c", UNIX_ONLY, *quick_search(tiny, corpus, tmp_path, "--mini-epoch", 1)]
+    ended = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
+    assert ended.returncode == 0 and "next: python draw.py" in ended.stdout, ended.stderr
+
+
+def ended_script(tmp_path, body, prefix="", **environment):
+    """(exit code, standard output, standard error) of a script of these lines, started by the shell."""
+    path = tmp_path / "some.py"
+    lines = ["import sys", f"sys.path.insert(0, {str(HERE)!r})", "import runtime.start", "from runtime import cli"]
+    lines += ["def main():", *(f"    {line}" for line in ["pass", *body]), "cli.run(main)"]
+    path.write_text("\n".join(lines), "utf8")
+    shell = ["bash", "-c", f"{sys.executable} {path} {prefix}"]
+    ended = subprocess.run(shell, env=os.environ | environment, capture_output=True, text=True)
+    return ended.returncode, ended.stdout, ended.stderr
+
+
+BORDER = {  # what main() does -> (exit code, part of the line)
+    "a bug": ("[][0]", 1, "internal error: IndexError list index out of range; set ORTICKET_DEBUG=1"),
+    "no memory, Python": ("bytes(2**62)", 1, "not enough memory: lower --batch-size"),
+    "no memory, PyTorch": ("import torch; torch.empty(2**58)", 1, "not enough memory: lower --batch-size"),
+    "no memory, CUDA": (
+        "raise RuntimeError('CUDA out of memory. Tried')",
+        1,
+        "--grad-accum-steps, add --checkpointing",
+    ),
+    "no home": (
+        "import pathlib; pathlib.Path('~nobody7').expanduser()",
+        2,
+        "no home directory for the caches: set HOME",
+    ),
+    "no UTF-8": ("chr(0xDCFF).encode()", 2, "not valid UTF-8"),
+    "a package": ("import not_there", 2, "the package not_there is not installed: pip install -r requirements.txt"),
+    "a file": ("open('/not/there')", 2, "error: /not/there: No such file or directory"),
+    "Ctrl-C": ("raise KeyboardInterrupt", 130, "interrupted; run the same command again to resume"),
+}
+
+
+@pytest.mark.parametrize("case", BORDER)
+def test_every_error_ends_in_one_line(case, capsys, monkeypatch):
+    body, expected, line = BORDER[case]
+    script = types.SimpleNamespace(__name__="some", main=lambda: exec(body))
+    assert call(script) == expected
+    error = capsys.readouterr().err.lstrip("\n")
+    assert error.startswith("some.py: ") and line in error and error.count("\n") == 1
+    monkeypatch.setenv("ORTICKET_DEBUG", "1")
+    assert call(script) == expected
+    error = capsys.readouterr().err
+    assert error.startswith("Traceback") and line in error.splitlines()[-1]
+
+
+def test_output_that_is_closed_or_cannot_show_a_character(tmp_path):
+    endless = ["while True:", "    print('line')"]
+    assert ended_script(tmp_path, endless, "| head -n 1") == (0, "line\n", "some.py: standard output was closed\n")
+    assert ended_script(tmp_path, ["print('line')"], ">&-") == (0, "", "")
+    code, out, err = ended_script(tmp_path, ["print('é')", "raise cli.BadInput('é')"], PYTHONIOENCODING="ascii")
+    assert (code, out, err) == (2, "\\xe9\n", "some.py: error: \\xe9\n")
+
+
+def test_variables_of_torchrun_that_make_no_sense(tmp_path):
+    join = ["import torch", "from runtime import distributed", "distributed.init_distributed(torch.device('cpu'))"]
+    code, _, err = ended_script(tmp_path, [], WORLD_SIZE="2", RANK="first")
+    assert code == 2 and err.count("\n") == 1 and "RANK is 'first', not a number: unset it" in err
+    code, _, err = ended_script(tmp_path, join, WORLD_SIZE="2", RANK="0")
+    assert code == 2 and err.count("\n") == 1 and "WORLD_SIZE is 2 without MASTER_ADDR, MASTER_PORT" in err
+    show = ["from runtime.start import RANK", "print(RANK)"]
+    assert ended_script(tmp_path, show, RANK="3") == (0, "0\n", "")  # other programs set RANK, too
+
+
+SCRIPTS = ["search.py", "draw.py", "finetune.py", "attack.py", "-m baselines.robustt", "-m experiments.table1"]
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, "-m benchmarks.bench", "-m benchmarks.gpu_check"])
+def test_interrupting_the_imports_ends_in_one_line(script, tmp_path):
+    """A module torch that is imported for a minute is in the place of the library."""
+    (tmp_path / "torch.py").write_text("import time\nprint('begun', flush=True)\ntime.sleep(60)")
+    process = spawn(script.split(), env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    assert process.stdout.readline() == "begun\n"
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate()
+    assert process.returncode == 130 and err.count("\n") == 1 and err.endswith(f": {INTERRUPTED}\n"), err
+
+
+def loop(monkeypatch, capsys, seconds, steps, **settings):
+    """The lines of a loop whose steps take `seconds`, and the times at which they were printed."""
+    now, times = [0.0], [0.0]
+    monkeypatch.setattr(cli.time, "monotonic", lambda: now[0])
+    bar, lines = cli.progress(steps, description="loop", **settings), []
+    for step in range(steps):
+        now[0] += seconds
+        bar.update()
+        bar.set_postfix_str(lambda: f"loss {step}", refresh=False)
+        if found := capsys.readouterr().err:
+            lines += found.splitlines()
+            times.append(now[0])
+    bar.close()
+    assert all(re.match(r"\d\d:\d\d:\d\d loop: ", line) for line in lines)
+    return [line[9:] for line in lines], np.diff([*times, now[0]])
+
+
+@pytest.mark.parametrize("seconds, steps", [(0.5, 2000), (15, 270), (70, 30)])
+def test_a_long_loop_without_a_terminal_estimates_its_time_and_prints_every_two_minutes(
+    monkeypatch, capsys, seconds, steps
+):
+    lines, gaps = loop(monkeypatch, capsys, seconds, steps, parts=20, faster="a GPU")
+    estimate, *lines = lines
+    minutes = (steps - int(re.match(r"loop: ([\d,]+) steps to go, ", estimate)[1].replace(",", ""))) * seconds / 60
+    assert f"{seconds:.3g} s each" in lines[-1]
+    assert estimate.endswith(" at most; faster: a GPU") and 0 <= minutes < 4
+    assert gaps.max() <= max(140, 1.5 * seconds) and len(lines) >= 18
+    assert not [line for line in lines if "to go" in line] and lines[0].count("loss ") == 1
+
+
+def test_a_short_loop_without_a_terminal_prints_nothing(monkeypatch, capsys):
+    assert loop(monkeypatch, capsys, 0.04, 100)[0] == []
+    lines, _ = loop(monkeypatch, capsys, 0.2, 100)  # 20 s: a line at every tenth, no estimate
+    assert [line.split(",")[0] for line in lines][-1] == "loop: 90 of 100 steps" and len(lines) == 8
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -112,6 +247,7 @@ BAD = {
     "no coefficients at all": (draw, ["--coefficients", "{tmp}/ticket.safetensors"], "was not written by search.py"),
     "metadata of no script": (draw, ["--coefficients", "{tmp}/notes.safetensors"], "was not written by search.py"),
     "metadata without sizes": (draw, ["--coefficients", "{tmp}/sizes.safetensors"], "does not say how it was made"),
+    "metadata of other types": (draw, ["--coefficients", "{tmp}/types.safetensors"], "does not say how it was made"),
     "a truncated file": (
         draw,
         ["--model", "tiny", "--coefficients", "{tmp}/cut.safetensors"],
@@ -161,6 +297,8 @@ def test_bad_input_gets_one_line_and_exit_code_2(case, tmp_path, capsys, monkeyp
     our_safetensors.write_safetensors(tmp_path / "notes.safetensors", c, metadata | {"settings": []})
     no_sizes = {key: value for key, value in metadata.items() if key != "config"}
     our_safetensors.write_safetensors(tmp_path / "sizes.safetensors", c, no_sizes)
+    other_types = metadata | {"config": metadata["config"] | {"hidden_size": "24"}}
+    our_safetensors.write_safetensors(tmp_path / "types.safetensors", c, other_types)
     wide = c | {"ffn": torch.ones(2, 41)}
     our_safetensors.write_safetensors(tmp_path / "wide.safetensors", wide, metadata)
     whole = (tmp_path / "tiny" / "coefficients.safetensors").read_bytes()

@@ -1,0 +1,314 @@
+"""Everything that depends on a GPU, checked and timed in at most 9 minutes, without a network.
+
+    python -m benchmarks.gpu_check --weights FOLDER                    FOLDER: MiniLM with config.json and vocabulary
+    python -m benchmarks.gpu_check --weights FOLDER --corpus bbc.txt   also searches, and compares with the CPU's ticket
+    python -m benchmarks.gpu_check --small --device cpu                the same code on a tiny model
+
+Needs PyTorch, numpy, tokenizers and transformers. Each part is a process of its own: one that fails does not end the
+others. What fails fastest comes first. Writes gpu.json and gpu.md into --results.
+"""
+
+import importlib.util
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+from bert import Bert, Config
+from checkpoints import safetensors
+from freelb import freelb
+from gates import draw_masks
+from inputs.tokenizer import Tokenizer
+from runtime import cli, files
+from runtime.cli import BadInput, option
+from runtime.device import autocast, describe, pick_device
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 128}
+STUB = "__version__ = '0'\n\n\nclass Missing(Exception):\n    pass\n\n\ndef __getattr__(name):\n    return Missing\n"
+LIMIT = 180  # seconds of a part, so that one that hangs does not take the time of the others
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
+@dataclass
+class Options:
+    weights: str = option(None, "folder of MiniLM; without it a model with random weights")
+    corpus: str = option(None, "text file for the search; without it random words")
+    device: str = option("auto", "cpu, cuda, cuda:1, mps; auto: CUDA, then MPS, then CPU")
+    minutes: float = option(9, "parts that would begin later are left out", above=0)
+    small: bool = option(False, "small sizes, for a test on a CPU")
+    parts: tuple = option((), "some of the parts instead of all")
+    results: str = option("benchmarks/results", "folder for gpu.json and gpu.md")
+    worker: str = option(None, "internal: a folder; runs the first of --parts there")
+
+
+def main():
+    options, start = cli.parse(Options, __doc__), time.monotonic()
+    if unknown := set(options.parts) - set(PARTS):
+        raise BadInput(f"--parts {' '.join(unknown)}: give some of {', '.join(PARTS)}")
+    if options.worker:
+        return PARTS[options.parts[0]](options, Path(options.worker))
+    device = pick_device(options.device)
+    rows = []
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        for package in ("pyarrow", "requests", "urllib3"):  # for data that is not used here
+            if importlib.util.find_spec(package) is None:
+                for name in ("__init__", "parquet"):
+                    path = Path(folder, "stubs", package, f"{name}.py")
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    path.write_text(STUB, "utf8")
+        prepare(options, Path(folder))
+        for part in options.parts or PARTS:
+            left = 60 * options.minutes - (time.monotonic() - start)
+            rows += run_part(options, part, folder, left)
+    results = {"machine": describe(device), "torch": torch.__version__, "options": asdict(options), "rows": rows}
+    files.write_json(Path(options.results) / "gpu.json", results)
+    lines = [f"{describe(device)}, PyTorch {torch.__version__}, {time.monotonic() - start:.0f} s in all.", ""]
+    lines += ["| part | what | result | |", "|---|---|---|---|"]
+    lines += [f"| {row['part']} | {row['what']} | {row['result']} | {row['verdict']} |" for row in rows]
+    with files.atomic_write(Path(options.results) / "gpu.md") as tmp_path:
+        Path(tmp_path).write_text("\n".join(lines) + "\n", "utf8")
+    failed = sum(row["verdict"] == "FAILED" for row in rows)
+    print(f"{failed} of {len(rows)} results failed; {options.results}/gpu.md")
+
+
+def run_part(options, part, folder, left):
+    """The rows that a part printed as JSON, and one more if it failed. They are printed as they come."""
+    flags = ["--device", options.device, "--worker", folder, "--parts", part, *["--small"] * options.small]
+    flags += [] if options.corpus is None else ["--corpus", os.path.abspath(options.corpus)]
+    path, start, limit, failure = Path(folder) / f"{part}.out", time.monotonic(), max(1, min(left, LIMIT)), None
+    paths = [f"{folder}/stubs", *filter(None, [os.environ.get("PYTHONPATH")])]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "ORTICKET_DEBUG": "1"}
+    with open(path, "w") as out, open(f"{path}.err", "w") as err:
+        command = [sys.executable, "-m", "benchmarks.gpu_check", *flags]
+        try:
+            code = subprocess.run(command, cwd=ROOT, env=env, stdout=out, stderr=err, timeout=limit).returncode
+            failure = (f"exit code {code}", "FAILED") if code else None
+        except subprocess.TimeoutExpired:
+            failure = f"stopped after {limit:.0f} s", "FAILED" if limit == LIMIT else "left out"
+    rows = [{"part": part, **json.loads(line)} for line in path.read_text("utf8").splitlines() if line[:1] == "{"]
+    if failure:
+        log = Path(f"{path}.err").read_text("utf8", "replace").strip().splitlines() or [""]
+        row = {"part": part, "what": failure[0], "result": log[-1].replace("|", "/"), "verdict": failure[1]}
+        rows.append(row | {"log": log[-30:]})
+    for row in rows:
+        print("{part:10} {what:50} {result} {verdict}".format(**row), flush=True)
+    print(f"{part:10} {time.monotonic() - start:.0f} s", flush=True)
+    return rows
+
+
+def record(what, result, holds=None):
+    """Print a row as JSON. holds: whether it is as it must be; None: a figure."""
+    verdict = {None: "", True: "ok", False: "FAILED"}[holds]
+    print(json.dumps({"what": what, "result": result, "verdict": verdict}), flush=True)
+
+
+def prepare(options, folder):
+    """Write what the parts read: MiniLM, the same without dropout, a model of BERT-base's sizes, corpora, a task."""
+    torch.manual_seed(0)
+    generator, tokenizer = random.Random(0), None
+    words = [a + b + c for a in LETTERS for b in LETTERS for c in "aeiou"]
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *LETTERS, *words]
+    sizes = {"num_labels": 2} | (TINY | {"vocab_size": len(vocabulary)} if options.small else {})
+    if options.weights:
+        minilm, tokenizer = Bert.load(options.weights, num_labels=2).float(), Tokenizer(Path(options.weights))
+        words = [word for word in tokenizer.library.get_vocab() if word.isalpha() and word.isascii() and len(word) > 2]
+    else:
+        minilm = Bert(Config(**sizes))
+    config = replace(minilm.config, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    still = Bert(config, mlm=True)
+    still.load_state_dict(minilm.state_dict(), strict=False)
+    base = Bert(replace(Config(**sizes), vocab_size=config.vocab_size), mlm=True)
+    for name, model in (("minilm", minilm), ("still", still), ("base", base)):
+        model.save(folder / name, ("0", "1"), {})
+        if tokenizer:
+            tokenizer.save(folder / name)
+        else:
+            (folder / name / "vocab.txt").write_text("\n".join(vocabulary), "utf8")
+
+    def text(length):
+        return " ".join(generator.choices(words, k=length))
+
+    count = 500 if options.small else 20_000
+    lengths = [min(55, max(1, round(generator.lognormvariate(2.03, 0.78)))) for _ in range(count)]  # like SST-2's
+    rows = [f"{text(length)},{generator.randrange(2)}" for length in lengths]
+    (folder / "task.csv").write_text("\n".join(["text,label", *rows]), "utf8")
+    for name, size in (("quick.txt", 80), ("corpus.txt", count // 5)):
+        (folder / name).write_text("\n".join(text(100) for _ in range(size)), "utf8")
+
+
+def check_equal(options, folder):
+    """Logits, losses and gradients equal the CPU's, of the full model and of an uneven ticket."""
+    device = pick_device(options.device)
+    full = Bert.load(folder / "still", mlm=True)
+    shape = full.config.num_hidden_layers, full.config.num_attention_heads, full.config.intermediate_size
+    head_mask, ffn_mask = draw_masks(torch.rand(shape[:2]), torch.rand(shape[0], shape[2]), 1 / 6, 0.3)
+    head_mask[0, 1:], ffn_mask[-1] = False, False
+    ids, mask = torch.randint(31, full.config.vocab_size, (8, 40)), torch.arange(40) < torch.arange(5, 45, 5)[:, None]
+    positions, labels = mask.flatten().nonzero().flatten()[::7], torch.arange(8) // 6
+    delta = 0.01 * torch.randn(8, 40, full.config.hidden_size)
+
+    def compute(model, device, dtype, steps):
+        """{"loss", "logits" and every gradient} of both heads, on the CPU; steps: K of FreeLB."""
+        model = model.with_state(model.config, {name: t.to(device) for name, t in model.state_dict().items()})
+        given = [tensor.to(device) for tensor in (ids, mask, positions, labels)]
+
+        def loss_of(delta):
+            states = model(given[0], given[1], positions=given[2], delta=delta)
+            loss = model.mlm_loss(states, given[0].flatten()[given[2]])
+            return loss + model.class_loss(given[0], given[1], None, given[3], delta=delta)
+
+        with autocast(device, dtype):
+            logits = model.class_logits(given[0], given[1]).detach()
+            loss = freelb(loss_of, delta.to(device), given[1], steps, 0.03, 0.2)
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        return {name: tensor.float().cpu() for name, tensor in {"loss": loss, "logits": logits, **gradients}.items()}
+
+    cpu = torch.device("cpu")
+    for name, model in (("full model", full), ("one head, no neurons", full.pruned(head_mask, ffn_mask))):
+        for steps in (1, 3):
+            expected = compute(model, cpu, torch.float32, steps)
+            largest = max(value.abs().max().item() for key, value in expected.items() if value.numel() and "." in key)
+            bound = 1e-4 if steps == 1 else 1e-3  # g / |g| of an ascent step amplifies rounding errors
+            for dtype, bound in ((torch.float32, bound), (torch.bfloat16, None)):
+                found = compute(model, device, dtype, steps)
+                errors = {
+                    key: (found[key] - value).abs().max().item() / max(value.abs().max().item(), largest / 100)
+                    for key, value in expected.items()
+                    if value.numel()
+                }
+                worst = max(errors, key=errors.get)
+                shown = f"loss {errors['loss']:.1e}, logits {errors['logits']:.1e}, {worst} {errors[worst]:.1e}"
+                what = f"relative errors, {name}, K = {steps}, {str(dtype)[6:]}"
+                record(what, shown, None if bound is None else errors[worst] < bound)
+
+
+def start_search(options, folder, model, output, *flags, launcher=()):
+    """The process of a search, and the path of its coefficients."""
+    command = [sys.executable, *launcher, "search.py", "--model", folder / model, "--output", folder / output]
+    command += ["--corpus", options.corpus or folder / "corpus.txt", *flags]
+    path = folder / output / model / "coefficients.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    log = open(path.with_name("log"), "w")
+    return subprocess.Popen(list(map(str, command)), cwd=ROOT, stdout=log, stderr=log), path
+
+
+def finish(process, path):
+    """The coefficients (head, ffn) of a search."""
+    process.wait()
+    if not path.is_file():  # its plot may have failed, without matplotlib
+        raise BadInput(f"search.py: {(path.with_name('log').read_text('utf8').splitlines() or ['?'])[-1]}")
+    tensors, _ = safetensors.read_with_metadata(path)
+    return tensors["head"].clone(), tensors["ffn"].clone()
+
+
+def quick(options, folder):
+    """The flags of a search of seconds."""
+    more = ["--mini-epoch", 0.1, "--gamma", 1e-9, "--learning-rate", 1e-3, "--precision", "fp32", "--block", 32]
+    return ["--corpus", folder / "quick.txt", "--batch-size", 16, "--device", options.device, *more]
+
+
+def check_resume(options, folder):
+    """A search that is killed and run again ends where one that is not killed ends."""
+    process, path = start_search(options, folder, "still", "killed", *quick(options, folder))
+    while process.poll() is None and not path.with_name("search.state.safetensors").exists():
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    killed = finish(*start_search(options, folder, "still", "killed", *quick(options, folder)))
+    whole = finish(*start_search(options, folder, "still", "whole", *quick(options, folder)))
+    error = max((one - other).abs().mean().item() for one, other in zip(killed, whole))
+    record("killed and resumed: mean difference of c", f"{error:.1e}", error < 1e-4)
+
+
+def check_processes(options, folder):
+    """Two processes find what one finds: on two GPUs by NCCL, on one by gloo."""
+    device = pick_device(options.device)
+    shared = device.type == "cuda" and torch.cuda.device_count() < 2
+    flags = [*quick(options, folder), *["--device", "cuda:0"] * shared]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    two = finish(*start_search(options, folder, "still", "two", *flags, launcher=launcher))
+    one = finish(*start_search(options, folder, "still", "whole", *quick(options, folder)))
+    error = max((one - other).abs().mean().item() for one, other in zip(one, two))
+    record(f"two processes on {1 if shared else 2} devices: mean difference of c", f"{error:.1e}", error < 1e-4)
+
+
+def check_speed(options, folder, what, sides, batch_sizes):
+    """Each side beside the first one, on BERT-base's sizes."""
+    from benchmarks import training
+
+    task, rows, steps = str(folder / "task.csv"), 200 if options.small else 3200, 2 if options.small else 10
+    for batch_size in (4,) if options.small else batch_sizes:
+        given = {"block": 16 if options.small else 128, "batch_size": batch_size, "device": options.device}
+        given |= {"what": what, "adv_steps": 3, "steps": steps, "rows": rows, "task": task, "same_allocator": True}
+        first = None
+        for side in sides:
+            if pick_device(options.device).type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            figures = training.time_training(SimpleNamespace(**given), side, "auto", folder / "base")
+            first = first or figures
+            row = f"{1000 * figures['seconds']:.1f} ms, {figures['seconds'] / first['seconds']:.2f} times, "
+            row += f"{figures['tokens'] / figures['seconds']:,.0f} tokens/s, "
+            row += f"{figures['flops'] / figures['seconds'] / figures['peak']:.0%} of peak, {figures['memory'] / 1e9:.1f} GB"
+            row += f", classifying {1000 * figures['classify']:.1f} ms" if "classify" in figures else ""
+            is_same = "ticket" in side or abs(figures["loss"] - first["loss"]) < 0.02
+            record(f"{what}, batches of {batch_size}: {side}", row, is_same)
+
+
+def check_search(options, folder):
+    """Tickets of MiniLM: of the GPU with two seeds, and of the CPU. What they share of the heads and neurons pruned."""
+    found = {}
+    for device, seed in ((options.device, 0), (options.device, 1), ("cpu", 0)):
+        flags = ["--device", device, "--seed", seed, *["--mlm-head-steps", 5, "--block", 32] * options.small]
+        start = time.monotonic()
+        coefficients = finish(*start_search(options, folder, "minilm", f"{device}-{seed}", *flags))
+        found[device, seed] = [~mask for mask in draw_masks(*coefficients, 1 / 6, 0.3)]
+        record(f"search on {device}, seed {seed}", f"{time.monotonic() - start:.0f} s")
+        if len(found) > 1:
+            shares = [(a & b).sum() / a.sum() for a, b in zip(found[options.device, 0], found[device, seed])]
+            record("its ticket shares heads, neurons", ", ".join(f"{share:.0%}" for share in shares))
+
+
+def check_attack(options, folder):
+    """Sentences a second of TextFooler with 1 and 8 processes. Needs TextAttack."""
+    if importlib.util.find_spec("textattack") is None:
+        return record("TextFooler", "left out: TextAttack is not installed")
+    flags = ["--model", folder / "minilm", "--task", folder / "task.csv", "--output", folder / "attack", "--device"]
+    flags = [*map(str, flags), options.device if options.device == "cpu" else "cuda:0", "--ticket", "none"]
+    run = {"cwd": ROOT, "check": True, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    subprocess.run([sys.executable, "finetune.py", *flags, "--epochs", "1", "--train-rows", "200"], **run)
+    n = 4 if options.small else 64
+    for processes in (1, 2 if options.small else 8):
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "--"]
+        start = time.monotonic()
+        subprocess.run([sys.executable, *launcher, "attack.py", *flags, "--n", str(n), "--overwrite"], **run)
+        record(f"TextFooler, {processes} processes", f"{n / (time.monotonic() - start):.2f} sentences/s with start-up")
+        for path in (folder / "attack").rglob("textfooler.json*"):
+            path.unlink()
+
+
+OURS, SDPA, COMPILED = "orticket", "transformers, SDPA", "transformers, compiled"
+TICKETS = "its ticket", "its ticket, x 64"
+PARTS = {  # in the order in which they run
+    "equal": check_equal,
+    "resume": check_resume,
+    "processes": check_processes,
+    "search": lambda *given: check_speed(*given, "search", (OURS, SDPA), (32, 128)),
+    "finetune": lambda *given: check_speed(*given, "finetune", (OURS, *TICKETS, SDPA), (32, 128)),
+    "tickets": check_search,
+    "compiled": lambda *given: check_speed(*given, "search", (OURS, COMPILED), (32,)),
+    "compiled finetune": lambda *given: check_speed(*given, "finetune", (OURS, COMPILED), (32,)),
+    "attack": check_attack,
+}
+
+
+if __name__ == "__main__":
+    cli.run(main)
