@@ -62,7 +62,7 @@ class Options:
     data_revision: str = option(None, "branch or commit of the task on the hub [pinned]", group="data")
     vectors: str = option(None, "bundled, textattack or a .npz file [textattack if cached]", group="resources")
     min_cosine: float = option(0.5, "of a word and its substitutes", at_least=-1, at_most=1, group="resources")
-    encoder: str = option("use-multilingual", "of sentences", choices=tuple(resources.ENCODERS), group="resources")
+    encoder: str = option("use-multilingual", "of sentences", choices=resources.ENCODERS, group="resources")
     masked_lm: str = option(None, "of BERT-Attack [the pre-trained or the default model]", group="resources")
     bert_attack_k: int = option(48, "candidates per word in BERT-Attack", at_least=1, group="resources")
     precision: str = option("fp32", "auto: bf16 where it is fast", choices=("auto", "bf16", "fp32"), group="machine")

@@ -4,6 +4,7 @@ An attack is one entry of RECIPES, a resource one entry of NEEDS. What stands be
 """
 
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -87,7 +88,7 @@ def word_vectors(setup, attack):
     synonyms, embedding = resources.find_synonyms(setup.options.vectors, setup.options.min_cosine), setup.embedding
     embedding._word2index = {word: number for number, word in enumerate(synonyms.words)}
     embedding._index2word, embedding.embedding_matrix = synonyms.words, synonyms.vectors
-    embedding.get_cos_sim, embedding.nearest_neighbours = synonyms.cosine, synonyms.neighbours
+    embedding.get_cos_sim, embedding.nearest_neighbours = synonyms.cosine, cache(synonyms.neighbours)
     for constraint in attack.constraints:
         if isinstance(constraint, setup.textattack.constraints.semantics.WordEmbeddingDistance):
             constraint.min_cos_sim = setup.options.min_cosine
@@ -151,7 +152,7 @@ def masked_language_model(setup, attack):
     if k > tokenizer.size:
         raise BadInput(f"--bert-attack-k {k} is more than the {tokenizer.size:,} tokens of {name}")
     words_of = setup.textattack.shared.utils.words_from_text
-    words = resources.MaskedWords(model, tokenizer, k, words_of, victim.device, victim.dtype)
+    words = resources.MaskedWords(model, tokenizer, k, lambda text: len(words_of(text)), victim.device, victim.dtype)
     attack.transformation._get_transformations, attack.transformation.substitutes = words.transform, words
     return description
 

@@ -96,22 +96,18 @@ class UniversalSentenceEncoder:
 
 
 shared_encoder = functools.cache(UniversalSentenceEncoder)  # loaded once, for all attacks and the reported similarity
-ENCODERS = {  # --encoder -> (what to call with the device and the precision, description)
-    "use-multilingual": (
-        lambda *_: shared_encoder(),
-        "Universal Sentence Encoder, multilingual v3 with weights of 6 bits",
-    ),
-    "minilm": (MiniLM, "mean of all-MiniLM-L6-v2's states"),
-    "use": (lambda *_: None, "Universal Sentence Encoder"),  # which TextAttack loads itself
-}
+ENCODERS = ("use-multilingual", "minilm", "use")
 
 
 def find_encoder(name, device, dtype):
     """(sentence encoder, or None for TextAttack's own, and its description)."""
-    if name == "use" and importlib.util.find_spec("tensorflow_hub") is None:
-        raise BadInput("--encoder use needs the package tensorflow_hub: pip install it, or --encoder use-multilingual")
-    make, description = ENCODERS[name]
-    return make(device, dtype), description if name == "use" else f"{description} (the papers': the English one)"
+    if name == "use-multilingual":
+        return shared_encoder(), "Universal Sentence Encoder, multilingual v3 in 6 bits (the papers': the English one)"
+    if name == "minilm":
+        return MiniLM(device, dtype), "mean of all-MiniLM-L6-v2's states (the papers': Universal Sentence Encoder)"
+    if importlib.util.find_spec("tensorflow_hub") is None:
+        raise BadInput("--encoder use needs the package tensorflow_hub: pip install it, or leave out --encoder")
+    return None, "Universal Sentence Encoder"
 
 
 class Synonyms:
@@ -121,16 +117,17 @@ class Synonyms:
     table (n, k): the nearest words, the word itself first, where they are known already.
     """
 
-    def __init__(self, description, words, vectors, min_cosine, antonyms=(), table=None):
+    def __init__(self, description, words, vectors, min_cosine, antonyms=None, table=None):
         self.description = f"{description}, {len(words):,} words, cosine >= {min_cosine:g} ({PAPERS})"
         self.words, self.vectors, self.min_cosine, self.table = words, vectors.astype(np.float32), min_cosine, table
-        self.norms = np.sqrt(np.square(self.vectors).sum(1))
+        self.norms, self.excluded = np.sqrt(np.square(self.vectors).sum(1)), {}
         if len(words) != len(vectors) or not (np.isfinite(self.norms) & (self.norms > 0)).all():
             raise ValueError("words (n,) and vectors (n, d), finite and not 0, do not agree")
-        self.excluded, self.found = {}, {}
-        for a, b in antonyms:
+        for numbers in (antonyms, table):
+            if numbers is not None and not (0 <= numbers.min() <= numbers.max() < len(words)):
+                raise ValueError("antonyms and neighbours must be numbers of words")
+        for a, b in () if antonyms is None else [*antonyms.tolist(), *antonyms[:, ::-1].tolist()]:
             self.excluded.setdefault(a, []).append(b)
-            self.excluded.setdefault(b, []).append(a)
 
     def cosine(self, a, b=slice(None)):
         """The cosine of word number `a` with number `b`, several numbers or all. Of the bundled vectors, which have
@@ -139,11 +136,6 @@ class Synonyms:
 
     def neighbours(self, number, count):
         """The numbers of at most `count` nearest words of cosine at least `min_cosine`, the nearest first."""
-        if (number, count) not in self.found:
-            self.found[number, count] = self.search(number, count)
-        return self.found[number, count]
-
-    def search(self, number, count):
         if self.table is not None:
             row = self.table[number][1 : count + 1]
             return row[self.cosine(number, row) >= self.min_cosine].tolist()
@@ -174,7 +166,7 @@ def npz_synonyms(path, min_cosine):
     """Synonyms of a file as counterfit.py writes it."""
     with np.load(path) as table:  # does not unpickle
         words, vectors = table["words"].astype(str).tolist(), table["vectors"]
-        antonyms = table["antonyms"].tolist() if "antonyms" in table else ()
+        antonyms = table["antonyms"] if "antonyms" in table else None
     origin = "GloVe 50d counter-fitted" if path == BUNDLED else f"sha256 {files.sha256(path)[:8]}"
     return Synonyms(f"{path.name}, {origin}", words, vectors, min_cosine, antonyms)
 
@@ -203,9 +195,8 @@ class MaskedWords:
     a nested loop. (TextAttack computes their perplexities too, but does not order them by it.)
     """
 
-    def __init__(self, model, tokenizer, k, words_of, device, dtype):
-        self.model, self.tokenizer, self.k = model.to(device).eval(), tokenizer, k
-        self.count_words = lambda text: len(words_of(text))  # words_of: TextAttack's words_from_text
+    def __init__(self, model, tokenizer, k, count_words, device, dtype):  # count_words: TextAttack's
+        self.model, self.tokenizer, self.k, self.count_words = model.to(device).eval(), tokenizer, k, count_words
         self.device, self.dtype = device, dtype
         tokenizer.library.enable_truncation(model.config.max_length)
         self.last_text, self.last_top = None, None
