@@ -3,6 +3,7 @@
 An attack is one entry of RECIPES, a resource one entry of NEEDS. What stands behind the resources is in resources.py.
 """
 
+import sys
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -75,12 +76,17 @@ def construct(setup, recipe):
     """TextAttack's Attack, still without the word vectors and the masked language model, which it would download."""
     textattack, shared = setup.textattack, setup.textattack.shared
     setup.embedding = shared.WordEmbedding(None, {}, [])
+    builder = recipe if callable(recipe) else getattr(textattack.attack_recipes, recipe)
+
+    def masked_lm_swap(method, **_):
+        swap = textattack.transformations.WordSwap()
+        swap.method = method
+        return swap
+
     vectors = mock.patch.object(shared.WordEmbedding, "counterfitted_GLOVE_embedding", lambda: setup.embedding)
-    module, model = textattack.attack_recipes.bert_attack_li_2020, lambda **_: textattack.transformations.WordSwap()
-    with vectors, mock.patch.object(module, "WordSwapMaskedLM", model):
-        if callable(recipe):
-            return recipe(textattack, setup.victim)
-        return getattr(textattack.attack_recipes, recipe).build(setup.victim)
+    model = mock.patch.object(sys.modules[builder.__module__], "WordSwapMaskedLM", masked_lm_swap, create=True)
+    with vectors, model:
+        return recipe(textattack, setup.victim) if callable(recipe) else builder.build(setup.victim)
 
 
 def word_vectors(setup, attack):
