@@ -15,7 +15,6 @@ runs resume when rerun.
 """
 
 import hashlib
-import importlib.metadata
 import os
 import shlex
 import sys
@@ -29,7 +28,7 @@ import torch
 
 import data
 from attacks import resources
-from attacks.library import check_installed, import_textattack
+from attacks.library import import_textattack, package_versions
 from attacks.recipes import RECIPES, build
 from attacks.results import Results, print_table
 from bert import Bert
@@ -61,8 +60,8 @@ class Options:
     label_column: str = option("label", "label column of a custom file", group="data")
     data_revision: str = option(None, "branch or commit of the task on the hub [pinned]", group="data")
     vectors: str = option(None, "bundled, textattack or a .npz file [textattack if cached]", group="resources")
-    min_cosine: float = option(0.5, "of a word and its substitutes", at_least=-1, at_most=1, group="resources")
-    encoder: str = option("use-multilingual", "of sentences", choices=resources.ENCODERS, group="resources")
+    min_cosine: float = option(0.5, "minimum similarity of substitutes", at_least=-1, at_most=1, group="resources")
+    encoder: str = option("use-multilingual", "sentence encoder", choices=resources.ENCODERS, group="resources")
     masked_lm: str = option(None, "of BERT-Attack [the pre-trained or the default model]", group="resources")
     bert_attack_k: int = option(48, "candidates per word in BERT-Attack", at_least=1, group="resources")
     precision: str = option("fp32", "auto: bf16 where it is fast", choices=("auto", "bf16", "fp32"), group="machine")
@@ -79,7 +78,7 @@ NOT_SETTINGS = (
 
 def main():
     options = cli.parse(Options, __doc__)
-    check_installed()
+    package_versions()
     rank, world, launcher = distributed.RANK, distributed.WORLD, os.getppid()
     if rank:
         sys.stdout = open(os.devnull, "w")
@@ -167,8 +166,8 @@ def find_victim(options, task, splits, device, dtype):
     settings = {name: value for name, value in asdict(options).items() if name not in NOT_SETTINGS}
     settings |= {"precision": precision_name(dtype), "max_length": max_length}
     settings |= {"classes": list(class_names), "ticket": Path(options.ticket).name}
-    packages = versions() | {name: importlib.metadata.version(name) for name in ("textattack", "nltk")}
-    provenance = {"script": "attack.py", "settings": settings, "model_sha256": sha256, "versions": packages}
+    provenance = {"script": "attack.py", "settings": settings, "model_sha256": sha256}
+    provenance["versions"] = versions() | package_versions()
     return resources.TextModel(model, tokenizer, max_length, device, dtype), folder, provenance
 
 

@@ -167,8 +167,9 @@ def npz_synonyms(path, min_cosine):
     with np.load(path) as table:  # does not unpickle
         words, vectors = table["words"].astype(str).tolist(), table["vectors"]
         antonyms = table["antonyms"] if "antonyms" in table else None
-    origin = "GloVe 50d counter-fitted" if path == BUNDLED else f"sha256 {files.sha256(path)[:8]}"
-    return Synonyms(f"{path.name}, {origin}", words, vectors, min_cosine, antonyms)
+    origin = ", GloVe 50d counter-fitted" if path == BUNDLED else ""
+    description = f"{path.name}, sha256 {files.sha256(path)[:8]}{origin}"
+    return Synonyms(description, words, vectors, min_cosine, antonyms)
 
 
 def cached_synonyms(folder, min_cosine):
