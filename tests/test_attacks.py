@@ -266,6 +266,7 @@ STRANGE = (
 def test_outcomes_texts_and_query_counts_equal_textattack(textattack, victim, name):
     # MiniLM's vectors, since rounding differs between batches of the other encoder, and chooses among equals
     settings = {"task": "rt", "output": str(victim), "ticket": "none", "max_length": 64, "encoder": "minilm"}
+    settings |= {"min_cosine": 0.8}  # for fewer candidates
     if name == "bertattack":  # TextAttack takes k^n evaluations of a word of n pieces
         settings |= {"masked_lm": "minilm", "bert_attack_k": 6}
     options = attack.Options(attack=name, n=6, **settings)
@@ -294,10 +295,10 @@ def test_outcomes_texts_and_query_counts_equal_textattack(textattack, victim, na
     assert len({kind for kind, _, _ in outcomes[0]}) > 1 and max(queries for _, _, queries in outcomes[0]) > 20
 
 
-def test_bertattack_fudan_is_bae_with_embedding_swaps_as_published(textattack, victim):
+def test_bertattack_fudan_is_bae_with_embedding_swaps_as_published(textattack):
     """The group's code takes TextAttack's BAE, swaps words by embedding, and replaces the sentence constraint."""
-    library, nltk_data = textattack
-    setup = types.SimpleNamespace(textattack=library, victim=lambda texts: None)
+    library, _ = textattack
+    setup = types.SimpleNamespace(textattack=library, victim=types.SimpleNamespace(model=None))
     bae = recipes.construct(setup, "BAEGarg2019")
     ours = recipes.construct(setup, recipes.bertattack_fudan)
     assert repr(ours.search_method) == repr(bae.search_method)
@@ -556,7 +557,6 @@ def test_results_depend_only_on_the_resources_used(textattack, victim, tmp_path,
     assert "(another resources_sha256)" in capsys.readouterr().err
     assert run_attack(victim, tmp_path, *flags, "--min-cosine", "0.7")[0] == 2
     assert "(another resources_sha256)" in capsys.readouterr().err
-    assert run_attack(victim, tmp_path, *flags, "--encoder", "minilm")[0] == 2
 
 
 def test_attack_without_its_packages_says_what_to_type(capsys, monkeypatch):
