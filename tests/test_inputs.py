@@ -267,8 +267,8 @@ def test_roberta_model_may_have_a_bert_vocabulary(tmp_path):
     ids, _, segments, _ = rows.batch(torch.tensor([0]))
     assert segments is None and ids.tolist() == reference(["the quick"], ["fox"])["input_ids"]
     model, cpu = Bert.load(tmp_path, mlm=True), torch.device("cpu")
-    masked = resources.MaskedWords(model, tokenizer, 57, cpu, torch.float32)  # the whole vocabulary
-    assert set(LETTERS) < set(masked("a b c", "a [MASK] c", "b", count_words, False))
+    masked = resources.MaskedWords(model, tokenizer, 57, count_words, cpu, torch.float32)  # the whole vocabulary
+    assert set(LETTERS) < set(masked.substitutes("a b c", "a [MASK] c", "b", False))
     tokenizer.save(tmp_path / "again")
     assert json.loads((tmp_path / "again" / "tokenizer_config.json").read_text())["tokenizer_class"] == "BertTokenizer"
 
