@@ -4,13 +4,20 @@ import torch
 
 from runtime.cpu import RepeatedDropout
 
-# method: K, step size, magnitude of the first delta, epsilon (0: no bound). The paper gives none: docs/decisions.md
+# K passes, step size, magnitude of the first delta, epsilon (0: no bound), whether only the last pass trains (PGD).
+# Names with a source have its numbers (docs/decisions.md). In the others, K and the step alone set the strength.
 ADVERSARIES = {
-    "vanilla": (1, 0.0, 0.0, 0.0),
-    "pgd": (3, 0.03, 0.05, 0.2),
-    "freelb": (3, 0.03, 0.05, 0.2),
-    "infobert": (3, 0.04, 0.08, 0.0),
+    "vanilla": (1, 0.0, 0.0, 0.0, False),
+    "pgd": (3, 0.03, 0.05, 0.0, True),
+    "freelb": (3, 0.03, 0.05, 0.0, False),
+    "infobert": (3, 0.04, 0.08, 0.0, False),
+    "pgd-zhu2020": (3, 0.1, 1.0, 0.6, True),
+    "freelb-zhu2020": (3, 0.1, 1.0, 0.6, False),
+    "pgd-textdefender": (6, 0.03, 0.05, 0.0, True),
+    "freelb-textdefender": (5, 0.03, 0.05, 0.0, False),
+    "freelb-earlyrobust": (5, 0.01, 0.05, 0.0, False),
 }
+ADVERSARY_OPTIONS = ("adv_steps", "adv_lr", "adv_init_mag", "adv_max_norm")  # replace the first four numbers
 
 
 def initial_delta(token_mask, dim, init_mag, max_norm):
