@@ -91,6 +91,18 @@ def test_infobert_with_zero_weights_is_freelb_and_the_anchor_never_moves_delta(t
     assert (found[0.0, 1.0][0] - found[None, None][0])[2].abs().max() > 1e-4  # the bottleneck does move it
 
 
+def test_pgd_with_the_numbers_of_freelb_trains_another_model(tiny, tmp_path):
+    flags = ["--task", "bbc", "--model", tiny, "--output", tmp_path, "--ticket", "none", "--max-length", "8"]
+    flags += ["--train-rows", "32", "--epochs", "1", "--adv-lr", 1, "--precision", "fp32", "--method"]
+    models = []
+    for method in ("freelb-textdefender", "pgd-textdefender"):
+        assert call(finetune, *flags, method, "--adv-steps", 3) == 0
+        models.append(tmp_path / "tiny" / "bbc" / f"none-{method}-seed0" / "model.safetensors")
+    first, second = (our_safetensors.read_with_metadata(path) for path in models)
+    differs = {name for name, value in first[1]["settings"].items() if value != second[1]["settings"][name]}
+    assert differs == {"method"} and not torch.equal(first[0]["classifier.weight"], second[0]["classifier.weight"])
+
+
 def test_infobert_has_no_dropout_on_attention(tmp_path):
     saved(tmp_path, num_labels=2, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.5)
     model = Bert.load(tmp_path, num_labels=2).train()

@@ -84,17 +84,19 @@ def test_under_autocast_changes_of_c_below_bfloat16s_spacing_reach_the_output():
     """c multiplies the weights in float32. The product's rounding to bfloat16 keeps the change on average, by a slope
     of 1 between the changes of the outputs; c rounded to bfloat16 would not change at all."""
     layer = Bert(Config(hidden_size=192, intermediate_size=768, initializer_range=0.1)).layers[0].eval()
-    x, ones = torch.randn(16, 32, 192), (torch.ones(12), torch.ones(768))
-    moved = [c + 1e-3 * torch.randn_like(c).sign() for c in ones]
+    x, ones = torch.randn(16, 32, 192), [torch.ones(12), torch.ones(768)]
 
     @torch.no_grad()
     def change(enabled, gates):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             return layer(x, gates=gates).float() - layer(x, gates=ones).float()
 
-    exact, found = change(False, moved), change(True, moved)
-    assert abs((found * exact).sum() / (exact * exact).sum() - 1) < 0.1
-    assert change(True, [c.bfloat16().float() for c in moved]).norm() == 0
+    for kind, c in enumerate(ones):  # heads, neurons
+        moved = list(ones)
+        moved[kind] = c + 1e-3 * torch.randn_like(c).sign()
+        exact, found = change(False, moved), change(True, moved)
+        assert abs((found * exact).sum() / (exact * exact).sum() - 1) < 0.1
+        assert change(True, [each.bfloat16().float() for each in moved]).norm() == 0
 
 
 def test_c_can_have_its_own_learning_rate(corpus, tmp_path):
