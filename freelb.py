@@ -33,10 +33,9 @@ def initial_delta(token_mask, dim, init_mag, max_norm):
 def freelb(loss_of, delta, token_mask, steps, lr, max_norm, extra_loss=None, only_last=False):
     """Add the gradient of L_adv (eq. 6) to the parameters' .grad, and return L_adv, a scalar without extra_loss.
 
-    FreeLB averages K = `steps` passes. only_last: PGD, where only the last pass counts. loss_of(delta): the loss with
-    delta (B, T, dim) added to the token embeddings. After each pass but the last, the delta of each example moves by
-    `lr` along its gradient, and is projected onto the L2 ball of radius max_norm (epsilon; 0: no bound).
-    extra_loss(gradient at delta): InfoBERT's second loss, for the parameters only. K = 1, delta = 0: ordinary training.
+    FreeLB averages K = `steps` passes; of PGD, only_last, the last pass counts. loss_of(delta): the loss with delta
+    (B, T, dim) added to the token embeddings. Between passes delta moves by `lr` along each example's gradient, within
+    the L2 ball of radius max_norm. extra_loss(gradient at delta): InfoBERT's second loss, for the parameters only.
     """
     mask, adversarial_loss = token_mask.float()[..., None], 0.0
     same_dropout = RepeatedDropout(steps, delta.device)
