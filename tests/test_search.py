@@ -77,7 +77,10 @@ def test_options_that_are_not_given_have_the_numbers_of_the_preset_and_of_the_ad
     assert numbers(preset="earlyrobust", adv_steps=2, lambda_ffn=0.0) == (2, 0.01, 0.05, 0.0, 1e-5, 0.0)
     assert numbers(preset="earlyrobust", adversary="vanilla")[:3] == (1, 0.0, 0.0)
     assert numbers(adversary="freelb-zhu2020")[:4] == (3, 0.1, 1.0, 0.6)  # launch/FreeLB/sst-fp32-clip.sh
-    assert call(search, "--adversary", "infobert") == 2 and "invalid choice: 'infobert'" in capsys.readouterr().err
+    assert (
+        call(search, "--adversary", "infobert", "--model", tmp_path) == 2
+        and "invalid choice: 'infobert'" in capsys.readouterr().err
+    )
 
 
 def test_under_autocast_changes_of_c_below_bfloat16s_spacing_reach_the_output():
