@@ -47,7 +47,7 @@ class Options:
     ticket_seed: int = option(None, "of a random ticket [--seed]", at_least=0, below=2**63, group="model")
     ablation: str = option(
         None,
-        "no-initialization: a ticket of new weights; no-structure: new weights where it prunes",
+        "no-initialization: new matrices in the ticket; no-structure: new weights where it prunes",
         choices=ABLATIONS,
         group="model",
     )
@@ -59,10 +59,10 @@ class Options:
     train_rows: int = option(None, "train on this many rows, always the same [all]", at_least=1, group="data")
     max_length: int = option(None, "tokens to which a text is truncated [the task's]", at_least=3, group="data")
     method: str = option("vanilla", "ordinary or adversarial training", choices=tuple(ADVERSARIES), group="adversary")
-    adv_steps: int = option(None, "K, passes per step [3]", at_least=1, group="adversary")
-    adv_lr: float = option(None, "size of an ascent step [0.03; infobert: 0.04]", at_least=0, group="adversary")
-    adv_init_mag: float = option(None, "of the first delta [0.05; infobert: 0.08]", at_least=0, group="adversary")
-    adv_max_norm: float = option(None, "epsilon; 0: no bound [0.2; infobert: 0]", at_least=0, group="adversary")
+    adv_steps: int = option(None, "K, passes per step [the method's]", at_least=1, group="adversary")
+    adv_lr: float = option(None, "size of an ascent step [the method's]", at_least=0, group="adversary")
+    adv_init_mag: float = option(None, "of the first delta [the method's]", at_least=0, group="adversary")
+    adv_max_norm: float = option(None, "epsilon; 0: no bound [the method's]", at_least=0, group="adversary")
     alpha: float = option(5e-3, "weight of InfoBERT's anchored features", at_least=0, group="adversary")
     beta: float = option(5e-3, "weight of InfoBERT's information bottleneck", at_least=0, group="adversary")
     epochs: int = option(10, "N, number of epochs", at_least=1, group="optimization")
@@ -153,7 +153,7 @@ def finetune(options, model, weight_masks, splits, run, dtype):
         infobert = InfoBERT(model, modules["anchor"], options.alpha, options.beta, options.batch_size)
     parameters = list(nn.ModuleDict(modules).parameters())
     optimizer = optim.adamw(parameters, options.learning_rate, options.weight_decay)
-    adv_steps, adv_lr, adv_init_mag, adv_max_norm = run.adversary  # the options, or the defaults of the method
+    adv_steps, adv_lr, adv_init_mag, adv_max_norm, only_last = run.adversary  # the method's, or the options
     first_epoch = run.resume(optimizer, modules)  # 0, or the first epoch that is not done
 
     for epoch in range(first_epoch, options.epochs):  # Line 7: for epoch <- 1 ... N
@@ -170,7 +170,7 @@ def finetune(options, model, weight_masks, splits, run, dtype):
 
                 if infobert:
                     loss_of, extra_loss = infobert.losses(*part, share)
-                adversary = adv_steps, adv_lr, adv_max_norm, extra_loss, options.method == "pgd"
+                adversary = adv_steps, adv_lr, adv_max_norm, extra_loss, only_last
                 with autocast(delta.device, dtype):  # ordinary training: K = 1 and delta = 0
                     loss += freelb(loss_of, delta[rows], part.token_mask, *adversary)
             distributed.sum_gradients(parameters)
@@ -224,8 +224,9 @@ def starting_point(options, source, masks, task):
     if options.ablation == "no-structure":
         return reinitialize_pruned(model, *masks), {}
     model = model.pruned(*masks)  # Line 6: theta <- theta_0, theta_ticket <- m * theta
-    if options.ablation == "no-initialization":
-        model.apply(model.initialize)
+    if options.ablation == "no-initialization":  # as in EarlyRobust: not the embeddings, not the LayerNorms
+        for linear in filter(lambda module: isinstance(module, nn.Linear), model.modules()):
+            model.initialize(linear)
     return model, {}
 
 

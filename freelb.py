@@ -4,13 +4,20 @@ import torch
 
 from runtime.cpu import RepeatedDropout
 
-# method: K, step size, magnitude of the first delta, epsilon (0: no bound). The paper gives none: docs/decisions.md
+# K passes, step size, magnitude of the first delta, epsilon (0: no bound), whether only the last pass trains (PGD).
+# Names with a source have its numbers (docs/decisions.md). In the others, K and the step alone set the strength.
 ADVERSARIES = {
-    "vanilla": (1, 0.0, 0.0, 0.0),
-    "pgd": (3, 0.03, 0.05, 0.2),
-    "freelb": (3, 0.03, 0.05, 0.2),
-    "infobert": (3, 0.04, 0.08, 0.0),
+    "vanilla": (1, 0.0, 0.0, 0.0, False),
+    "pgd": (3, 0.03, 0.05, 0.0, True),
+    "freelb": (3, 0.03, 0.05, 0.0, False),
+    "infobert": (3, 0.04, 0.08, 0.0, False),
+    "pgd-zhu2020": (3, 0.1, 1.0, 0.6, True),
+    "freelb-zhu2020": (3, 0.1, 1.0, 0.6, False),
+    "pgd-textdefender": (6, 0.03, 0.05, 0.0, True),
+    "freelb-textdefender": (5, 0.03, 0.05, 0.0, False),
+    "freelb-earlyrobust": (5, 0.01, 0.05, 0.0, False),
 }
+ADVERSARY_OPTIONS = ("adv_steps", "adv_lr", "adv_init_mag", "adv_max_norm")  # replace the first four numbers
 
 
 def initial_delta(token_mask, dim, init_mag, max_norm):
@@ -26,10 +33,9 @@ def initial_delta(token_mask, dim, init_mag, max_norm):
 def freelb(loss_of, delta, token_mask, steps, lr, max_norm, extra_loss=None, only_last=False):
     """Add the gradient of L_adv (eq. 6) to the parameters' .grad, and return L_adv, a scalar without extra_loss.
 
-    FreeLB averages K = `steps` passes. only_last: PGD, where only the last pass counts. loss_of(delta): the loss with
-    delta (B, T, dim) added to the token embeddings. After each pass but the last, the delta of each example moves by
-    `lr` along its gradient, and is projected onto the L2 ball of radius max_norm (epsilon; 0: no bound).
-    extra_loss(gradient at delta): InfoBERT's second loss, for the parameters only. K = 1, delta = 0: ordinary training.
+    FreeLB averages K = `steps` passes; of PGD, only_last, the last pass counts. loss_of(delta): the loss with delta
+    (B, T, dim) added to the token embeddings. Between passes delta moves by `lr` along each example's gradient, within
+    the L2 ball of radius max_norm. extra_loss(gradient at delta): InfoBERT's second loss, for the parameters only.
     """
     mask, adversarial_loss = token_mask.float()[..., None], 0.0
     same_dropout = RepeatedDropout(steps, delta.device)

@@ -2,7 +2,7 @@
 with FreeLB as the adversary, until the masks drawn from c stop changing.
 
     python search.py --model minilm                     the bundled MiniLM on BBC News, offline
-    python search.py --adv-steps 1 --adv-init-mag 0     the vanilla ticket, without an adversary (Table 3)
+    python search.py --adversary vanilla                the vanilla ticket, without an adversary (Table 3)
     python search.py --objective rt                     on the loss of a task instead of MLM (Table 4)
     python search.py --seeds 10                         ten searches, one after another
     torchrun --nproc-per-node 2 search.py               on two GPUs, each with half of every batch
@@ -24,7 +24,7 @@ from bert import Bert, Config
 from checkpoints import huggingface, safetensors
 from checkpoints.provenance import Checkpoint, is_up_to_date, software
 from checkpoints.runs import SearchRun
-from freelb import freelb, initial_delta
+from freelb import ADVERSARIES, ADVERSARY_OPTIONS, freelb, initial_delta
 from gates import Coefficients, EarlyStopping, draw_masks
 from inputs.batches import Blocks, MaskedBatch, TokenizedSplit, rows_sha256
 from inputs.mlm_head import fit_mlm_head
@@ -34,6 +34,12 @@ from runtime.cli import BadInput, option
 from runtime.cpu import tune_allocator
 from runtime.device import DEFAULT_MODEL, MODEL_HELP, autocast, pick_device, pick_precision, precision_name, run_banner
 from sharing.plots import plot_search
+
+SEARCH_ADVERSARIES = tuple(name for name in ADVERSARIES if name != "infobert")  # which needs labels
+PRESETS = {  # earlyrobust: the numbers of its authors' scripts (Xi et al. 2022)
+    "orticket": {"adversary": "freelb", "lambda_head": 1e-4, "lambda_ffn": 1e-4},
+    "earlyrobust": {"adversary": "freelb-earlyrobust", "lambda_head": 1e-5, "lambda_ffn": 2e-4},
+}
 
 
 @dataclass
@@ -52,17 +58,21 @@ class Options:
     label_column: str = option("label", "of a custom task", group="data")
     drop_labels: tuple = option(None, "labels of a custom task whose rows are left out", group="data")
     block: int = option(128, "tokens per example, with [CLS] and [SEP]", at_least=4, group="data")
-    adv_steps: int = option(3, "K, passes of FreeLB; 1: no ascent", at_least=1, group="adversary")
-    adv_lr: float = option(0.03, "size of an ascent step", at_least=0, group="adversary")
-    adv_init_mag: float = option(0.05, "magnitude of the first perturbation", at_least=0, group="adversary")
-    adv_max_norm: float = option(0.2, "epsilon, L2 norm per example; 0: no bound", at_least=0, group="adversary")
+    preset: str = option(
+        "orticket", "sets adversary and lambda if not given", choices=tuple(PRESETS), group="adversary"
+    )
+    adversary: str = option(None, "[the preset's: freelb]", choices=SEARCH_ADVERSARIES, group="adversary")
+    adv_steps: int = option(None, "K, passes per step [the adversary's]", at_least=1, group="adversary")
+    adv_lr: float = option(None, "size of an ascent step [the adversary's]", at_least=0, group="adversary")
+    adv_init_mag: float = option(None, "of the first delta [the adversary's]", at_least=0, group="adversary")
+    adv_max_norm: float = option(None, "epsilon; 0: no bound [the adversary's]", at_least=0, group="adversary")
     gamma: float = option(0.1, "threshold of the normalized Hamming distance", above=0, group="early stopping")
     patience: int = option(5, "mini-epochs in a row below gamma", at_least=1, group="early stopping")
     mini_epoch: float = option(0.05, "length in epochs", at_least=1e-4, at_most=1, group="early stopping")
     tau_head: float = option(1 / 6, "pruning ratio of the heads", at_least=0, below=1, group="early stopping")
     tau_ffn: float = option(0.3, "pruning ratio of the neurons", at_least=0, below=1, group="early stopping")
-    lambda_head: float = option(1e-4, "lambda_H of eq. 5", at_least=0, group="optimization")
-    lambda_ffn: float = option(1e-4, "lambda_F of eq. 5", at_least=0, group="optimization")
+    lambda_head: float = option(None, "lambda_H of eq. 5 [1e-4]", at_least=0, group="optimization")
+    lambda_ffn: float = option(None, "lambda_F of eq. 5 [1e-4]", at_least=0, group="optimization")
     epochs: int = option(1, "passes over the corpus, at most", at_least=1, group="optimization")
     batch_size: int = option(32, "examples per step", at_least=1, group="optimization")
     learning_rate: float = option(2e-5, "eta_0, of theta and c (AdamW)", above=0, group="optimization")
@@ -86,16 +96,17 @@ class Options:
     grad_accum_steps: int = option(1, "parts of a step, computed in turn to save memory", at_least=1, group="machine")
     checkpointing: bool = option(False, "recompute activations to save memory, a third more work", group="machine")
 
+    def __post_init__(self):
+        """Options that are not given have the numbers of the preset and of the adversary."""
+        defaults = PRESETS[self.preset]
+        numbers = ADVERSARIES[self.adversary or defaults["adversary"]]
+        for name, value in (defaults | dict(zip(ADVERSARY_OPTIONS, numbers))).items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
 
-NOT_SETTINGS = (
-    "output",
-    "overwrite",
-    "save_model",
-    "seeds",
-    "device",
-    "grad_accum_steps",
-    "checkpointing",
-)  # may differ on resuming
+
+# a search may resume with others
+NOT_SETTINGS = ("output", "overwrite", "save_model", "seeds", "device", "grad_accum_steps", "checkpointing", "preset")
 
 
 def main():
@@ -176,6 +187,7 @@ def search(options, model, c, examples, run, dtype):
     c_group["lr_scale"] = rate_c / options.learning_rate
     optimizer = optim.adamw(model.parameters(), options.learning_rate, options.weight_decay, c_group)
     stopping = EarlyStopping(options.tau_head, options.tau_ffn, options.gamma, options.patience)
+    only_last = ADVERSARIES[options.adversary][-1]  # PGD
     step = run.resume(optimizer, model, c, stopping)
 
     # Lines 2 and 5: repeat until both masks were stable in 5 mini-epochs in a row (section 2.2.2), or for --epochs
@@ -191,12 +203,12 @@ def search(options, model, c, examples, run, dtype):
             def loss_of(perturbation):  # L(f(x + delta; theta, c), y) in eq. 6: this part's share of the batch mean
                 return objective(model, part, c.gates, perturbation) * share
 
-            adversary = options.adv_steps, options.adv_lr, options.adv_max_norm
+            adversary = options.adv_steps, options.adv_lr, options.adv_max_norm, None, only_last
             with autocast(delta.device, dtype):
                 loss += freelb(loss_of, delta[rows], part.token_mask, *adversary)  # Eq. 6: adds the gradient of L_adv
         distributed.sum_gradients(parameters)  # over the processes, before R(c), which counts once
         c.penalty(options.lambda_head, options.lambda_ffn).backward()  # Eq. 5, R(c): .grad is now that of eq. 7
-        torch.nn.utils.clip_grad_norm_(parameters, options.clip_norm)
+        torch.nn.utils.clip_grad_norm_(parameters, options.clip_norm)  # c with theta, as in EarlyRobust's scripts
         optim.set_learning_rate(optimizer, options.learning_rate, step, run.steps, options.warmup)
         optimizer.step()  # Lines 3 and 4, by AdamW and at once: both gradients are taken at the old theta
         optimizer.zero_grad()

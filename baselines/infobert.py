@@ -12,7 +12,7 @@ Let X_i be the n tokens, T_i their embeddings, Z the sentence vector and Y the l
   at tokens that an attack changes first: `robust_tokens`.
 
 As in version 6 of the authors' estimators, embeddings are those after LayerNorm and dropout, the sentence vector is the
-last hidden state of [CLS], and alpha = beta = 5e-3.
+last hidden state of [CLS], and alpha = beta = 5e-3. As in their command, attention has no dropout.
 """
 
 import math
@@ -62,6 +62,8 @@ class InfoBERT:
 
     def __init__(self, model, anchor, alpha, beta, batch_size):
         self.model, self.anchor, self.alpha, self.beta, self.batch_size = model, anchor, alpha, beta, batch_size
+        for layer in model.layers:
+            layer.attention_dropout.p = 0.0
 
     def losses(self, ids, mask, segments, labels, share=1):
         """(loss_of(delta), extra_loss(gradient at delta)) of some rows. The second uses the states of the first's call.

@@ -6,9 +6,10 @@
 
 Every weight w of the encoder's matrices and of the pooler becomes w z, where z is a hard concrete gate (Louizos et al.
 2018). Only the scores of the gates are trained, on FreeLB's loss + lambda x the expected share of open gates (the mean
-of the matrices' shares). The weights with the smallest scores over all matrices are pruned. Unlike ORTicket's, such a
-ticket belongs to one task, and saves neither time nor memory: it is a mask over the dense model. Defaults are those of
-the authors' scripts. Interrupted runs resume after the last whole epoch when rerun.
+of the matrices' shares; query, key and value are three matrices). The weights with the smallest scores over all
+matrices are pruned. Unlike ORTicket's, such a ticket belongs to one task, and saves neither time nor memory: it is a
+mask over the dense model. Defaults are those of the authors' scripts; docs/decisions.md compares the code with theirs.
+Interrupted runs resume after the last whole epoch when rerun.
 """
 
 import math
@@ -140,7 +141,6 @@ def retrain_command(options, settings, ticket):
 def learn_scores(options, model, rows, checkpoint, dtype):
     """Learn the scores of all gates: {name of a weight: scores of its shape}."""
     torch.manual_seed(options.seed)
-    model.requires_grad_(False)  # only the scores are trained
     kinds = ("query_key_value", "attention_output", "intermediate", "output")
     names = [f"layers.{i}.{kind}" for i in range(len(model.layers)) for kind in kinds] + ["pooler"]
     gated = {name: model.get_submodule(name) for name in names}
@@ -157,6 +157,7 @@ def learn_scores(options, model, rows, checkpoint, dtype):
     bar = cli.progress(steps, first_epoch * steps_per_epoch, "masks", parts=options.epochs, faster=faster)
     model.train()
     for epoch in range(first_epoch, options.epochs):
+        model.zero_grad()  # so that an interrupted run, which saves no gradients, resumes with the same
         batches = map(rows.batch, rows.epoch(options.batch_size, options.seed, epoch))
         for step, batch in enumerate(batches, epoch * steps_per_epoch):
             optim.seed_step(options.seed, step)
@@ -166,10 +167,12 @@ def learn_scores(options, model, rows, checkpoint, dtype):
             loss_of = lambda delta: model.class_loss(*batch, delta=delta)  # noqa: E731
             with autocast(delta.device, dtype):
                 loss = freelb(loss_of, delta, mask, options.adv_steps, options.adv_lr, max_norm)
-            nn.utils.clip_grad_norm_(gates.parameters(), options.clip_norm)
-            # 2. the gradient of lambda x the expected share of open gates; lambda rises from a tenth to four tenths
-            ramp = min(1.0, max(0.0, (step / steps - 0.1) / 0.3))
-            open_share = torch.stack([gate.open_share() for gate in gates]).mean()
+            # The authors' norm includes the gradients of the weights, which they do not set to zero between steps
+            nn.utils.clip_grad_norm_(model.parameters(), options.clip_norm)
+            # 2. the gradient of lambda x the expected share of open gates. lambda is meant to rise from a tenth to four
+            # tenths of the steps, but the authors' counter of steps adds 3, the tensors of a batch, each time
+            ramp = min(1.0, max(0.0, (3 * (step + 1) / steps - 0.1) / 0.3))
+            open_share = mean_open_share(dict(zip(gated, gates)))
             (options.regularization * ramp * open_share).backward()
             # 3. the step of the optimizer
             optim.set_learning_rate(optimizer, lr, step, steps, options.warmup)
@@ -183,6 +186,13 @@ def learn_scores(options, model, rows, checkpoint, dtype):
         checkpoint.save(optimizer, {"gates": gates}, metadata={"epochs_done": epoch + 1})
     bar.close()
     return {f"{name}.weight": gate.scores.detach().cpu() for name, gate in zip(gated, gates)}
+
+
+def mean_open_share(gates):
+    """The mean over all matrices of their `open_share`. gates: {name of a module: Gates}. Query, key and value, one
+    matrix in `bert.Layer`, count as three."""
+    weights = [3 if name.endswith("query_key_value") else 1 for name in gates]
+    return sum(n * gate.open_share() for n, gate in zip(weights, gates.values())) / sum(weights)
 
 
 def draw(scores, sparsity):

@@ -16,8 +16,8 @@ os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 
 
 def freelb_step(loss_of, mask, dim, adversary):
-    """The loss and gradients of FreeLB, for both sides. adversary: (K, step size, magnitude of delta, epsilon)."""
-    steps, lr, init_mag, max_norm = adversary
+    """The loss and gradients of FreeLB, for both sides. adversary: as in ADVERSARIES."""
+    steps, lr, init_mag, max_norm, _ = adversary
     return freelb(loss_of, initial_delta(mask, dim, init_mag, max_norm), mask, steps, lr, max_norm)
 
 

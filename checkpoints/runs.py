@@ -9,7 +9,7 @@ import torch
 
 from checkpoints import safetensors
 from checkpoints.provenance import Checkpoint, load_module, read_made_by, read_result, write_result
-from freelb import ADVERSARIES
+from freelb import ADVERSARIES, ADVERSARY_OPTIONS
 from runtime import cli, distributed, optim
 from runtime.cli import BadInput
 from runtime.device import faster_ways, peak_memory
@@ -98,7 +98,7 @@ def effective_settings(options, not_settings):
     """What fine-tuning depends on: the options, with the adversary's defaults, and without what the method ignores."""
     settings = {name: value for name, value in asdict(options).items() if name not in not_settings}
     settings["ticket"] = Path(options.ticket).name  # its content is identified by its sha256
-    defaults = dict(zip(("adv_steps", "adv_lr", "adv_init_mag", "adv_max_norm"), ADVERSARIES[options.method]))
+    defaults = dict(zip(ADVERSARY_OPTIONS, ADVERSARIES[options.method]))
     defaults |= {name: getattr(type(options), name) for name in ("alpha", "beta")}
     ignored = {"vanilla": tuple(defaults), "infobert": ()}.get(options.method, ("alpha", "beta"))
     for name, default in defaults.items():
@@ -112,8 +112,8 @@ def effective_settings(options, not_settings):
 class FinetuneRun:
     """The log and the checkpoints of fine-tuning (finetune.py), and the model of the best epoch.
 
-    adversary: K, step size, first magnitude, epsilon. scores: the held-out accuracy of every epoch. seconds: of
-    training. memory: peak memory in bytes.
+    adversary: as an entry of ADVERSARIES. scores: the held-out accuracy of every epoch. seconds: of training. memory:
+    peak memory in bytes.
     """
 
     def __init__(self, options, split, folder, provenance):
@@ -123,7 +123,7 @@ class FinetuneRun:
         self.scores, self.seconds = saved.get("scores", []), saved.get("seconds", 0.0)
         self.memory, self.status = saved.get("peak_memory", 0), ""
         settings = provenance["settings"]
-        self.adversary = [settings[f"adv_{name}"] for name in ("steps", "lr", "init_mag", "max_norm")]
+        self.adversary = [*(settings[name] for name in ADVERSARY_OPTIONS), ADVERSARIES[options.method][-1]]
         self.steps_per_epoch = math.ceil(len(split) / options.batch_size)
         self.steps = options.epochs * self.steps_per_epoch
 

@@ -17,6 +17,7 @@ from types import SimpleNamespace
 
 from attacks.results import read_rows
 from checkpoints.provenance import identity, json_sha256, read_result, software
+from freelb import ADVERSARIES
 from runtime import files
 from runtime.cli import BadInput
 
@@ -48,6 +49,7 @@ METHODS = {
     "Random ticket": Method("random"),
     "w/o initialization": Method("drawn", ablation="no-initialization"),
     "w/o structure": Method("drawn", ablation="no-structure"),
+    **{name: Method(method=name) for name in ADVERSARIES if "-" in name},  # PGD and FreeLB with others' numbers
     **{f"ORTicket from {task}": Method("drawn", search={"objective": task}) for task in PAPER_TASKS},
 }
 # The scripts whose options a table takes as overrides. Their defaults here, where they are not the scripts' own: the
@@ -89,7 +91,7 @@ def relevant_overrides(name, overrides):
     if method.ticket != "robustt":
         relevant["robustt"] = {}
     for script, ignored in (
-        ("search", ("adv_",) if method.search == WITHOUT_ADVERSARY else ()),
+        ("search", ("adv",) if method.search == WITHOUT_ADVERSARY else ()),
         ("finetune", ("adv_", "alpha", "beta") if method.method == "vanilla" else ()),
         ("finetune", ("alpha", "beta") if method.method != "infobert" else ()),
     ):

@@ -18,7 +18,17 @@ from attacks.recipes import RECIPES
 from checkpoints import provenance
 from checkpoints.provenance import read_result, write_result
 from experiments.compare import compare
-from experiments.runs import METHODS, PAPER_TASKS, code, parse_overrides, relevant_overrides, run_method, unpack
+from experiments.runs import (
+    METHODS,
+    PAPER_TASKS,
+    WITHOUT_ADVERSARY,
+    code,
+    parse_overrides,
+    relevant_overrides,
+    run_method,
+    unpack,
+)
+from freelb import ADVERSARIES
 from runtime import cli, files
 from runtime.cli import BadInput, option
 from runtime.device import DEFAULT_MODEL, MODEL_HELP, describe, pick_device
@@ -191,6 +201,7 @@ def markdown(table, runs):
             ["runs", *columns],
             [[label, str(len(of)), *(cell(of, column, table) for column in columns)] for label, of in rows.items()],
         )
+        text += adversaries(METHODS[run["method"]] for run in group)
         for attack in attacks:
             text += differences(attack, rows)
         if errors := sum(run["figures"][f"{attack} errors"] for run in group for attack in attacks):
@@ -219,6 +230,17 @@ def described(settings, runs):
     rates = sorted({run["figures"]["learning rate"] for run in runs})
     shown = settings | {"learning_rate": " and ".join(f"{rate:g}" for rate in rates)}
     return ", ".join(f"{name.replace('_', ' ')} {shown[name]}" for name in shown if shown[name] is not None) + "."
+
+
+def adversaries(methods):
+    """The numbers of the adversaries that methods of a table are searched or fine-tuned with, as Markdown."""
+    used = set()
+    for method in methods:
+        searched = "freelb" if method.ticket == "drawn" and method.search != WITHOUT_ADVERSARY else None
+        used |= {method.method, "freelb-textdefender" if method.ticket == "robustt" else searched}
+    shown = [f"{name} {ADVERSARIES[name][:4]}" for name in ADVERSARIES if name in used - {"vanilla"}]
+    text = "\nAdversaries as (K, step, first magnitude, bound or 0), except where a row gives others: "
+    return f"{text}{', '.join(shown)}.\n" if shown else ""
 
 
 def overrides_text(overrides):

@@ -16,6 +16,7 @@ import search
 from baselines import infobert, robustt
 from bert import Bert
 from checkpoints import safetensors as our_safetensors
+from inputs.batches import Batch
 from runtime import distributed
 from tests.conftest import FAMILIES, call, inputs, saved
 
@@ -90,6 +91,27 @@ def test_infobert_with_zero_weights_is_freelb_and_the_anchor_never_moves_delta(t
     assert (found[0.0, 1.0][0] - found[None, None][0])[2].abs().max() > 1e-4  # the bottleneck does move it
 
 
+def test_pgd_with_the_numbers_of_freelb_trains_another_model(tiny, tmp_path):
+    flags = ["--task", "bbc", "--model", tiny, "--output", tmp_path, "--ticket", "none", "--max-length", "8"]
+    flags += ["--train-rows", "32", "--epochs", "1", "--adv-lr", 1, "--precision", "fp32", "--method"]
+    models = []
+    for method in ("freelb-textdefender", "pgd-textdefender"):
+        assert call(finetune, *flags, method, "--adv-steps", 3) == 0
+        models.append(tmp_path / "tiny" / "bbc" / f"none-{method}-seed0" / "model.safetensors")
+    first, second = (our_safetensors.read_with_metadata(path) for path in models)
+    differs = {name for name, value in first[1]["settings"].items() if value != second[1]["settings"][name]}
+    assert differs == {"method"} and not torch.equal(first[0]["classifier.weight"], second[0]["classifier.weight"])
+
+
+def test_infobert_has_no_dropout_on_attention(tmp_path):
+    saved(tmp_path, num_labels=2, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.5)
+    model = Bert.load(tmp_path, num_labels=2).train()
+    ids, mask, _ = inputs(model.config, 4, 9)
+    assert not torch.equal(model.class_logits(ids, mask), model.class_logits(ids, mask))
+    infobert.InfoBERT(model, infobert.Anchor(24), 0.0, 0.0, 4)
+    assert torch.equal(model.class_logits(ids, mask), model.class_logits(ids, mask))
+
+
 def test_gates_are_hard_concrete_variables():
     gate = robustt.Gates((200_000,), 0.9)
     weight = torch.full((200_000,), 2.0)
@@ -99,6 +121,43 @@ def test_gates_are_hard_concrete_variables():
     drawn = gate.train()(weight) / 2
     assert 0 <= drawn.min() and drawn.max() <= 1
     assert abs((drawn > 0).float().mean() - gate.open_share()) < 0.01  # Louizos et al., eq. 12
+
+
+def test_the_share_of_open_gates_is_the_mean_over_query_key_and_value_apart():
+    gates = {"layers.0.query_key_value": robustt.Gates((9, 3), 0.9), "pooler": robustt.Gates((3, 3), 0.9)}
+    for gate in gates.values():
+        gate.scores.data.normal_()
+    shares = torch.cat([gate.scores for gate in gates.values()]) - 2 / 3 * math.log(0.1 / 1.1)
+    expected = torch.stack([part.sigmoid().mean() for part in shares.split(3)]).mean()  # query, key, value, pooler
+    torch.testing.assert_close(robustt.mean_open_share(gates), expected)
+
+
+def test_robustt_clips_and_ramps_lambda_as_its_authors_code(tiny, monkeypatch):
+    """The norm includes the weights' gradients, carried from step to step; a counter of steps rises by 3 a batch."""
+    model, steps = Bert.load(tiny, num_labels=2), 3 * 20
+    ids, mask, _ = inputs(model.config, 4, 9)
+    rows = unittest.mock.MagicMock(epoch=lambda *_: range(20), batch=lambda _: Batch(ids, mask, None, ids[:, 0] % 2))
+    rows.__len__.return_value = 80
+    bias, ramp, clip = model.classifier.bias, torch.zeros((), requires_grad=True), torch.nn.utils.clip_grad_norm_
+    monkeypatch.setattr(model, "class_loss", lambda *batch, delta: bias.sum())  # a gradient of norm sqrt(2)
+    monkeypatch.setattr(robustt, "mean_open_share", lambda gates: ramp)
+    norms, lambdas = [], []
+
+    def recorded(parameters, limit):
+        norms.append(bias.grad.norm().item())
+        lambdas.append(0.0 if ramp.grad is None else ramp.grad.item())  # the sum until the step before
+        return clip(parameters, limit)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", recorded)
+    options = robustt.Options(epochs=3, batch_size=4, adv_steps=1)
+    robustt.learn_scores(options, model, rows, unittest.mock.MagicMock(metadata={}), torch.float32)
+    assert torch.equal(bias, Bert.load(tiny, num_labels=2).classifier.bias)  # zeros: never trained
+    assert norms == pytest.approx(([2**0.5] + [2**0.5 + 1] * 19) * 3, rel=1e-4)
+    processed, expected = 0, [0.0]
+    for _ in range(steps):
+        processed += 3
+        expected.append(expected[-1] + 0.5 * max(0, min(1, (processed - 0.1 * steps) / (0.3 * steps))))
+    assert [*lambdas, ramp.grad.item()] == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.5])

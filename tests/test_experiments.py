@@ -21,6 +21,7 @@ from baselines import robustt
 from checkpoints import safetensors
 from checkpoints.provenance import identity, json_sha256, write_result
 from experiments import compare, figure1, figure2, runs, table1, table2, table3, table4, table5, table6, tables
+from freelb import ADVERSARIES
 from runtime import cli, files
 from tests.conftest import call
 
@@ -98,7 +99,7 @@ def test_table_has_one_run_per_method_and_repeats_none(scripts, tmp_path, capsys
         methods |= {run["method"] for run in found}
     assert make_table(tmp_path, "--tasks", "bbc", "--n", 224) == 2
     assert "--n 224 is more than the 223 test rows of bbc" in capsys.readouterr().err
-    assert methods == set(runs.METHODS)
+    assert methods == set(runs.METHODS) - set(ADVERSARIES)  # with others' numbers: only on request
     seen = len(scripts)
     assert make_table(tmp_path, "--seeds", 3, "--methods", "PGD", "ORTicket") == 0
     again = [(flags["seed"], flags["method"]) for name, flags in scripts[seen:] if name == "finetune"]
@@ -239,6 +240,15 @@ def test_figure2_has_a_run_for_each_ratio(scripts, tmp_path):
     assert make_table(tmp_path, "--tasks", "bbc", "--seeds", 2, table=figure2) == 0 and len(scripts) == seen
 
 
+def test_a_table_states_the_numbers_of_its_adversaries(scripts, tmp_path, capsys):
+    assert make_table(tmp_path, "--methods", "Vanilla", "Vanilla ticket") == 0
+    assert "Adversaries as" not in capsys.readouterr().out
+    assert make_table(tmp_path, "--methods", "PGD", "freelb-zhu2020", "RobustT") == 0
+    shown = "pgd (3, 0.03, 0.05, 0.0), freelb-zhu2020 (3, 0.1, 1.0, 0.6), freelb-textdefender (5, 0.03, 0.05, 0.0).\n"
+    assert shown in capsys.readouterr().out
+    assert [flags.get("method") for name, flags in scripts].count("freelb-zhu2020") == 2  # fine-tuned and attacked
+
+
 def test_overrides_are_separate_rows_and_reach_only_the_rows_that_they_concern(scripts, tmp_path, capsys):
     assert make_table(tmp_path, "--methods", "Vanilla ticket") == 0
     other = ["--search", "learning-rate=2e-4", "lambda-head=0", "--draw", "tau-ffn=0.1"]
@@ -255,7 +265,7 @@ def test_overrides_are_separate_rows_and_reach_only_the_rows_that_they_concern(s
     for method, flag, value in (
         *(("Vanilla", "search", "adv-lr=1"), ("Vanilla", "draw", "tau-ffn=0.1"), ("Vanilla", "finetune", "alpha=1")),
         *(("Vanilla", "finetune", "adv-lr=1"), ("Vanilla", "robustt", "epochs=1")),
-        ("Vanilla ticket", "search", "adv-lr=2"),
+        *(("Vanilla ticket", "search", "adv-lr=2"), ("Vanilla ticket", "search", "adversary=pgd")),
     ):
         assert make_table(tmp_path, "--methods", method, f"--{flag}", value) == 0 and len(scripts) == seen
     for method, flag, value in (

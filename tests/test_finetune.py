@@ -183,7 +183,14 @@ def test_the_ablations_keep_the_structure_or_the_weights(tiny, tmp_path, capsys)
         sizes[ablation] = Bert.load(folder)
     full = Bert.load(tiny)
     assert sizes["no-initialization"].config.neurons == tuple(masks[1].sum(1).tolist())
-    assert not torch.allclose(sizes["no-initialization"].word_embeddings.weight, full.word_embeddings.weight, atol=0.01)
+    kept, drawn = sizes["no-initialization"], sizes["no-initialization"].layers[1]
+    for name in ("word_embeddings", "position_embeddings", "embedding_norm"):  # as in EarlyRobust's code
+        torch.testing.assert_close(kept.get_submodule(name).weight, full.get_submodule(name).weight, atol=1e-4, rtol=0)
+    for norm in ("attention_norm", "output_norm"):
+        old = full.layers[1].get_submodule(norm).weight
+        torch.testing.assert_close(drawn.get_submodule(norm).weight, old, atol=1e-4, rtol=0)
+    for linear in (drawn.query_key_value, drawn.attention_output, drawn.intermediate, drawn.output, kept.pooler):
+        assert linear.bias.abs().max() < 1e-4 and 0.25 < linear.weight.std() < 0.35  # tiny's initializer_range is 0.3
     assert not sizes["no-structure"].config.is_pruned
     torch.testing.assert_close(
         sizes["no-structure"].word_embeddings.weight, full.word_embeddings.weight, atol=1e-4, rtol=0

@@ -70,3 +70,9 @@ def test_the_adversary_raises_the_loss(tiny):
     loss_of = recorded(model, ids, mask, labels, seen)
     adversarial(loss_of, mask, steps=6, lr=0.2, init_mag=0.01, max_norm=0.0)
     assert loss_of(seen[-1]).item() > clean + 0.1
+
+
+def test_every_bound_in_the_table_of_adversaries_can_bind():
+    """The first delta has a norm of about magnitude / sqrt(3), and K passes have K - 1 moves between them."""
+    for steps, lr, init_mag, max_norm, _ in freelb.ADVERSARIES.values():
+        assert max_norm == 0 or init_mag / math.sqrt(3) + (steps - 1) * lr > max_norm

@@ -9,7 +9,7 @@ import transformers
 import data
 import gates
 import search
-from bert import Bert
+from bert import Bert, Config
 from checkpoints import safetensors as our_safetensors
 from inputs import mlm_head
 from inputs.tokenizer import Tokenizer
@@ -46,10 +46,11 @@ def test_an_attack_fits_the_same_mlm_head_as_a_search(tmp_path, corpus, monkeypa
     assert our_safetensors.read_with_metadata(heads[0])[1] == found
 
 
-def test_one_step_of_a_search_uses_the_adversary_of_its_options(corpus, tmp_path):
-    """With ascent steps large enough to reverse gradients, c follows the K-step gradient."""
+@pytest.mark.parametrize("adversary", ["freelb", "pgd"])
+def test_one_step_of_a_search_uses_the_adversary_of_its_options(corpus, tmp_path, adversary):
+    """With ascent steps large enough to reverse gradients, c follows the K-step gradient; PGD's is that of the last."""
     saved(tmp_path / "model", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    flags = ["--adv-steps", 3, "--adv-lr", 8, "--adv-init-mag", 2, "--adv-max-norm", 9]
+    flags = ["--adversary", adversary, "--adv-steps", 3, "--adv-lr", 8, "--adv-init-mag", 2, "--adv-max-norm", 9]
     found, (ids, positions, labels) = one_step(tmp_path / "model", corpus, tmp_path, *flags)
     state = torch.get_rng_state()
     model, c = Bert.load(tmp_path / "model", mlm=True), gates.Coefficients(2, 3, 40)
@@ -58,11 +59,47 @@ def test_one_step_of_a_search_uses_the_adversary_of_its_options(corpus, tmp_path
         return model.mlm_loss(model(ids, positions=positions, gates=c.gates, delta=delta), labels)
 
     torch.set_rng_state(state)
-    adversarial(loss_of, torch.ones_like(ids), steps=3, lr=8.0, init_mag=2.0, max_norm=9.0)
+    only_last = adversary == "pgd"
+    adversarial(loss_of, torch.ones_like(ids), steps=3, lr=8.0, init_mag=2.0, max_norm=9.0, only_last=only_last)
     moved_against(found, (c.head.grad + 1e-4, c.ffn.grad + 1e-4))
     gradient, c.ffn.grad = c.ffn.grad.clone(), None
     adversarial(loss_of, torch.ones_like(ids), steps=1, lr=0.0, init_mag=0.0, max_norm=0.0)
     assert (gradient.sign() != c.ffn.grad.sign()).any()
+
+
+def test_options_that_are_not_given_have_the_numbers_of_the_preset_and_of_the_adversary(tmp_path, capsys):
+    def numbers(**given):
+        o = search.Options(**given)
+        return o.adv_steps, o.adv_lr, o.adv_init_mag, o.adv_max_norm, o.lambda_head, o.lambda_ffn
+
+    assert numbers() == (3, 0.03, 0.05, 0.0, 1e-4, 1e-4)
+    assert numbers(preset="earlyrobust") == (5, 0.01, 0.05, 0.0, 1e-5, 2e-4)  # its run_first_stage.sh
+    assert numbers(preset="earlyrobust", adv_steps=2, lambda_ffn=0.0) == (2, 0.01, 0.05, 0.0, 1e-5, 0.0)
+    assert numbers(preset="earlyrobust", adversary="vanilla")[:3] == (1, 0.0, 0.0)
+    assert numbers(adversary="freelb-zhu2020")[:4] == (3, 0.1, 1.0, 0.6)  # launch/FreeLB/sst-fp32-clip.sh
+    assert (
+        call(search, "--adversary", "infobert", "--model", tmp_path) == 2
+        and "invalid choice: 'infobert'" in capsys.readouterr().err
+    )
+
+
+def test_under_autocast_changes_of_c_below_bfloat16s_spacing_reach_the_output():
+    """c multiplies the weights in float32. The product's rounding to bfloat16 keeps the change on average, by a slope
+    of 1 between the changes of the outputs; c rounded to bfloat16 would not change at all."""
+    layer = Bert(Config(hidden_size=192, intermediate_size=768, initializer_range=0.1)).layers[0].eval()
+    x, ones = torch.randn(16, 32, 192), [torch.ones(12), torch.ones(768)]
+
+    @torch.no_grad()
+    def change(enabled, gates):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            return layer(x, gates=gates).float() - layer(x, gates=ones).float()
+
+    for kind, c in enumerate(ones):  # heads, neurons
+        moved = list(ones)
+        moved[kind] = c + 1e-3 * torch.randn_like(c).sign()
+        exact, found = change(False, moved), change(True, moved)
+        assert abs((found * exact).sum() / (exact * exact).sum() - 1) < 0.1
+        assert change(True, [each.bfloat16().float() for each in moved]).norm() == 0
 
 
 def test_c_can_have_its_own_learning_rate(corpus, tmp_path):
