@@ -140,11 +140,12 @@ def run_method(options, task, name, seed, overrides):
     if method.ticket in ("drawn", "random"):
         search = DEFAULTS["search"] | given["search"] | method.search | {"seed": seed}
     output = Path(options.output, folder_name(search, given["draw"], trained))
-    where = {"model": options.model, "output": output, "overwrite": options.overwrite or None}
+    drawn = {"model": options.model, "output": output, "task": task, "overwrite": options.overwrite or None}
+    where = {name: value for name, value in drawn.items() if name != "task"} | {"device": options.device}
     ticket = method.ticket
     folder = files.model_folder(output, options.model) / files.task_folder(task)
     if search:
-        figures["search seconds"] = draw_ticket(options, search, where | {"task": task}, given["draw"])
+        figures["search seconds"] = draw_ticket(options, search, drawn, given["draw"])
     if ticket == "robustt":
         rows = {"task": task, "seed": seed, "train_rows": trained["train_rows"], "batch_size": trained["batch_size"]}
         run_script("finetune", **where, **trained, task=task, seed=seed, ticket="none")
@@ -175,7 +176,8 @@ def run_method(options, task, name, seed, overrides):
 def draw_ticket(options, search, drawn, overrides):
     """Search, in a folder that all tasks and ratios share, and draw. Returns the seconds of the search."""
     output = Path(options.output, folder_name(search))
-    run_script("search", model=options.model, output=output, overwrite=drawn["overwrite"], **search)
+    where = {"model": options.model, "output": output, "overwrite": drawn["overwrite"], "device": options.device}
+    run_script("search", **where, **search)
     folder, objective = files.model_folder(output, options.model), search.get("objective", "mlm")
     suffix = "" if objective == "mlm" else f"-{files.task_folder(objective)}"
     run_script("draw", **drawn, **overrides, coefficients=folder / f"coefficients{suffix}.safetensors")

@@ -66,6 +66,7 @@ class Options:
     attack: tuple = option((), "options of attack.py, such as sample-seed=1", group="overrides")
     output: str = option("runs", "folder for the models", group="output")
     results: str = option("experiments/results", "folder for the tables", group="output")
+    device: str = option("auto", "as in search.py", group="output")
     overwrite: bool = option(False, "make runs of other code anew, in place of those that are there", group="output")
 
 
@@ -106,7 +107,7 @@ def make_runs(options, table, cells):
         overrides = {script: given[script] | own.get(script, {}) for script in given}
         key = {"task": task, "method": method, "seed": seed, "settings": settings | {"n": options.n[task]}}
         keys.append(key | {"overrides": relevant_overrides(method, overrides)})
-    machine, current, recorded, outdated = describe(pick_device()), code(), [], {}
+    machine, current, recorded, outdated = describe(pick_device(options.device)), code(), [], {}
     for run in load_runs(path):
         if (key := {name: run[name] for name in KEY}) in keys:
             outdated |= provenance.differences(run["code"], current)
