@@ -106,7 +106,10 @@ def first_rows(rows, count, task):
     if count > len(rows):
         raise BadInput(f"--train-rows {count}: {task} has {len(rows):,}")
     chosen = np.random.Generator(np.random.PCG64(0)).permutation(len(rows))[:count]
-    return [rows[i] for i in sorted(chosen)]
+    first = [rows[i] for i in sorted(chosen)]
+    if missing := len({label for _, label in rows}) - len({label for _, label in first}):
+        print(f"--train-rows {count} leaves no row of {missing} classes of {task}")
+    return first
 
 
 def bbc():
@@ -245,6 +248,8 @@ def find_corpus(name, revision=None, encoding=None):
     files = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
     if not files or not all(file.is_file() for file in files):
         raise BadInput(f"unknown corpus {name!r}: give {', '.join(CORPORA)}, a text file or a folder of them")
+    if path.suffix.lower() in SUFFIXES:
+        raise BadInput(f"{path} is a table: write its texts to a .txt file, or use it as a task with --objective")
     encodings = {file: encoding or corpus_encoding(file) for file in files}
     key = " ".join([*map(sha256, files), *(of for of in encodings.values() if of != UTF8)])
     return read_lines(encodings), sum(file.stat().st_size for file in files), key

@@ -51,6 +51,11 @@ def read_config(path, sizes):
         if config.get(name, supported[0]) not in supported:
             value = reprlib.repr(config[name])
             raise BadInput(f"{path} has {name} {value}; bert.py runs {' and '.join(map(repr, supported))}")
+    if config.get("classifier_dropout") not in (None, config.get("hidden_dropout_prob", 0.1)):
+        value = reprlib.repr(config["classifier_dropout"])
+        print_once(
+            f"{path} has classifier_dropout {value}; bert.py uses hidden_dropout_prob before the classifier, too"
+        )
     found = {name: config[name] for name in ("model_type", *sizes) if name in config}
     for name, kind in sizes.items():
         least = 1 if kind is int and name not in ("pad_token_id", *family.defaults) else 0
@@ -58,6 +63,11 @@ def read_config(path, sizes):
         if name in found and (type(found[name]) not in (int, kind) or not least <= found[name] < most):
             raise BadInput(f"{path}: {name} {reprlib.repr(found[name])} is not a valid value")
     return found
+
+
+@functools.cache
+def print_once(line):
+    print(line)
 
 
 def config_json(path):
@@ -106,6 +116,7 @@ PATTERNS = (
     "*.pth",
     "*.ckpt",
 )
+NOT_WEIGHTS = ("training_args", "optimizer", "scheduler", "scaler", "rng_state")  # transformers writes these, too
 # first bytes -> what such a file is
 OTHER_FORMATS = {
     b"\x89HDF": "an HDF5 file of Keras",
@@ -124,7 +135,9 @@ def weight_files(path):
     """
     path = Path(path)
     if path.is_dir():
-        found = next((files for pattern in PATTERNS if (files := sorted(path.glob(pattern)))), [])
+        matches = (sorted(path.glob(pattern)) for pattern in PATTERNS)
+        weights = ([file for file in files if not file.name.startswith(NOT_WEIGHTS)] for files in matches)
+        found = next(filter(None, weights), [])
         latest = path / "checkpoint"  # TensorFlow writes the name of the last checkpoint there
         if len(found) > 1 and latest.is_file():
             named = re.search(r'^model_checkpoint_path: "(.+)"', latest.read_text("utf8", errors="replace"))
@@ -134,7 +147,9 @@ def weight_files(path):
             raise BadInput(f"{path} is one of several files of a TensorFlow checkpoint: give {stem[1]}.index beside it")
         found = [file for file in (path, Path(f"{path}.index")) if file.is_file()]
     if not found:
-        raise BadInput(f"{path} has no weights: add model.safetensors, pytorch_model.bin or bert_model.ckpt.index")
+        inner = ", ".join(sorted(config.parent.name for config in path.glob("checkpoint-*/config.json")))
+        remedy = "add model.safetensors, pytorch_model.bin or bert_model.ckpt.index"
+        raise BadInput(f"{path} has no weights: {f'give one of its folders {inner}' if inner else remedy}")
     if len(found) > 1:
         raise BadInput(f"{path} has several weights, {', '.join(f.name for f in found[:4])}: give one of these files")
     first = found[0]
@@ -410,7 +425,8 @@ def to_huggingface(state, model_type):
 
 
 def load_report(model):
-    """Lines for the user: which modules of a loaded Bert are newly initialized, and which tensors are not used.
+    """Lines for the user: which modules of a loaded Bert are newly initialized, and which tensors are not used, and
+    whether it has a classifier that was trained before, on classes that may have had another order.
 
     The MLM head is left out: search.py fits it, and reports that.
     """
@@ -418,5 +434,6 @@ def load_report(model):
     unused = sorted({name.rpartition(".")[0] or name for name in model.unused})
     if len(unused) > 6:
         unused[6:] = [f"{len(unused) - 6} more"]
-    lines = {"newly initialized": initialized, "not used": unused}
+    kept = ["classifier"] if model.classifier is not None and "classifier" not in initialized else []
+    lines = {"newly initialized": initialized, "not used": unused, "kept as published": kept}
     return [f"{what}: {', '.join(names)}" for what, names in lines.items() if names]

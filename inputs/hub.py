@@ -150,7 +150,8 @@ def cache_folder(repository, dataset):
     """Folder of a repository in the hub's cache."""
     relative_path(repository, "repository")
     home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "huggingface"
-    root = Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub").expanduser()
+    root = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE") or Path(home) / "hub"
+    root = Path(os.path.expandvars(root)).expanduser()
     return root / f"{'datasets' if dataset else 'models'}--{repository.replace('/', '--')}"
 
 

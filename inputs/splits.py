@@ -20,7 +20,11 @@ def custom_splits(path, text_columns, label_column, drop_labels):
     elif "validation" not in splits:
         splits |= with_every_class(hold_out, splits["train"])
     if not all(splits.values()):
-        raise BadInput(f"{path} has too few rows: of every ten, one is for testing and one for validation")
+        empty = ", ".join(name for name, rows in splits.items() if not rows)
+        raise BadInput(f"{path} has too few rows, none for {empty}: without such files, each takes a tenth of the rows")
+    seen = {texts for texts, _ in splits["train"]}
+    if count := sum(texts in seen for texts, _ in splits["test"]):
+        print(f"{path}: {count:,} of {len(splits['test']):,} test rows have the text of a training row")
     for name, rows in splits.items():
         if missing := set(range(len(labels))) - {label for _, label in rows}:
             print(f"{path}: the {name} rows have none of {first_few(repr(labels[i]) for i in sorted(missing))}")
@@ -53,7 +57,10 @@ def read_splits(path, text_columns, label_column, drop_labels):
     for split, table in tables.items():
         for line, _, label in table:
             if label not in numbers:
-                raise BadInput(f"{files[split]} line {line} has label {label!r:.200}, which no training row has")
+                remedy = "leave such rows out with --drop-labels, or give a file with labels"
+                raise BadInput(
+                    f"{files[split]} line {line} has label {label!r:.200}, which no training row has: {remedy}"
+                )
     return tuple(labels), {split: [(texts, numbers[label]) for _, texts, label in of] for split, of in tables.items()}
 
 

@@ -111,7 +111,7 @@ def separated(path, text, suffix, columns):
         if separator != ",":
             print(f"{path}: the columns are separated by {separator!r}")
     reader = csv.reader(io.StringIO(text, newline=""), strict=True, **dialect)
-    repeated, row_start = [], 1
+    repeated, quoted, row_start = [], 0, 1
     try:
         header = next(reader, [])
         for column, count in Counter(header).items():
@@ -125,12 +125,17 @@ def separated(path, text, suffix, columns):
             elif fields and len(fields) != len(header):
                 raise BadInput(f"{path} line {reader.line_num} has {len(fields)} fields, the header {len(header)}")
             elif fields:
+                quoted += suffix == ".tsv" and any(re.fullmatch('"([^"]|"")*"', field) for field in fields)
                 yield reader.line_num, dict(zip(header, fields))
     except csv.Error as error:
         remedy = "write quotes inside a quoted field twice, and nothing after the closing quote"
         raise BadInput(f"{path}, the row that starts in line {row_start}: {error}; {remedy}") from None
     if repeated:
         print(f"{path}: the header is repeated in line {repeated[0]}; {len(repeated)} such lines are left out")
+    if quoted:
+        print(
+            f"{path}: {quoted:,} rows have a field in quotes, which are part of the text: in a .csv file they are not"
+        )
 
 
 def json_lines(path, text):

@@ -39,6 +39,9 @@ class Tokenizer:
             if token not in vocabulary:
                 raise BadInput(f"the vocabulary in {self.folder} has no {token}: it is not a {self.family} vocabulary")
         self.pad, _, self.cls, self.sep, self.mask = map(vocabulary.get, SPECIAL_TOKENS[self.family])
+        if FAMILIES[self.config.model_type].positions_after_padding and self.pad != self.config.pad_token_id:
+            reason = f"its padding token has the id {self.pad}, config.json says {self.config.pad_token_id}"
+            raise BadInput(f"the vocabulary in {self.folder} does not fit: {reason}, which would shift the positions")
         if self.size > self.config.vocab_size:
             raise BadInput(f"{self.folder}: the vocabulary has {self.size} tokens, the model {self.config.vocab_size}")
         if sorted(vocabulary.values()) != list(range(self.size)):

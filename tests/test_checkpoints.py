@@ -470,7 +470,11 @@ def test_format_of_a_file_of_any_name_is_told_by_its_content(tmp_path, name):
     "name, content, message",
     [
         ("weights.pt", b"\x89HDF\r\n\x1a\n", "is an HDF5 file of Keras: give model.safetensors, pytorch_model.bin"),
-        ("model.safetensors", b"version https://git-lfs.github.com/spec/v1", "is the pointer of a Git LFS file: `git lfs pull`"),
+        (
+            "model.safetensors",
+            b"version https://git-lfs.github.com/spec/v1",
+            "is the pointer of a Git LFS file: `git lfs pull`",
+        ),
         ("pytorch_model.bin", b"<!DOCTYPE html>", "is a web page"),
         ("weights.pt", b"\x00\x01\x02", "is neither a safetensors file nor a PyTorch checkpoint"),
         ("weights.pt", b"", "is neither a safetensors file nor a PyTorch checkpoint"),
@@ -589,3 +593,33 @@ def test_deeply_nested_json_is_an_error_in_one_line(tmp_path, depth):
         with pytest.raises(BadInput) as error:
             Bert.load(tmp_path)
         assert len(str(error.value)) < 500
+
+
+def test_classifier_that_is_kept_is_reported(tmp_path):
+    """It may have learned another task (huggingface/transformers#14218)."""
+    saved(tmp_path, transformers.BertForSequenceClassification, num_labels=3)
+    assert huggingface.load_report(Bert.load(tmp_path, num_labels=3)) == ["kept as published: classifier"]
+    assert huggingface.load_report(Bert.load(tmp_path, num_labels=2)) == ["newly initialized: classifier"]
+
+
+def test_other_dropout_of_the_classifier_is_reported_once(tmp_path, capsys):
+    """transformers has had it since huggingface/transformers#12781."""
+    saved(tmp_path)
+    for value in (None, 0.1):
+        change(tmp_path, classifier_dropout=value)
+        Bert.load(tmp_path)
+    assert capsys.readouterr().out == ""
+    change(tmp_path, classifier_dropout=0.5)
+    Bert.load(tmp_path)
+    Bert.load(tmp_path)
+    assert capsys.readouterr().out.count("has classifier_dropout 0.5; bert.py uses hidden_dropout_prob") == 1
+
+
+def test_other_files_of_a_training_are_not_taken_for_weights(tmp_path):
+    """As in yuanzhoulvpi2017/zero_nlp#41: transformers writes them beside its checkpoints."""
+    saved(tmp_path / "checkpoint-5")
+    shutil.copy(tmp_path / "checkpoint-5" / "config.json", tmp_path)
+    for name in ("training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state_0.pth"):
+        (tmp_path / name).write_bytes(b"\x80")
+    with pytest.raises(BadInput, match="has no weights: give one of its folders checkpoint-5"):
+        Bert.load(tmp_path)

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import time
+from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,7 +21,7 @@ from inputs.batches import TokenizedSplit, rows_sha256
 from inputs.finetuned import correct_by_class, rare_class_metrics
 from inputs.tokenizer import Tokenizer
 from runtime.cli import BadInput
-from tests.conftest import COMMIT, LARGE
+from tests.conftest import COMMIT, LARGE, LETTERS
 
 
 @pytest.mark.parametrize("name, rows", [("rt", 8530), ("bbc", 2225), ("imdb-bundled", 25000)])
@@ -398,3 +399,50 @@ def test_ratios_of_the_papers_tasks():
     ratios = {name: task.tau_ffn for name, task in data.TASKS.items()}
     paper = {"sst2": 0.2, "qqp": 0.2, "qnli": 0.3, "imdb": 0.3, "agnews": 0.3}
     assert ratios == paper | {"rt": 0.2, "bbc": 0.2, "imdb-bundled": 0.3}
+
+
+def test_test_rows_with_the_text_of_a_training_row_are_counted(tmp_path, capsys):
+    """As in huggingface/datasets#4261: their accuracy is that of what was learned by heart."""
+    rows = [f"{letter},{'early' if letter < 'n' else 'late'}" for letter in LETTERS]
+    (tmp_path / "once.csv").write_text("text,label\n" + "\n".join(rows))
+    (tmp_path / "twice.csv").write_text("text,label\n" + "\n".join(rows * 2))
+    data.find_task(str(tmp_path / "once.csv"))
+    assert "of a training row" not in capsys.readouterr().out
+    splits = data.find_task(str(tmp_path / "twice.csv")).load(None)
+    counts = Counter(texts for texts, _ in splits["train"])
+    shared = sum(counts[texts] > 0 for texts, _ in splits["test"])
+    assert shared and f"{shared} of 6 test rows have the text of a training row" in capsys.readouterr().out
+
+
+def test_test_file_without_labels_is_refused_with_the_remedy(tmp_path):
+    """As GLUE's, where every label is -1 (huggingface/datasets#245)."""
+    (tmp_path / "train.csv").write_text("text,label\n" + "".join(f"{i},{i % 2}\n" for i in range(20)))
+    (tmp_path / "test.csv").write_text("text,label\na,-1\nb,-1\n")
+    with pytest.raises(BadInput, match="which no training row has: leave such rows out with --drop-labels"):
+        data.find_task(str(tmp_path))
+    with pytest.raises(BadInput, match="too few rows, none for test"):
+        data.find_task(str(tmp_path), drop_labels=("-1",))
+
+
+def test_classes_that_train_rows_leaves_out_are_counted(capsys):
+    rows = [((str(i),), i % 3) for i in range(30)]
+    chosen = data.first_rows(rows, 2, "mine")
+    missing = 3 - len({label for _, label in chosen})
+    assert f"--train-rows 2 leaves no row of {missing} classes of mine" in capsys.readouterr().out
+    assert len(data.first_rows(rows, 20, "mine")) == 20 and capsys.readouterr().out == ""
+
+
+def test_quotes_of_a_tsv_file_are_reported(tmp_path, capsys):
+    """pandas quotes them (common-voice/CorporaCreator#61), GLUE's files do not."""
+    for name, text in (("pandas", '"say ""a"" %d"'), ("glue", '"a" b "%d"')):
+        (tmp_path / f"{name}.tsv").write_text("text\tlabel\n" + "".join(f"{text % i}\t{i % 2}\n" for i in range(20)))
+        data.find_task(str(tmp_path / f"{name}.tsv"))
+        assert ("20 rows have a field in quotes" in capsys.readouterr().out) == (name == "pandas")
+
+
+@pytest.mark.parametrize("name", ["mine.csv", "mine.jsonl"])
+def test_table_is_no_corpus(tmp_path, name):
+    """Its commas and braces would be learned, as in huggingface/transformers#2693."""
+    (tmp_path / name).write_text(CUSTOM[name])
+    with pytest.raises(BadInput, match="is a table: write its texts to a .txt file"):
+        data.find_corpus(tmp_path / name)

@@ -2,6 +2,7 @@
 
 import email.utils
 import os
+import runpy
 import shutil
 import socketserver
 import ssl
@@ -426,3 +427,14 @@ def test_cache_without_symbolic_links_is_shared_with_huggingface_hub(server, mon
         assert Path(found) == path
     stored = [path for path in Path(cache).rglob("*") if path.is_file() and path.stat().st_size > 1000]
     assert stored == [hub.fetch("owner/name", "large.bin")]  # once
+
+
+@pytest.mark.parametrize("name", ["HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"])
+@pytest.mark.parametrize("value", ["~/hub", "$HOME/hub"])
+def test_cache_folder_expands_home_as_the_library_does(tmp_path, monkeypatch, name, value):
+    """huggingface/huggingface_hub#2942: otherwise a folder called $HOME is made."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv(name, value)
+    expected = runpy.run_path(huggingface_hub.constants.__file__)["HF_HUB_CACHE"]
+    assert expected.startswith(str(tmp_path))
+    assert hub.cache_folder("owner/name", False) == Path(expected) / "models--owner--name"

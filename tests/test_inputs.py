@@ -255,7 +255,7 @@ def test_cached_encoding_keeps_segments_for_models_that_have_them(tmp_path):
 
 
 def test_roberta_model_may_have_a_bert_vocabulary(tmp_path):
-    saved(tmp_path, family="roberta")  # like klue/roberta-base: no segments, and [CLS] instead of <s>
+    saved(tmp_path, family="roberta", pad_token_id=0)  # like klue/roberta-base: no segments, [CLS] instead of <s>
     (tmp_path / "bert").mkdir()
     saved(tmp_path / "bert")
     for name in ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json"):
@@ -298,3 +298,14 @@ def test_padding_and_segments_of_pairs_equal_transformers(tmp_path, family):
     assert torch.equal(ids, expected["input_ids"]) and torch.equal(mask.long(), expected["attention_mask"])
     assert labels.tolist() == [2, 0, 1, 3] and rows.num_truncated == 1
     assert segments is None if family == "roberta" else torch.equal(segments, expected["token_type_ids"])
+
+
+def test_roberta_whose_padding_is_not_that_of_its_vocabulary_is_refused(tmp_path):
+    """Its positions depend on which token is the padding (huggingface/transformers#34528)."""
+    model = saved(tmp_path, family="roberta", pad_token_id=0)  # the id of <s>; <pad> has 1
+    ids = torch.tensor([[0, 268, 275, 2]])
+    with torch.no_grad():
+        expected = model.roberta(ids, torch.ones_like(ids)).last_hidden_state
+        assert (Bert.load(tmp_path).eval()(ids) - expected).abs().max() > 0.1
+    with pytest.raises(BadInput, match="padding token has the id 1, config.json says 0"):
+        Tokenizer(tmp_path)
