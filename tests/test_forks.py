@@ -34,7 +34,7 @@ def forked(tmp_path, monkeypatch):
         target = root / path.relative_to(HERE)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, target)
-    ours = {path.relative_to(HERE).parts[0].removesuffix(".py") for path in HERE.glob("**/*.py")} - {"tests"}
+    ours = {path.relative_to(root).parts[0].removesuffix(".py") for path in root.rglob("*.py")} - {"tests"}
     before = {name: module for name, module in sys.modules.items() if name.split(".")[0] in ours}
 
     def load(name, *modules):
