@@ -68,7 +68,7 @@ def test_a_fork_is_small_and_described(name):
     lines = PATCHES[name].read_text("utf8").splitlines()
     assert sum(line.startswith("+++ ") for line in lines) <= 3
     assert sum(line[:1] in "+-" and line[:4] not in ("+++ ", "--- ") for line in lines if line) <= 40
-    assert f"\n## forks/{name}.patch: " in DOCUMENT.read_text("utf8")
+    assert f"\n### forks/{name}.patch: " in DOCUMENT.read_text("utf8")
 
 
 def test_every_fork_that_is_described_is_there():
