@@ -206,6 +206,8 @@ def test_a_task_of_the_hub_is_fetched_and_trained_on(forked, server, tiny, tmp_p
 def test_bae_proposes_what_textattacks_does(forked, tiny, corpus, tmp_path, monkeypatch):
     folder, task = tmp_path / "tiny", tmp_path / "letters.csv"
     reference = saved(folder)
+    vocabulary = [str(number) if number < 12 else token for number, token in enumerate(VOCABULARY)]
+    (folder / "vocab.txt").write_text("\n".join([*VOCABULARY[:5], *vocabulary[5:]]))  # numbers are no substitutes
     names = ("attacks.library", "attacks.recipes", "attacks.resources", "finetune", "attack")
     library, recipes, resources, finetune, attack = forked("bae", *names)
     monkeypatch.setenv("TA_CACHE_DIR", str(tmp_path / "cache"))
@@ -213,22 +215,22 @@ def test_bae_proposes_what_textattacks_does(forked, tiny, corpus, tmp_path, monk
     setup = types.SimpleNamespace(
         textattack=textattack,
         nltk_data=nltk_data,
-        options=attack.Options(model=str(folder), masked_lm=str(folder), bert_attack_k=9, output=str(tmp_path)),
+        options=attack.Options(model=str(folder), masked_lm=str(folder), bert_attack_k=50, output=str(tmp_path)),
         victim=types.SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32, model=None),
     )
     built = recipes.construct(setup, "BAEGarg2019")
-    assert recipes.masked_language_model(setup, built).endswith("k = 9")
+    assert recipes.masked_language_model(setup, built).endswith("k = 50")
     theirs = textattack.transformations.WordSwapMaskedLM(
         method="bae",
         masked_language_model=reference,
         tokenizer=transformers.BertTokenizerFast.from_pretrained(folder),
         max_length=64,
-        max_candidates=9,
+        max_candidates=50,
         min_confidence=0.0,
     )
-    text = textattack.shared.AttackedText("abc de f, q xyz")
+    text = textattack.shared.AttackedText("xyz no m, q uvw")
     found, expected = (of._get_transformations(text, range(5)) for of in (built.transformation, theirs))
-    assert [of.text for of in found] == [of.text for of in expected] and len(found) > 20
+    assert [of.text for of in found] == [of.text for of in expected] and len(found) > 150
     rows = [f"{word} {'abc'[: i % 3]},{i % 2}" for i, word in enumerate(corpus.read_text().split()[:90])]
     task.write_text("text,label\n" + "\n".join(rows))
     common = ["--model", folder, "--output", tmp_path, "--task", task, "--ticket", "none"]
