@@ -40,12 +40,11 @@ from inputs.finetuned import load_finetuned
 from inputs.tokenizer import Tokenizer
 from runtime import cli, distributed, files
 from runtime.cli import BadInput, option
-from runtime.cpu import tune_allocator
-from runtime.device import DEFAULT_MODEL, pick_device, pick_precision, precision_name, run_banner
+from runtime.device import DEFAULT_MODEL, precision_name
 
 
 @dataclass
-class Options:
+class Options(data.TaskOptions):
     attack: str = option("textfooler", "all: one after another", choices=(*RECIPES, "all"), group="attack")
     n: int = option(None, "test rows to attack [300, or all if there are fewer]", at_least=1, group="attack")
     attack_columns: str = option(None, "column of a pair to change [both, except in NLI recipes]", group="attack")
@@ -59,10 +58,6 @@ class Options:
     ablation: str = option(None, "as in finetune.py", choices=("no-initialization", "no-structure"), group="model")
     max_length: int = option(None, "tokens per text [same as in fine-tuning]", at_least=3, group="model")
     task: str = option("rt", f"{', '.join(data.TASKS)}; or a custom .csv, .tsv or .jsonl file", group="data")
-    text_columns: tuple = option(("text",), "text column of a custom file, or two for pairs", group="data")
-    label_column: str = option("label", "label column of a custom file", group="data")
-    drop_labels: tuple = option(None, "labels of a custom task whose rows are left out", group="data")
-    data_revision: str = option(None, "branch or commit of the task on the hub [pinned]", group="data")
     vectors: str = option(None, "bundled, textattack or a .npz file [textattack if cached]", group="resources")
     min_cosine: float = option(0.5, "minimum similarity of substitutes", at_least=-1, at_most=1, group="resources")
     encoder: str = option("use-multilingual", "sentence encoder", choices=resources.ENCODERS, group="resources")
@@ -86,11 +81,7 @@ def main():
     options = cli.parse(Options, __doc__)
     package_versions()  # ends here without the packages of requirements-attack.txt
     rank, world, launcher = distributed.RANK, distributed.WORLD, distributed.parent()
-    tune_allocator()
-    device = pick_device(options.device)
-    distributed.init_distributed(device, shared=":" in options.device)
-    dtype = pick_precision(device, options.precision)
-    print(run_banner(options.model, device, dtype))
+    device, dtype = distributed.start(options)
     task = data.find_task(options.task, tuple(options.text_columns), options.label_column, options.drop_labels)
     if options.attack_columns not in (None, *task.columns):
         raise BadInput(f"--attack-columns {options.attack_columns}: {options.task} has {' and '.join(task.columns)}")

@@ -20,7 +20,7 @@ from checkpoints.huggingface import unpack, weights_sha256
 from inputs import hub
 from inputs.splits import custom_splits, hold_out, split_tenths
 from inputs.tables import SUFFIXES, UTF8, corpus_encoding, read_lines, read_parquet
-from runtime.cli import BadInput
+from runtime.cli import BadInput, option
 from runtime.files import sha256
 
 # name -> (package, folder in it, sha256 of model.safetensors, equal to the hub's: the packager need not be trusted)
@@ -193,8 +193,17 @@ TASKS = {  # which of the paper's tasks has tau_F = 0.3 follows from the paramet
     "bbc": bundled_task(TOPICS, 256, bbc),
     "imdb-bundled": bundled_task(SENTIMENT, 256, lambda: reviews("imdb"), tau_ffn=0.3),
 }
-COLUMN_OPTIONS = ("text_columns", "label_column", "drop_labels")  # of the scripts, for custom tasks
-CORPORA = ("bbc", "imdb", "wikitext-2-raw-v1")  # the last one is the paper's
+CORPORA, COLUMN_OPTIONS = ("bbc", "imdb", "wikitext-2-raw-v1"), ("text_columns", "label_column", "drop_labels")
+
+
+@dataclass
+class TaskOptions:
+    """Options of all scripts that read a task."""
+
+    text_columns: tuple = option(("text",), "of a custom task: the text, or two columns for pairs", group="data")
+    label_column: str = option("label", "of a custom task", group="data")
+    drop_labels: tuple = option(None, "labels of a custom task whose rows are left out", group="data")
+    data_revision: str = option(None, "branch or commit of data on the hub", group="data")
 
 
 def find_task(name, text_columns=("text",), label_column="label", drop_labels=()):

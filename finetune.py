@@ -31,8 +31,7 @@ from inputs.tables import first_few
 from inputs.tokenizer import Tokenizer
 from runtime import cli, distributed, files, optim
 from runtime.cli import BadInput, option
-from runtime.cpu import tune_allocator
-from runtime.device import DEFAULT_MODEL, MODEL_HELP, autocast, pick_device, pick_precision, precision_name, run_banner
+from runtime.device import DEFAULT_MODEL, MODEL_HELP, MachineOptions, autocast, precision_name
 from runtime.embeddings import restore_vocabulary, restrict_vocabulary
 from sharing.export import export, is_exported
 
@@ -40,7 +39,7 @@ ABLATIONS = ("no-initialization", "no-structure")
 
 
 @dataclass
-class Options:
+class Options(data.TaskOptions, MachineOptions):
     model: str = option(DEFAULT_MODEL, MODEL_HELP, group="model")
     revision: str = option(None, "branch or commit of a model on the hub", group="model")
     ticket: str = option("drawn", "drawn (by draw.py), none, random, or a file", group="model")
@@ -52,10 +51,6 @@ class Options:
         group="model",
     )
     task: str = option("rt", f"{', '.join(data.TASKS)}; or a custom .csv, .tsv or .jsonl file", group="data")
-    text_columns: tuple = option(("text",), "of a custom task: the text, or two columns for pairs", group="data")
-    label_column: str = option("label", "of a custom task", group="data")
-    drop_labels: tuple = option(None, "labels of a custom task whose rows are left out", group="data")
-    data_revision: str = option(None, "branch or commit of data on the hub", group="data")
     train_rows: int = option(None, "train on this many rows, always the same [all]", at_least=1, group="data")
     max_length: int = option(None, "tokens to which a text is truncated [the task's]", at_least=3, group="data")
     method: str = option("vanilla", "ordinary or adversarial training", choices=tuple(ADVERSARIES), group="adversary")
@@ -70,19 +65,13 @@ class Options:
     learning_rate: float = option(
         None, "eta [2e-5; 1e-4 for models of less than base size]", above=0, group="optimization"
     )
-    warmup: float = option(
-        0.1, "fraction of the steps with a rising learning rate", at_least=0, below=1, group="optimization"
-    )
+    warmup: float = option(0.1, "fraction of the steps with warm-up", at_least=0, below=1, group="optimization")
     weight_decay: float = option(0.01, "of AdamW, on matrices only", at_least=0, group="optimization")
     clip_norm: float = option(1.0, "largest norm of the gradient", above=0, group="optimization")
     seed: int = option(0, "random seed", at_least=0, below=2**63, group="optimization")
     output: str = option("runs", "folder; results go to OUTPUT/MODEL/TASK", group="output")
     export_hf: str = option(None, "also write a dense copy for transformers to this folder", group="output")
     overwrite: bool = option(False, "make it anew; if interrupted, the same command resumes", group="output")
-    device: str = option("auto", "cpu, cuda, cuda:1, mps; auto: CUDA, then MPS, then CPU", group="machine")
-    precision: str = option("auto", "auto: bf16 where supported", choices=("auto", "bf16", "fp32"), group="machine")
-    grad_accum_steps: int = option(1, "parts of a step, computed in turn to save memory", at_least=1, group="machine")
-    checkpointing: bool = option(False, "recompute activations to save memory, a third more work", group="machine")
 
 
 # a run may resume with others
@@ -91,11 +80,7 @@ NOT_SETTINGS = ("output", "overwrite", "export_hf", "device", "grad_accum_steps"
 
 def main():
     options = cli.parse(Options, __doc__)
-    tune_allocator()
-    device = pick_device(options.device)
-    distributed.init_distributed(device, shared=":" in options.device)
-    dtype = pick_precision(device, options.precision)
-    print(run_banner(options.model, device, dtype))
+    device, dtype = distributed.start(options)
     task = data.find_task(options.task, tuple(options.text_columns), options.label_column, options.drop_labels)
     folder = files.output_folder(options.output, options.model) / files.task_folder(options.task)
     with distributed.main_process_first():

@@ -26,13 +26,13 @@ from checkpoints.provenance import Checkpoint, is_up_to_date, software
 from checkpoints.runs import SearchRun
 from freelb import ADVERSARIES, ADVERSARY_OPTIONS, freelb, initial_delta
 from gates import Coefficients, EarlyStopping, draw_masks
-from inputs.batches import Blocks, MaskedBatch, TokenizedSplit, rows_sha256
+from inputs.batches import MaskedBatch
+from inputs.examples import load_examples
 from inputs.mlm_head import fit_mlm_head
 from inputs.tokenizer import Tokenizer
 from runtime import cli, distributed, files, optim
 from runtime.cli import BadInput, option
-from runtime.cpu import tune_allocator
-from runtime.device import DEFAULT_MODEL, MODEL_HELP, autocast, pick_device, pick_precision, precision_name, run_banner
+from runtime.device import DEFAULT_MODEL, MODEL_HELP, MachineOptions, autocast, precision_name
 from sharing.plots import plot_search
 
 SEARCH_ADVERSARIES = tuple(name for name in ADVERSARIES if name != "infobert")  # which needs labels
@@ -43,24 +43,16 @@ PRESETS = {  # earlyrobust: the numbers of its authors' scripts (Xi et al. 2022)
 
 
 @dataclass
-class Options:
+class Options(data.TaskOptions, MachineOptions):
     model: str = option(DEFAULT_MODEL, MODEL_HELP, group="model")
     revision: str = option(None, "branch or commit of a model on the hub", group="model")
-    mlm_head_steps: int = option(
-        200, "training steps of a new MLM head, if the model has none", at_least=1, group="model"
-    )
+    mlm_head_steps: int = option(200, "steps of fitting an MLM head, if there is none", at_least=1, group="model")
     mlm_head_learning_rate: float = option(3e-3, "peak learning rate of those steps", above=0, group="model")
     objective: str = option("mlm", "mlm on the corpus; or a task, for its classification loss", group="data")
     corpus: str = option("bbc", f"{', '.join(data.CORPORA)}, a text file or a folder", group="data")
     encoding: str = option(None, "of the corpus's files [UTF-8]", group="data")
-    data_revision: str = option(None, "branch or commit of data on the hub", group="data")
-    text_columns: tuple = option(("text",), "of a custom task: the text, or two columns for pairs", group="data")
-    label_column: str = option("label", "of a custom task", group="data")
-    drop_labels: tuple = option(None, "labels of a custom task whose rows are left out", group="data")
     block: int = option(128, "tokens per example, with [CLS] and [SEP]", at_least=4, group="data")
-    preset: str = option(
-        "orticket", "sets adversary and lambda if not given", choices=tuple(PRESETS), group="adversary"
-    )
+    preset: str = option("orticket", "sets adversary and lambda", choices=tuple(PRESETS), group="adversary")
     adversary: str = option(None, "[the preset's: freelb]", choices=SEARCH_ADVERSARIES, group="adversary")
     adv_steps: int = option(None, "K, passes per step [the adversary's]", at_least=1, group="adversary")
     adv_lr: float = option(None, "size of an ascent step [the adversary's]", at_least=0, group="adversary")
@@ -76,25 +68,15 @@ class Options:
     epochs: int = option(1, "passes over the corpus, at most", at_least=1, group="optimization")
     batch_size: int = option(32, "examples per step", at_least=1, group="optimization")
     learning_rate: float = option(2e-5, "eta_0, of theta and c (AdamW)", above=0, group="optimization")
-    learning_rate_c: float = option(
-        None, "learning rate of c, if not eta_0; 0: c stays 1", at_least=0, group="optimization"
-    )
-    warmup: float = option(
-        0.1, "fraction of the steps with a rising learning rate", at_least=0, below=1, group="optimization"
-    )
+    learning_rate_c: float = option(None, "that of c, if not eta_0; 0: c stays 1", at_least=0, group="optimization")
+    warmup: float = option(0.1, "fraction of the steps with warm-up", at_least=0, below=1, group="optimization")
     weight_decay: float = option(0.01, "of AdamW, on the matrices of theta only", at_least=0, group="optimization")
     clip_norm: float = option(1.0, "largest norm of the gradient", above=0, group="optimization")
     seed: int = option(0, "random seed", at_least=0, below=2**63, group="optimization")
-    seeds: int = option(
-        1, "number of searches, from --seed on; then file names end in the seed", at_least=1, group="output"
-    )
+    seeds: int = option(1, "searches, from --seed on; then file names end in the seed", at_least=1, group="output")
     output: str = option("runs", "folder; results go to OUTPUT/MODEL", group="output")
     save_model: str = option(None, "also write theta after the search to this folder, as a model", group="output")
     overwrite: bool = option(False, "make it anew; if interrupted, the same command resumes", group="output")
-    device: str = option("auto", "cpu, cuda, cuda:1, mps; auto: CUDA, then MPS, then CPU", group="machine")
-    precision: str = option("auto", "auto: bf16 where supported", choices=("auto", "bf16", "fp32"), group="machine")
-    grad_accum_steps: int = option(1, "parts of a step, computed in turn to save memory", at_least=1, group="machine")
-    checkpointing: bool = option(False, "recompute activations to save memory, a third more work", group="machine")
 
     def __post_init__(self):
         """Options that are not given have the numbers of the preset and of the adversary."""
@@ -111,14 +93,10 @@ NOT_SETTINGS = ("output", "overwrite", "save_model", "seeds", "device", "grad_ac
 
 def main():
     options = cli.parse(Options, __doc__)
-    tune_allocator()
-    device = pick_device(options.device)
-    distributed.init_distributed(device, shared=":" in options.device)
-    dtype = pick_precision(device, options.precision)
+    device, dtype = distributed.start(options)
     output = files.output_folder(options.output, options.model)
     with distributed.main_process_first():
         folder, model_sha256 = data.find_model(options.model, options.revision)
-        print(run_banner(options.model, device, dtype))
         tokenizer, config = Tokenizer(folder), Config.read(folder)
         ones = Coefficients(config.num_hidden_layers, config.num_attention_heads, config.intermediate_size)
         draw_masks(*ones.gates, options.tau_head, options.tau_ffn)  # impossible ratios are refused now, not later
@@ -226,24 +204,6 @@ def objective(model, batch, gates, delta):
         states = model(batch.ids, positions=batch.positions, gates=gates, delta=delta)  # (masked positions, d)
         return model.mlm_loss(states, batch.labels)
     return model.class_loss(*batch, gates=gates, delta=delta)
-
-
-def load_examples(options, tokenizer, config, device):
-    """(Blocks of the corpus or TokenizedSplit of the task, number of classes or 0, sha256 of the examples)."""
-    if options.objective == "mlm":
-        if columns := cli.flags(options, *data.COLUMN_OPTIONS):
-            raise BadInput(f"{columns.strip()} needs a custom task as --objective: a corpus has no columns")
-        if options.block > config.max_length:
-            raise BadInput(f"--block {options.block}: {options.model} reads at most {config.max_length} tokens")
-        corpus = data.find_corpus(options.corpus, options.data_revision, options.encoding)
-        blocks = Blocks(tokenizer, *corpus, options.block, device)
-        print(f"corpus {options.corpus}: {len(blocks):,} blocks of {options.block} tokens")
-        return blocks, 0, blocks.sha256
-    task = data.find_task(options.objective, tuple(options.text_columns), options.label_column, options.drop_labels)
-    rows, max_length = task.load(options.data_revision)["train"], min(task.max_length, config.max_length)
-    split = TokenizedSplit(tokenizer, rows, max_length, device)
-    print(f"task {options.objective}: {len(split):,} training rows")
-    return split, len(task.labels), rows_sha256(tokenizer, max_length, rows)
 
 
 def report(path, plot_path, options):

@@ -29,8 +29,7 @@ from inputs.batches import TokenizedSplit, rows_sha256
 from inputs.finetuned import load_finetuned
 from runtime import cli, distributed, files, optim
 from runtime.cli import BadInput, option
-from runtime.cpu import tune_allocator
-from runtime.device import DEFAULT_MODEL, autocast, faster_ways, pick_device, pick_precision, precision_name, run_banner
+from runtime.device import DEFAULT_MODEL, autocast, faster_ways, precision_name
 
 LEFT, RIGHT, TEMPERATURE = -0.1, 1.1, 2 / 3  # the stretched interval and the temperature of hard concrete gates
 RETRAINED = (  # settings of the fine-tuned model with which its ticket is retrained
@@ -40,12 +39,8 @@ RETRAINED = (  # settings of the fine-tuned model with which its ticket is retra
 
 
 @dataclass
-class Options:
+class Options(data.TaskOptions):
     task: str = option("rt", f"{', '.join(data.TASKS)}; or a custom file: .csv, .tsv, .jsonl", group="data")
-    text_columns: tuple = option(("text",), "of a custom file: column with the text, two for pairs", group="data")
-    label_column: str = option("label", "of a custom file: column with the label", group="data")
-    drop_labels: tuple = option(None, "labels of a custom task whose rows are left out", group="data")
-    data_revision: str = option(None, "branch or commit of the task on the hub, default: pinned", group="data")
     train_rows: int = option(None, "number of training rows, same as in finetune.py", at_least=1, group="data")
     model: str = option(DEFAULT_MODEL, "the model that finetune.py --ticket none fine-tuned", group="model")
     seed: int = option(0, "seed of the fine-tuned model and of the gates", at_least=0, below=2**63, group="model")
@@ -92,10 +87,7 @@ def main():
     options = cli.parse(Options, __doc__)
     if distributed.WORLD > 1:
         raise BadInput("robustt.py works in one process: start it without torchrun")
-    tune_allocator()
-    device = pick_device(options.device)
-    dtype = pick_precision(device, options.precision)
-    print(run_banner(options.model, device, dtype))
+    device, dtype = distributed.start(options)
     task = data.find_task(options.task, tuple(options.text_columns), options.label_column, options.drop_labels)
     folder = files.output_folder(options.output, options.model) / files.task_folder(options.task)
     source = folder / f"none-vanilla-seed{options.seed}"

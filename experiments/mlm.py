@@ -15,6 +15,7 @@ import torch
 
 import data
 from bert import Bert
+from checkpoints.provenance import write_result
 from experiments.runs import run_script
 from inputs.batches import Blocks
 from inputs.mlm_head import find_mlm_head
@@ -49,7 +50,7 @@ def main():
     result = {"settings": training | {"model": options.model, "seed": options.seed}}
     for name, model in (("before", options.model), ("after", str(adapted))):
         result[f"loss_{name}"] = held_out_loss(model, text / "held-out", options.output)
-    files.write_json(Path(options.results) / "mlm.json", result)
+    write_result(Path(options.results) / "mlm.json", result)
     print(f"MLM loss on held-out text: {result['loss_before']:.3f} before, {result['loss_after']:.3f} after; {adapted}")
 
 

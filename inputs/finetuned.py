@@ -46,7 +46,7 @@ def correct_by_class(model, split, batch_size, dtype):
     """
     model.eval()
     correct = torch.zeros(model.config.num_labels, device=split.device)
-    bar = progress(len(split), description="classify", unit="row")
+    bar = progress(len(split.labels), description="classify", unit="row")
     for batch in islice(split.batches(batch_size), distributed.RANK, None, distributed.WORLD):
         with autocast(split.device, dtype):
             logits = model.class_logits(batch.ids, batch.attention_mask, batch.segments)

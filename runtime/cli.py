@@ -97,8 +97,8 @@ def parse(options, description):
     """Parse the command line into the dataclass `options`. Each field is a flag, with dashes for underscores."""
     parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     groups = {None: parser}
-    for field in dataclasses.fields(options):
-        name = field.metadata["group"]
+    for field in sorted(dataclasses.fields(options), key=lambda field: field.name not in vars(options)):
+        name = field.metadata["group"]  # inherited options come after the script's own
         if name not in groups:
             groups[name] = parser.add_argument_group(name)
         add_argument(groups[name], field)

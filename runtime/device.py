@@ -3,15 +3,26 @@
 import contextlib
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from runtime.cli import BadInput
+from runtime.cli import BadInput, option
 from runtime.start import WORLD
 
 DEFAULT_MODEL = "bert-base-uncased" if torch.cuda.is_available() else "minilm"
 MODEL_HELP = "minilm (bundled), bert-base-uncased, roberta-base or another name on the hub; a folder; a weights file"
+
+
+@dataclass
+class MachineOptions:
+    """Options of all scripts that train."""
+
+    device: str = option("auto", "cpu, cuda, cuda:1, mps; auto: CUDA, then MPS, then CPU", group="machine")
+    precision: str = option("auto", "auto: bf16 where supported", choices=("auto", "bf16", "fp32"), group="machine")
+    grad_accum_steps: int = option(1, "parts of a step, computed in turn to save memory", at_least=1, group="machine")
+    checkpointing: bool = option(False, "recompute activations to save memory, a third more work", group="machine")
 
 
 def run_banner(model, device, dtype):

@@ -18,6 +18,8 @@ import torch
 from torch import distributed
 
 from runtime.cli import BadInput
+from runtime.cpu import tune_allocator
+from runtime.device import pick_device, pick_precision, run_banner
 from runtime.optim import seed_step
 from runtime.start import LOCAL_RANK, RANK, WORLD
 
@@ -49,6 +51,16 @@ def init_distributed(device, shared=False):
             torch.cuda.set_device(device)
         backend = "nccl" if device.type == "cuda" and not shared else "gloo"
         distributed.init_process_group(backend, timeout=timedelta(days=7))
+
+
+def start(options):
+    """Begin a script: join the other processes and print the first line. Returns (device, torch dtype of products)."""
+    tune_allocator()
+    device = pick_device(options.device)
+    init_distributed(device, shared=":" in options.device)
+    dtype = pick_precision(device, options.precision)
+    print(run_banner(options.model, device, dtype))
+    return device, dtype
 
 
 def shutdown():

@@ -15,10 +15,10 @@ import sklearn.metrics
 import torch
 
 import data
+from checkpoints import cache
 from inputs.batches import TokenizedSplit, rows_sha256
 from inputs.finetuned import correct_by_class, rare_class_metrics
 from inputs.tokenizer import Tokenizer
-from runtime import files
 from runtime.cli import BadInput
 from tests.conftest import COMMIT, LARGE
 
@@ -243,7 +243,7 @@ def test_rows_sha256_and_cache_tell_labels_and_pairs_apart(tiny, monkeypatch):
     made = [TokenizedSplit(tokenizer, of, 16, torch.device("cpu")) for of in (rows, *others)]
     assert len({rows_sha256(tokenizer, 16, of) for of in (rows, *others)}) == 4
     assert [len(of.ends) for of in made] == [2, 2, 1, 2]
-    monkeypatch.setattr(files.filelock, "FileLock", None)  # a cached file needs no lock: the cache may be read-only
+    monkeypatch.setattr(cache.filelock, "FileLock", None)  # a cached file needs no lock: the cache may be read-only
     assert torch.equal(TokenizedSplit(tokenizer, rows, 16, torch.device("cpu")).ids, made[0].ids)
     with pytest.raises(BadInput, match="--max-length 3 has room for no more than the 3 special tokens"):
         TokenizedSplit(tokenizer, others[1], 3, torch.device("cpu"), cached=False)

@@ -104,7 +104,9 @@ def test_two_processes_resume_the_search_of_one_and_find_what_one_finds(without_
     for name in found:
         torch.testing.assert_close(found[name], expected[name], atol=1e-5, rtol=1e-5, equal_nan=True)
     assert (found["head"] - 1).abs().max() > 4e-3  # it did search
-    assert {path.name for path in (tmp_path / "two" / "model").iterdir()} == {"coefficients.safetensors", "search.png"}
+    assert {path.name for path in (tmp_path / "two" / "model").iterdir()} == {
+        *("coefficients.safetensors", "search.json", "search.png"),
+    }
 
 
 @pytest.mark.parametrize("more", [["--checkpointing"], ["--grad-accum-steps", 2], ["--grad-accum-steps", 5]])

@@ -79,8 +79,8 @@ def test_export_replaces_only_exports_and_never_the_model_itself(tiny, tmp_path,
     assert "is the folder of the model itself" in capsys.readouterr().err
     original = our_safetensors.write_safetensors
     interrupt = lambda *a: original(*a) if target.name not in str(a[0]) else 1 / 0  # noqa: E731
-    with unittest.mock.patch.object(our_safetensors, "write_safetensors", interrupt), pytest.raises(ZeroDivisionError):
-        call(finetune, *flags, target, "--overwrite")
+    with unittest.mock.patch.object(our_safetensors, "write_safetensors", interrupt):
+        assert call(finetune, *flags, target, "--overwrite") == 1
     assert not (target / "model.safetensors").exists()
     assert call(finetune, *flags, target) == 0  # a partial export may be replaced
     model = (run / "model.safetensors").read_bytes()
