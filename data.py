@@ -229,9 +229,9 @@ def find_task(name, text_columns=("text",), label_column="label", drop_labels=()
 def find_corpus(name, revision=None, encoding=None):
     """(documents, an iterable to be read once; their size in bytes; a key that identifies the corpus).
 
-    name: of a bundled task, imdb, wikitext-2-raw-v1, a text file, or a folder with .txt files; each line is a document.
-    Or a list of texts. encoding: of the files; UTF-8, or what their byte-order mark says, if None. Raises BadInput for
-    an unknown name.
+    name: of a bundled task, imdb, wikitext-2-raw-v1, a text file or a folder of .txt files, where each line is a
+    document; or a list of texts. encoding: of the files; None: UTF-8, or what their byte-order mark says. Raises
+    BadInput for an unknown name.
     """
     task = None if isinstance(name, list) else TASKS.get("imdb-bundled" if name == "imdb" else name)
     if isinstance(name, list) or task and task.rows:

@@ -12,8 +12,7 @@ class Coefficients(nn.Module):
     """One learnable coefficient per attention head and per FFN neuron, all initialized to 1 (Algorithm 1, line 1).
 
     Equation 4 has one c_F per layer. Algorithm 2 prunes single neurons, which needs one per neuron, as here.
-    `gates` is the argument of `Bert.forward`: (c_H (layers, heads), c_F (layers, neurons)). `scores` are copies on the
-    CPU: what masks are drawn from, while searching and after it.
+    `gates`, for `Bert.forward`: (c_H (layers, heads), c_F (layers, neurons)). Masks are drawn from `scores`.
     """
 
     def __init__(self, layers, heads, neurons):
