@@ -72,7 +72,7 @@ def test_a_fork_is_small_and_described(name):
 
 
 def test_every_fork_that_is_described_is_there():
-    assert set(re.findall(r"forks/(\w+)\.patch", DOCUMENT.read_text("utf8"))) == PATCHES.keys()
+    assert set(re.findall(r"### forks/(\w+)\.patch", DOCUMENT.read_text("utf8"))) == PATCHES.keys()
 
 
 def test_l0_gates_are_hard_concrete_with_a_learning_rate_of_their_own(forked, tiny, corpus, tmp_path, monkeypatch):
