@@ -232,12 +232,13 @@ def find_task(name, text_columns=("text",), label_column="label", drop_labels=()
 def find_corpus(name, revision=None, encoding=None):
     """(documents, an iterable to be read once; their size in bytes; a key that identifies the corpus).
 
-    name: of a bundled task, imdb, wikitext-2-raw-v1, a text file, or a folder with .txt files; each line is a document.
-    encoding: of the files; UTF-8, or what their byte-order mark says, if None. Raises BadInput for an unknown name.
+    name: of a bundled task, imdb, wikitext-2-raw-v1, a text file or a folder of .txt files, where each line is a
+    document; or a list of texts. encoding: of the files; None: UTF-8, or what their byte-order mark says. Raises
+    BadInput for an unknown name.
     """
-    task = TASKS.get("imdb-bundled" if name == "imdb" else name)
-    if task and task.rows:
-        documents = [texts[0] for texts, _ in task.rows()]
+    task = None if isinstance(name, list) else TASKS.get("imdb-bundled" if name == "imdb" else name)
+    if isinstance(name, list) or task and task.rows:
+        documents = [texts[0] for texts, _ in task.rows()] if task else name
         joined = "\0".join(documents).encode()
         return documents, len(joined), hashlib.sha256(joined).hexdigest()
     if name == "wikitext-2-raw-v1":

@@ -12,7 +12,7 @@ class Coefficients(nn.Module):
     """One learnable coefficient per attention head and per FFN neuron, all initialized to 1 (Algorithm 1, line 1).
 
     Equation 4 has one c_F per layer. Algorithm 2 prunes single neurons, which needs one per neuron, as here.
-    `gates` is the argument of `Bert.forward`: (c_H (layers, heads), c_F (layers, neurons)).
+    `gates`, for `Bert.forward`: (c_H (layers, heads), c_F (layers, neurons)). Masks are drawn from `scores`.
     """
 
     def __init__(self, layers, heads, neurons):
@@ -23,6 +23,10 @@ class Coefficients(nn.Module):
     @property
     def gates(self):
         return self.head, self.ffn
+
+    @property
+    def scores(self):
+        return self.head.detach().cpu().clone(), self.ffn.detach().cpu().clone()
 
     def penalty(self, lambda_head, lambda_ffn):
         """R(c) = lambda_H |c_H|_1 + lambda_F |c_F|_1 (eq. 5)."""

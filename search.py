@@ -193,7 +193,7 @@ def search(options, model, c, examples, run, dtype):
         step += 1
         run.log(loss)
         if step in run.mini_epoch_ends:  # a mini-epoch is 0.05 epoch
-            distances = stopping.update(c.head.detach().cpu(), c.ffn.detach().cpu())
+            distances = stopping.update(*c.scores)
             run.end_mini_epoch(optimizer, model, c, distances)
     return stopping  # Line 6: return c, which was trained in place; SearchRun.write saves it
 

@@ -164,20 +164,19 @@ def load_module(module, tensors, path):
 class Checkpoint:
     """The state of an unfinished run in one safetensors file. A rerun with the same provenance resumes from it.
 
-    tensors, metadata: what the file holds, in every process; both empty if there is no such file. Raises BadInput if
-    another run's state is there and may not be overwritten.
+    tensors, metadata: what the file holds, in every process; both empty if there is no such file. Without a path
+    nothing is saved. Raises BadInput if another run's state is there and may not be overwritten.
     """
 
-    def __init__(self, path, provenance, overwrite):
+    def __init__(self, path=None, provenance={}, overwrite=False):
         self.path, self.provenance = path, provenance
-        self.unfinished = provenance | {
-            "script": f"{provenance['script']}, unfinished"
-        }  # no state is taken for a result
+        # no state is taken for a result
+        self.unfinished = provenance | {"script": f"{provenance.get('script')}, unfinished"}
         self.tensors, self.metadata = distributed.broadcast_from_main(lambda: self.read(overwrite))
         self.overwrite = self.metadata.get("overwrite", overwrite)
 
     def read(self, overwrite):
-        if not is_up_to_date(self.path, self.unfinished, overwrite):
+        if self.path is None or not is_up_to_date(self.path, self.unfinished, overwrite):
             return {}, {}
         tensors, metadata = safetensors.read_with_metadata(self.path)
         return dict(tensors), metadata
@@ -205,7 +204,7 @@ class Checkpoint:
 
     def save(self, optimizer, modules, tensors={}, metadata={}):
         """Write the state of the optimizer and of the modules {name: module}, and whatever else a rerun needs."""
-        if distributed.is_main_process():
+        if self.path and distributed.is_main_process():
             states = {f"{name}.{key}": t for name, module in modules.items() for key, t in module.state_dict().items()}
             for number, state in optimizer.state_dict()["state"].items():
                 states |= {f"optimizer.{number}.{key}": tensor for key, tensor in state.items()}

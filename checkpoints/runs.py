@@ -18,11 +18,12 @@ from runtime.device import faster_ways, peak_memory
 class SearchRun:
     """The log and the checkpoints of Algorithm 1 (search.py), and the order of its examples.
 
-    trace: {name: [a tensor per mini-epoch]}: c_H, c_F, the two distances, the mean loss.
+    trace: {name: [a tensor per mini-epoch]}: c_H, c_F, the two distances, the mean loss. Without a checkpoint nothing
+    is saved.
     """
 
-    def __init__(self, options, examples, checkpoint):
-        self.options, self.examples, self.checkpoint = options, examples, checkpoint
+    def __init__(self, options, examples, checkpoint=None):
+        self.options, self.examples, self.checkpoint = options, examples, checkpoint or Checkpoint()
         self.steps_per_epoch = math.ceil(len(examples) / options.batch_size)
         self.steps = options.epochs * self.steps_per_epoch
         # A mini-epoch ends at the first step at or after each multiple of 0.05 epochs. 1e-9: 0.05 is not exact
@@ -32,7 +33,7 @@ class SearchRun:
         self.mini_epoch_ends = sorted({min(self.steps, end) for end in ends})
         self.trace = {name: [] for name in ("trace.head", "trace.ffn", "trace.distances", "trace.loss")}
         self.epoch, self.order, self.status = None, None, ""
-        self.seconds = checkpoint.metadata.get("seconds", 0.0)
+        self.seconds = self.checkpoint.metadata.get("seconds", 0.0)
 
     def resume(self, optimizer, model, c, stopping):
         """Load the checkpoint, if there is one. Returns the number of steps done."""
@@ -65,7 +66,7 @@ class SearchRun:
     def end_mini_epoch(self, optimizer, model, c, distances):
         """Add to the trace and save a checkpoint. Raises BadInput if the search has diverged."""
         mean_loss = (distributed.all_reduce_sum(self.total) / self.count).cpu()
-        head, ffn = c.head.detach().cpu().clone(), c.ffn.detach().cpu().clone()
+        head, ffn = c.scores
         if not all(torch.isfinite(values).all() for values in (head, ffn, mean_loss)):
             rates = cli.flags(self.options, "learning_rate_c") or f" --learning-rate {self.options.learning_rate:g}"
             raise BadInput(f"the search diverged in mini-epoch {len(self.trace['trace.loss']) + 1}: lower{rates}")

@@ -25,18 +25,24 @@ SETTINGS |= {"mlm_head_steps": 200, "mlm_head_learning_rate": 3e-3}
 def fit_mlm_head(name, provenance, model, tokenizer, blocks, path, dtype):
     """Fit the MLM head of `model` on the corpus `blocks`, and write it to `path`. Reuse `path` if it is up to date.
 
-    name: of the model, for the message. provenance: its "settings" hold at least `SETTINGS`. The bias starts
-    at the log frequencies of the corpus's tokens, so that the head need not learn them.
+    name: of the model, for the message. provenance: its "settings" hold at least `SETTINGS`.
     """
     settings = {key: provenance["settings"][key] for key in SETTINGS}
     provenance = provenance | {"script": "mlm_head.py", "settings": settings, **software(__file__)}
-    head, device = model.mlm_head, model.mlm_head.bias.device
     try:
         if path.is_file():
-            return load_module(head, read_made_by(path, provenance)[0], path)
+            return load_module(model.mlm_head, read_made_by(path, provenance)[0], path)
     except BadInput as error:
         print(f"{error}: fitting another")
     print(f"{name} has no MLM head: fitting one with the encoder frozen, saved to {path}")
+    train_mlm_head(model, tokenizer, blocks, dtype, settings)
+    safetensors.write_safetensors(path, model.mlm_head.state_dict(), provenance)
+
+
+def train_mlm_head(model, tokenizer, blocks, dtype=torch.float32, settings=SETTINGS):
+    """Train the MLM head of `model` on the corpus `blocks`, and nothing else of it. The bias starts at the log
+    frequencies of the corpus's tokens, so that the head need not learn them."""
+    head, device = model.mlm_head, model.mlm_head.bias.device
     counts = blocks.frequencies(model.config.vocab_size) + 0.5
     head.bias.data.copy_((counts / counts.sum()).log())
     steps, rate = settings["mlm_head_steps"], settings["mlm_head_learning_rate"]
@@ -57,7 +63,6 @@ def fit_mlm_head(name, provenance, model, tokenizer, blocks, path, dtype):
         bar.update()
         bar.set_postfix_str(lambda: f"loss {loss:.3f}", refresh=False)
     bar.close()
-    safetensors.write_safetensors(path, head.state_dict(), provenance)
 
 
 def find_mlm_head(name, output, model, model_sha256, tokenizer, device):

@@ -7,10 +7,7 @@ import transformers
 
 from bert import CLS_ONLY, Bert
 from checkpoints import huggingface
-from checkpoints.families import FAMILIES as TABLE
-from checkpoints.families import Family
-from inputs.tokenizer import Tokenizer
-from tests.conftest import FAMILIES, MINILM, VOCABULARY, inputs, saved, states_equal
+from tests.conftest import FAMILIES, MINILM, inputs, saved, states_equal
 
 
 def random_sizes(family, generator):
@@ -91,70 +88,3 @@ def test_a_saved_full_model_is_a_transformers_checkpoint(tiny, tmp_path):
     with torch.no_grad():
         expected = theirs.eval()(ids, mask.long(), segments).logits
     torch.testing.assert_close(model.class_logits(ids, mask, segments), expected, atol=1e-5, rtol=1e-5)
-
-
-DISTILBERT = Family(
-    "DistilBert",
-    encoder={
-        "embeddings.word_embeddings": "word_embeddings",
-        "embeddings.position_embeddings": "position_embeddings",
-        "embeddings.LayerNorm": "embedding_norm",
-        "transformer.layer.{}.attention.q_lin": "layers.{}.query",
-        "transformer.layer.{}.attention.k_lin": "layers.{}.key",
-        "transformer.layer.{}.attention.v_lin": "layers.{}.value",
-        "transformer.layer.{}.attention.out_lin": "layers.{}.attention_output",
-        "transformer.layer.{}.sa_layer_norm": "layers.{}.attention_norm",
-        "transformer.layer.{}.ffn.lin1": "layers.{}.intermediate",
-        "transformer.layer.{}.ffn.lin2": "layers.{}.output",
-        "transformer.layer.{}.output_layer_norm": "layers.{}.output_norm",
-    },
-    heads={
-        "pre_classifier": "pooler",
-        "classifier": "classifier",
-        "vocab_transform": "mlm_head.dense",
-        "vocab_layer_norm": "mlm_head.norm",
-        "vocab_projector": "mlm_head.decoder",
-    },
-    config={
-        "hidden_size": "dim",
-        "num_hidden_layers": "n_layers",
-        "num_attention_heads": "n_heads",
-        "intermediate_size": "hidden_dim",
-        "hidden_dropout_prob": "dropout",
-        "attention_probs_dropout_prob": "attention_dropout",
-        "hidden_act": "activation",
-    },
-    defaults={"type_vocab_size": 0},
-    pooler_activation=torch.relu,
-)
-
-
-def test_a_third_family_is_one_entry(tmp_path, monkeypatch):
-    """DistilBERT: loaded, pruned, exported and loaded by transformers again."""
-    monkeypatch.setitem(TABLE, "distilbert", DISTILBERT)
-    sizes = {"vocab_size": len(VOCABULARY), "dim": 24, "n_layers": 2, "n_heads": 3, "hidden_dim": 40}
-    config = transformers.DistilBertConfig(**sizes, initializer_range=0.3, num_labels=3, attn_implementation="eager")
-    ids, mask, _ = inputs(transformers.BertConfig(vocab_size=len(VOCABULARY)), 3, 17)
-    for kind in (transformers.DistilBertForMaskedLM, transformers.DistilBertForSequenceClassification):
-        reference = kind(config).eval()
-        reference.save_pretrained(tmp_path)
-        (tmp_path / "vocab.txt").write_text("\n".join(VOCABULARY))
-        model = Bert.load(tmp_path, mlm=kind is transformers.DistilBertForMaskedLM).eval()
-        assert model.initialized == model.unused == [] and Tokenizer(tmp_path).family == "bert"
-        with torch.no_grad():
-            expected = reference(ids, mask.long()).logits
-            if model.mlm_head:
-                found, expected = model.mlm_logits(model(ids, mask)[mask]), expected[mask]
-            else:
-                found = model.class_logits(ids, mask)
-        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-    model.save(tmp_path / "export", ("a", "b", "c"), {})
-    back, report = kind.from_pretrained(tmp_path / "export", output_loading_info=True)
-    assert not report["missing_keys"] and not report["unexpected_keys"]
-    torch.testing.assert_close(back.eval()(ids, mask.long()).logits, expected, atol=1e-5, rtol=1e-5)
-    masks = torch.tensor([[1, 0, 1], [0, 1, 1]]).bool(), torch.rand(2, 40) > 0.5
-    pruned = model.pruned(*masks).eval()
-    pruned.save(tmp_path / "pruned", ("a", "b", "c"), {})
-    found = Bert.load(tmp_path / "pruned").eval().class_logits(ids, mask)
-    gates = tuple(mask.float() for mask in masks)
-    torch.testing.assert_close(found, model.class_logits(ids, mask, gates=gates), atol=1e-5, rtol=1e-5)
