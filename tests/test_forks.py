@@ -245,6 +245,7 @@ def test_the_lines_for_a_notebook_run_as_they_stand(tmp_path, monkeypatch, capsy
     (code,) = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text("utf8"), re.DOTALL)
     _, lines = code.split("\n\n")
     assert len(lines.splitlines()) <= 10
+    assert f"```python\n{lines}```" in (HERE / "README.md").read_text("utf8")
     names = {}
     exec(code, names)
     assert not list(tmp_path.iterdir())  # nothing is written
