@@ -186,7 +186,7 @@ def align_labels(model, names, labels):
 
 
 def sample(options, rows):
-    """The numbers of the attacked test rows, shuffled by --sample-seed: a larger --n extends the sample of a smaller one.
+    """The numbers of the attacked test rows, shuffled by --sample-seed. A larger --n extends a smaller sample.
 
     Raises BadInput if there are fewer rows.
     """

@@ -257,7 +257,8 @@ def check_speed(options, folder, what, sides, batch_sizes):
             first = first or figures
             row = f"{1000 * figures['seconds']:.1f} ms, {figures['seconds'] / first['seconds']:.2f} times, "
             row += f"{figures['tokens'] / figures['seconds']:,.0f} tokens/s, "
-            row += f"{figures['flops'] / figures['seconds'] / figures['peak']:.0%} of peak, {figures['memory'] / 1e9:.1f} GB"
+            row += f"{figures['flops'] / figures['seconds'] / figures['peak']:.0%} of peak, "
+            row += f"{figures['memory'] / 1e9:.1f} GB"
             row += f", classifying {1000 * figures['classify']:.1f} ms" if "classify" in figures else ""
             is_same = "ticket" in side or abs(figures["loss"] - first["loss"]) < 0.02
             record(f"{what}, batches of {batch_size}: {side}", row, is_same)

@@ -57,16 +57,25 @@ def read_safetensors(path):
     Raises BadInput for a file that is not well-formed, and for one of this project's with another checksum. As in the
     reference implementation, the tensors must fill the file without overlaps or holes.
     """
+    if not os.path.isfile(path):
+        raise BadInput(f"{path} is not there")
+    with open(path, "rb") as file:  # once: another process may replace it meanwhile
+        tensors, metadata, start = parse(path, file)
+        if CHECKSUM in metadata and metadata[CHECKSUM] != checksum(file, start, metadata[CHECKSUM]):
+            raise BadInput(f"{path} is damaged, its checksum is another: restore a copy, or make it again")
+    return tensors, metadata
+
+
+def parse(path, file):
+    """(MappedTensors, {metadata}, where the header ends) of the open file at `path`."""
 
     def bad(reason):
         return BadInput(f"{path} is not a valid safetensors file: {reason}")
 
-    if not os.path.isfile(path):
-        raise BadInput(f"{path} is not there")
-    size = os.path.getsize(path)
+    size = os.fstat(file.fileno()).st_size
     if size < 8:
         raise bad(f"{size} bytes")
-    mapped = map_file(path)
+    mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     start = 8 + int.from_bytes(mapped[:8], "little")
     if start > size:
         raise bad(f"its header claims {start - 8} of {size} bytes")
@@ -91,21 +100,18 @@ def read_safetensors(path):
         offset = end
     if start + offset != size:
         raise bad(f"{size - start - offset} bytes too many")
-    if CHECKSUM in metadata and metadata[CHECKSUM] != checksum(path, start, metadata[CHECKSUM]):
-        raise BadInput(f"{path} is damaged, its checksum is another: restore a copy, or make it again")
-    return tensors, metadata
+    return tensors, metadata, start
 
 
-def checksum(path, start, found):
-    """The checksum of the file, whose header ends at `start` and has the checksum `found`.
+def checksum(file, start, found):
+    """The checksum of an open file, whose header ends at `start` and has the checksum `found`.
 
     Does not read the memory mapping, whose pages would count as memory of this process.
     """
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        digest.update(file.read(start).replace(str(found).encode(), NO_CHECKSUM.encode(), 1))
-        while chunk := file.read(2**20):
-            digest.update(chunk)
+    file.seek(0)
+    digest = hashlib.sha256(file.read(start).replace(str(found).encode(), NO_CHECKSUM.encode(), 1))
+    while chunk := file.read(2**20):
+        digest.update(chunk)
     return digest.hexdigest()
 
 

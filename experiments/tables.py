@@ -206,7 +206,8 @@ def markdown(table, runs):
         for attack in attacks:
             text += differences(attack, rows)
         if errors := sum(run["figures"][f"{attack} errors"] for run in group for attack in attacks):
-            text += f"\n{errors} attacks ended in an error. No mean counts them; the differences count them as successful.\n"
+            text += f"\n{errors} attacks ended in an error. No mean counts them; "
+            text += "the differences count them as successful.\n"
     return text
 
 

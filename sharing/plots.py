@@ -49,8 +49,8 @@ def random_walk_distances(trace, tau_head, tau_ffn, walks=20):
 
 def plot_search(trace, settings, path):
     """The distances of every mini-epoch with the threshold gamma and those of random walks, and the loss.
-    settings: those of search.py. trace: {"trace.distances": (mini-epochs, 2), "trace.loss": (mini-epochs,), "trace.head":
-    (mini-epochs, layers, heads), "trace.ffn": (mini-epochs, layers, neurons)}."""
+    settings: those of search.py. trace: {"trace.distances": (mini-epochs, 2), "trace.loss": (mini-epochs,),
+    "trace.head": (mini-epochs, layers, heads), "trace.ffn": (mini-epochs, layers, neurons)}."""
     distances = trace["trace.distances"].numpy()
     x = range(1, len(distances) + 1)
     figure, (above, below) = new_figure(2, 1, figsize=(7, 5.2), sharex=True, height_ratios=(3, 1.3))

@@ -498,7 +498,8 @@ def test_command_fails_if_every_attack_ends_in_an_error(textattack, victim, tmp_
 
 def test_process_stops_when_torchrun_is_gone(textattack, victim, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(distributed, "WORLD", 2)  # and the other process never writes
-    for name, instead in (("init_distributed", lambda device, shared: None), ("broadcast_from_main", lambda work: work())):
+    alone = ("init_distributed", lambda device, shared: None), ("broadcast_from_main", lambda work: work())
+    for name, instead in alone:
         monkeypatch.setattr(distributed, name, instead)
     parents = itertools.chain(["torchrun"], itertools.repeat(None))  # on Unix init follows it, on Windows nothing
     monkeypatch.setattr(distributed, "parent", lambda: next(parents))

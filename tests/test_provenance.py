@@ -465,11 +465,11 @@ def test_a_command_waits_for_another_that_writes_the_same_files(again, tmp_path,
 
 
 def test_a_cache_that_cannot_be_written_is_replaced_by_a_temporary_folder(again, tmp_path, capsys, monkeypatch):
-    (tmp_path / "home").write_text("")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    (tmp_path / "no_folder").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "no_folder"))
     for name in ("search", "finetune"):
         assert again(name) == 0
-        assert f"cannot write {tmp_path}/home/orticket/" in (printed := capsys.readouterr().out)
+        assert f"cannot write {tmp_path}/no_folder/orticket/" in (printed := capsys.readouterr().out)
         assert "Not a directory: using a temporary folder instead\n" in printed and "reusing" in printed
 
 
