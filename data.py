@@ -14,8 +14,6 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from checkpoints.huggingface import unpack, weights_sha256
 from inputs import hub
 from inputs.splits import custom_splits, hold_out, split_tenths
@@ -97,19 +95,6 @@ class Task:
     columns: tuple = ("text",)  # names of the texts
     tau_ffn: float = 0.2  # tau_F, the pruning ratio of the neurons (section 3.5)
     rows: object = None  # () -> all rows, of a bundled task; its texts are a corpus, too
-
-
-def first_rows(rows, count, task):
-    """A fixed choice of `count` training rows; all if count is None."""
-    if count is None:
-        return rows
-    if count > len(rows):
-        raise BadInput(f"--train-rows {count}: {task} has {len(rows):,}")
-    chosen = np.random.Generator(np.random.PCG64(0)).permutation(len(rows))[:count]
-    first = [rows[i] for i in sorted(chosen)]
-    if missing := len({label for _, label in rows}) - len({label for _, label in first}):
-        print(f"--train-rows {count} leaves no row of {missing} classes of {task}")
-    return first
 
 
 def bbc():

@@ -27,6 +27,7 @@ from checkpoints.tickets import find_ticket
 from freelb import ADVERSARIES, freelb, initial_delta
 from inputs.batches import TokenizedSplit, rows_sha256
 from inputs.finetuned import correct_by_class, rare_class_metrics
+from inputs.splits import first_rows
 from inputs.tables import first_few
 from inputs.tokenizer import Tokenizer
 from runtime import cli, distributed, files, optim
@@ -94,7 +95,7 @@ def main():
             )
         max_length = min(options.max_length or task.max_length, config.max_length)
         rows = task.load(options.data_revision)
-        rows["train"] = data.first_rows(rows["train"], options.train_rows, options.task)
+        rows["train"] = first_rows(rows["train"], options.train_rows, options.task)
         task_sha256 = rows_sha256(tokenizer, max_length, *rows.values())
         splits = {name: TokenizedSplit(tokenizer, part, max_length, device) for name, part in rows.items()}
     del rows  # the texts are not needed any more

@@ -27,6 +27,7 @@ from freelb import freelb, initial_delta
 from gates import draw_mask
 from inputs.batches import TokenizedSplit, rows_sha256
 from inputs.finetuned import load_finetuned
+from inputs.splits import first_rows
 from runtime import cli, distributed, files, optim
 from runtime.cli import BadInput, option
 from runtime.device import DEFAULT_MODEL, autocast, faster_ways, precision_name
@@ -97,7 +98,7 @@ def main():
         raise BadInput(f"there is no fine-tuned model in {source}: run {command}")
     splits = task.load(options.data_revision)
     model, tokenizer, max_length, metadata = load_finetuned(source, task, splits, options, device)
-    train = data.first_rows(splits["train"], options.train_rows, options.task)
+    train = first_rows(splits["train"], options.train_rows, options.task)
     rows = TokenizedSplit(tokenizer, train, max_length, device)
     print(f"task {options.task}: {len(rows):,} training rows; the weights of {source} are not changed")
     settings = {key: value for key, value in asdict(options).items() if key not in ("output", "overwrite", "device")}

@@ -17,6 +17,7 @@ from bert import Bert, Config
 from freelb import ADVERSARIES
 from gates import Coefficients, draw_masks
 from inputs.batches import TokenizedSplit
+from inputs.splits import first_rows
 from inputs.tokenizer import Tokenizer
 from runtime.cpu import tune_allocator
 from runtime.device import autocast, peak_memory, pick_device, pick_precision
@@ -47,7 +48,7 @@ def time_training(options, side, precision, folder):
     else:
         task = data.find_task(options.task)
         splits = task.load(None)
-        rows = data.first_rows(splits["train"], options.rows, options.task)
+        rows = first_rows(splits["train"], options.rows, options.task)
         given = rows, splits["test"], options.batch_size, task.max_length, device
         ours = folder, side, dtype, splits["train"]
         work = libraries.finetune_work(folder, *BASELINES[side], *given) if baseline else finetune_work(*ours, *given)

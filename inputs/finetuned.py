@@ -6,10 +6,10 @@ from itertools import islice
 
 import torch
 
-import data
 from bert import Bert
 from checkpoints import safetensors
 from inputs.batches import rows_sha256
+from inputs.splits import first_rows
 from inputs.tokenizer import Tokenizer
 from runtime import distributed
 from runtime.cli import BadInput, progress
@@ -31,7 +31,7 @@ def load_finetuned(folder, task, splits, options, device):
         raise BadInput(f"{folder}/config.json is not that of model.safetensors: fine-tune again with --overwrite")
     max_length = min(metadata["settings"]["max_length"] or task.max_length, model.config.max_length)
     count = min(metadata["settings"]["train_rows"] or math.inf, len(splits["train"]))
-    trained = splits | {"train": data.first_rows(splits["train"], count, options.task)}
+    trained = splits | {"train": first_rows(splits["train"], count, options.task)}
     if rows_sha256(tokenizer, max_length, *trained.values()) != metadata["task_sha256"]:
         remedy = "use its columns, --drop-labels and --data-revision, or fine-tune with --overwrite"
         raise BadInput(f"{folder} was fine-tuned on other rows than those of {options.task}: {remedy}")

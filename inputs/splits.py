@@ -90,3 +90,16 @@ def with_every_class(split, rows):
         counts[row[1]] = 3
     splits = split(others)
     return splits | {"train": first + splits["train"]}
+
+
+def first_rows(rows, count, task):
+    """A fixed choice of `count` training rows; all if count is None."""
+    if count is None:
+        return rows
+    if count > len(rows):
+        raise BadInput(f"--train-rows {count}: {task} has {len(rows):,}")
+    chosen = np.random.Generator(np.random.PCG64(0)).permutation(len(rows))[:count]
+    first = [rows[i] for i in sorted(chosen)]
+    if missing := len({label for _, label in rows}) - len({label for _, label in first}):
+        print(f"--train-rows {count} leaves no row of {missing} classes of {task}")
+    return first

@@ -19,6 +19,7 @@ import data
 from checkpoints import cache
 from inputs.batches import TokenizedSplit, rows_sha256
 from inputs.finetuned import correct_by_class, rare_class_metrics
+from inputs.splits import first_rows
 from inputs.tokenizer import Tokenizer
 from runtime.cli import BadInput
 from tests.conftest import COMMIT, LARGE, LETTERS
@@ -426,10 +427,10 @@ def test_test_file_without_labels_is_refused_with_the_remedy(tmp_path):
 
 def test_classes_that_train_rows_leaves_out_are_counted(capsys):
     rows = [((str(i),), i % 3) for i in range(30)]
-    chosen = data.first_rows(rows, 2, "mine")
+    chosen = first_rows(rows, 2, "mine")
     missing = 3 - len({label for _, label in chosen})
     assert f"--train-rows 2 leaves no row of {missing} classes of mine" in capsys.readouterr().out
-    assert len(data.first_rows(rows, 20, "mine")) == 20 and capsys.readouterr().out == ""
+    assert len(first_rows(rows, 20, "mine")) == 20 and capsys.readouterr().out == ""
 
 
 def test_quotes_of_a_tsv_file_are_reported(tmp_path, capsys):

@@ -457,11 +457,16 @@ def test_a_command_waits_for_another_that_writes_the_same_files(again, tmp_path,
             is_waiting.wait()
             lines.append("released")
 
-    monkeypatch.setattr(distributed, "print", lambda *line, **_: lines.append(*line) or is_waiting.set(), raising=False)
+    def print_waiting(line, **_):
+        if line.startswith("another command"):
+            lines.append(line)
+            is_waiting.set()
+
+    monkeypatch.setattr(distributed, "print", print_waiting, raising=False)
     threading.Thread(target=hold, daemon=True).start()
     is_held.wait()
     assert again(name, *(flag.format(mine=mine) for flag in more)) == 0
-    assert lines[-2:] == [f"another command is writing {mine / file}: waiting until it ends", "released"]
+    assert lines == [f"another command is writing {mine / file}: waiting until it ends", "released"]
 
 
 def test_a_cache_that_cannot_be_written_is_replaced_by_a_temporary_folder(again, tmp_path, capsys, monkeypatch):
