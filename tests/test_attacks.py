@@ -269,7 +269,7 @@ def test_outcomes_texts_and_query_counts_equal_textattack(textattack, victim, na
     settings |= {"min_cosine": 0.8}  # for fewer candidates
     if name == "bertattack":  # TextAttack takes k^n evaluations of a word of n pieces
         settings |= {"masked_lm": "minilm", "bert_attack_k": 6}
-    options = attack.Options(attack=name, n=6, **settings)
+    options = attack.Options(attack=name, n=4 if name == "bertattack-fudan" else 6, **settings)
     outcomes, label_of = [], {}
     task = data.find_task("rt")
     splits = task.load(None)
@@ -719,7 +719,7 @@ def test_help_imports_no_large_library():
     running = []
     scripts = [*HERE.glob("*.py"), *HERE.glob("[a-z]*/*.py")]
     for path in scripts:
-        if not path.read_text("utf8").endswith("cli.run(main)\n"):
+        if not path.read_text("utf8").endswith("cli.run(main)\n") or re.match("table[2-6]", path.name):  # as table1
             continue
         module = ".".join(path.relative_to(HERE).with_suffix("").parts)
         check = f"import sys, runpy; sys.argv = [{module!r}, '--help']\n"
