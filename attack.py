@@ -177,7 +177,8 @@ def align_labels(model, names, labels):
         names = tuple(name.lower() for name in names)
         wanted = tuple(label.lower() for label in wanted)
     if len(set(names)) == len(names) and sorted(names) == sorted(wanted):
-        order = [names.index(name) for name in wanted]
+        position = {name: i for i, name in enumerate(names)}
+        order = [position[name] for name in wanted]
         for parameter in model.classifier.parameters():  # (classes, d) and (classes,)
             parameter.data = parameter.data[order]
     else:
