@@ -37,7 +37,7 @@ def draw_mask(coefficients, tau, at_least_one=False):
     """The mask (layers, N) bool that prunes the ceil(tau layers N) smallest coefficients (Algorithm 2, lines 1 to 5).
 
     The threshold is global, over all layers. Of equal coefficients the earlier one is pruned first. at_least_one: every
-    layer keeps its largest (section 2.3), and the next smallest elsewhere goes; BadInput if tau leaves too few for that.
+    layer keeps its largest (section 2.3), the next smallest elsewhere goes; BadInput if tau leaves too few for that.
     """
     layers, n = coefficients.shape
     count = math.ceil(tau * layers * n - 1e-9)  # rounding must not prune one more: 0.1 * 3 * 10 is 3.0000000000000004

@@ -178,7 +178,7 @@ def guess(raw):
 
 
 def corpus_encoding(path):
-    """`marked_encoding` of a text file. Raises BadInput if more than a few bytes of its first megabyte are not UTF-8."""
+    """`marked_encoding` of a text file. Raises BadInput if many bytes of its first megabyte are not UTF-8."""
     with open(path, "rb") as file:
         raw = file.read(2**20)
     encoding = marked_encoding(raw)
