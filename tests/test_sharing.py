@@ -151,3 +151,5 @@ def test_random_walks_have_the_steps_of_the_search_with_random_signs():
     found = random_walk_distances(trace, 1 / 6, 0.3)[1:, 1]
     torch.testing.assert_close(found, torch.tensor(observed), atol=0.03, rtol=0)
     assert found[0] > 2 * found[-1]
+    steady = (torch.arange(1, 31)[:, None, None] * steps[0]) + 1  # every entry keeps its direction: masks never change
+    assert (random_walk_distances(trace | {"trace.ffn": steady}, 1 / 6, 0.3)[1:, 1] > 0.02).all()
