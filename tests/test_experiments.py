@@ -20,7 +20,7 @@ from attacks.results import end_of_line
 from baselines import robustt
 from checkpoints import safetensors
 from checkpoints.provenance import identity, json_sha256, write_result
-from experiments import compare, figure1, figure2, runs, table1, table2, table3, table4, table5, table6, tables
+from experiments import compare, figure1, figure2, runs, table1, table2, table3, table4, table5, table6, tables, verdict
 from freelb import ADVERSARIES
 from runtime import cli, files
 from tests.conftest import call
@@ -418,3 +418,46 @@ def test_papers_numbers_are_those_of_its_text():
                 assert numbers in lines, (name, task, method)
     counts = {name: sum(map(len, table["rows"].values())) for name, table in tables.PAPER.items()}
     assert counts == {"table1": 30, "table2": 10, "table3": 12, "table4": 35, "table5": 15, "table6": 9}
+
+
+@pytest.fixture
+def verdict_runs():
+    """Runs of four seeds, of 100 sentences: a function of {method: how many of them each seed holds}."""
+
+    def make(**held):
+        every = []
+        for method, counts in held.items():
+            for seed, count in enumerate(counts):
+                figures = {"Clean%": 90, "M parameters": 20 if method == "ORTicket" else 25, "textfooler Aua%": count}
+                figures |= {"textfooler Suc%": 100 - count, "textfooler #Query": 50}
+                settings = {"model": "minilm", "train_rows": 5000, "epochs": 3, "n": 100}
+                run = {"method": method, "seed": seed, "settings": settings, "figures": figures}
+                run["overrides"] = {"attack": {"min_cosine": "0.5"}}
+                run["outcomes"] = {"textfooler": runs.pack("1" * count + "0" * (100 - count))}
+                every.append(run)
+        return every
+
+    return make
+
+
+@pytest.mark.parametrize(
+    "counts, expected",
+    [
+        ((30, 31, 29, 30), "the ticket is more robust: +20.0"),
+        ((1, 0, 1, 0), "the ticket is less robust: -9.5"),
+        ((9, 11, 10, 10), "no difference beyond chance: +0.0"),
+    ],
+)
+def test_the_verdict_says_what_the_interval_says(verdict_runs, counts, expected):
+    text, row = verdict.verdict(verdict_runs(Vanilla=(10, 10, 10, 10), ORTicket=counts), {"minilm": 6.6})
+    assert expected in row
+    assert f"| ORTicket | 4 | 90.0 ± 0.0 | {np.mean(counts):.1f} ± {np.std(counts, ddof=1):.1f} |" in text
+    assert "20.0% fewer parameters" in text and "is 29.7, the full" in text
+
+
+def test_the_verdict_compares_only_seeds_of_both(verdict_runs):
+    methods = {}
+    for run in verdict_runs(Vanilla=(10, 90), ORTicket=(20,)):
+        methods.setdefault(run["method"], []).append(run)
+    assert verdict.shown(verdict.difference(methods, "ORTicket", "Vanilla")) == "+10.0 (one seed)"
+    assert verdict.difference(methods, "ORTicket", "Random ticket") is None
