@@ -113,7 +113,8 @@ def add_argument(group, field):
         group.add_argument(flag, action="store_true", help=help)
     elif field.type is tuple:
         help += f" [{' '.join(default)}]" if default else ""
-        group.add_argument(flag, nargs="+", default=default, metavar="NAME", help=help)
+        more = {"nargs": "+", "choices": metadata["choices"]}
+        group.add_argument(flag, default=default, metavar="NAME", help=help, **more)
     else:
         help += "" if default is None else f" [{shown(default)}]"
         more = {"nargs": "?"} if metadata["positional"] else {}
