@@ -3,7 +3,6 @@
 The options are those of table1.py. One ratio varies, the other stays at the task's. Writes figure2.md and a PNG a task.
 """
 
-import math
 from fractions import Fraction
 from pathlib import Path
 
@@ -29,39 +28,25 @@ def main():
 
 
 def plot(runs, path):
-    """Two panels, one for each ratio. The bars are 95 % intervals over the seeds."""
-    settings = runs[0]["settings"]
-    columns = ["Clean%", *(f"{attack} Aua%" for attack in settings["attacks"].split())]
+    """Two panels, one for each ratio. The bars are 95 % intervals over the seeds (Student's t)."""
+    settings, points = runs[0]["settings"], {}
+    for run in runs:
+        draw = run["overrides"].get("draw", {})
+        for column in ("Clean%", *(f"{attack} Aua%" for attack in settings["attacks"].split())):
+            for ratio in draw if len(draw) == 1 else ():
+                line = points.setdefault((ratio, f"{run['method']}, {column}"), {})
+                line.setdefault(float(Fraction(draw[ratio])), []).append(run["figures"][column])
     figure, axes = new_figure(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
-    for ax, ratio in zip(axes, RATIOS):
-        for method in dict.fromkeys(run["method"] for run in runs):
-            points = {}
-            for run in runs:
-                draw = run["overrides"].get("draw", {})
-                if run["method"] == method and list(draw) == [ratio]:
-                    points.setdefault(float(Fraction(draw[ratio])), []).append(run["figures"])
-            for column in columns if points else ():
-                numbers = [[figures[column] for figures in points[value]] for value in sorted(points)]
-                bars = [interval(of) for of in numbers]
-                ax.errorbar(
-                    sorted(points),
-                    list(map(np.mean, numbers)),
-                    bars,
-                    marker="o",
-                    capsize=3,
-                    label=f"{method}, {column}",
-                )
+    for (ratio, label), line in points.items():
+        x, numbers = zip(*sorted(line.items()))
+        bars = [stats.t.ppf(0.975, len(of) - 1) * stats.sem(of) if len(of) > 1 else 0 for of in numbers]
+        ax = axes[list(RATIOS).index(ratio)]
+        ax.errorbar(x, [np.mean(of) for of in numbers], bars, marker="o", capsize=3, label=label)
         ax.set(xlabel=f"pruning ratio of the {'heads' if ratio == 'tau_head' else 'neurons'}", ylim=(0, 100))
     axes[0].set_ylabel("%")
     axes[1].legend(fontsize=7)
     figure.suptitle(f"{settings['model']} on {runs[0]['task']}", parse_math=False)
     save_figure(figure, path)
-
-
-def interval(numbers):
-    """Half of the 95 % interval of the mean over the seeds (Student's t), 0 for a single seed."""
-    n = len(numbers)
-    return stats.t.ppf(0.975, n - 1) * np.std(numbers, ddof=1) / math.sqrt(n) if n > 1 else 0.0
 
 
 if __name__ == "__main__":

@@ -47,12 +47,10 @@ def main():
     # without an adversary and a penalty; c stays 1, so that the masks never change, which must not end the search
     ordinary = WITHOUT_ADVERSARY | {"lambda_head": 0, "lambda_ffn": 0, "learning_rate_c": 0, "patience": 10**9}
     run_script("search", **settings, **ordinary, output=text, corpus=text / "train", save_model=adapted)
-    losses = {
-        f"loss_{name}": held_out_loss(model, text / "held-out", options.output)
-        for name, model in (("before", options.model), ("after", str(adapted)))
-    }
-    write_result(Path(options.results) / "mlm.json", {"settings": settings} | losses)
-    print(f"MLM loss on held-out text: {losses['loss_before']:.3f} before, {losses['loss_after']:.3f} after; {adapted}")
+    before, after = (held_out_loss(of, text / "held-out", options.output) for of in (options.model, str(adapted)))
+    result = {"settings": settings, "loss_before": before, "loss_after": after}
+    write_result(Path(options.results) / "mlm.json", result)
+    print(f"MLM loss on held-out text: {before:.3f} before, {after:.3f} after; {adapted}")
 
 
 def write_text(folder):
@@ -71,14 +69,13 @@ def held_out_loss(name, folder, output):
     model = Bert.load(path, mlm=True).to(device).eval()
     if "mlm_head" in model.initialized:
         find_mlm_head(name, output, model, sha256, tokenizer, device)
-    blocks, total, count = Blocks(tokenizer, *data.find_corpus(str(folder)), 128, device), 0.0, 0
+    blocks, losses = Blocks(tokenizer, *data.find_corpus(str(folder)), 128, device), []
     optim.seed_step(0, len(blocks))
     for chosen in torch.arange(len(blocks)).split(32):
         ids, positions, labels = blocks.batch(chosen)
         with torch.inference_mode():
-            total += model.mlm_loss(model(ids, positions=positions), labels).item() * len(labels)
-        count += len(labels)
-    return total / count
+            losses.append(model.mlm_loss(model(ids, positions=positions), labels).expand(len(labels)))
+    return torch.cat(losses).mean().item()
 
 
 if __name__ == "__main__":

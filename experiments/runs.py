@@ -149,6 +149,8 @@ def run_method(options, run):
     """
     start, method, settings = time.time(), METHODS[run["method"]], run["settings"]
     given = {script: run["overrides"].get(script, {}) for script in DEFAULTS}
+    if method.ticket == "random":  # of any search it has the shapes alone, so that this is no override of the run
+        given["search"] = parse_overrides(options)["search"]
     training = {name: settings[name] for name in ("train_rows", "epochs", "batch_size", "learning_rate")}
     training |= given["finetune"]
     search = DEFAULTS["search"] | given["search"] | method.search | {"seed": run["seed"]}
@@ -176,29 +178,24 @@ def run_method(options, run):
     resources, outcomes = {}, {}
     for attack in settings["attacks"].split():
         flags = on_device | made | DEFAULTS["attack"] | given["attack"] | {"attack": attack, "n": settings["n"]}
+        path = folder / attack
         if given["attack"]:  # another name, so that the results of both remain
             flags["suffix"] = folder_name(given["attack"])
-        summary, outcomes[attack] = run_attack(flags, folder)
+            path = folder / f"{attack}-{flags['suffix']}"
+        run_script("attack", **flags)
+        if read_result(f"{path}.json")["errors"]:  # for example of memory: these are tried once more
+            run_script("attack", **flags)
+        summary = read_result(f"{path}.json")
+        rows = read_rows(Path(f"{path}.jsonl"), json_sha256(identity(summary)))
+        found = {number: OUTCOMES[row["outcome"]] for number, row in rows.items()}
+        found |= dict.fromkeys(map(int, summary["errors"]), OUTCOMES["error"])
+        outcomes[attack] = pack("".join(found[number] for number in sorted(found)))
         resources |= summary["resources"]
         figures[f"{attack} errors"] = len(summary["errors"])
         for column, key, unit in (("Aua%", "aua", 100), ("Suc%", "suc", 100), ("#Query", "queries", 1)):
             figures[f"{attack} {column}"] = None if summary[key] is None else unit * summary[key]
     hours = (time.time() - start) / 3600
     return {"figures": figures, "resources": resources, "outcomes": outcomes, "hours": hours}
-
-
-def run_attack(flags, folder):
-    """(the summary of an attack, the outcome of each sentence). What ends in an error is tried once more."""
-    path = folder / "-".join(filter(None, (flags["attack"], flags.get("suffix"))))
-    for _ in range(2):  # an error may be one of memory
-        run_script("attack", **flags)
-        summary = read_result(f"{path}.json")
-        if not summary["errors"]:
-            break
-    found = read_rows(Path(f"{path}.jsonl"), json_sha256(identity(summary)))
-    rows = {number: OUTCOMES[row["outcome"]] for number, row in found.items()}
-    rows |= dict.fromkeys(map(int, summary["errors"]), OUTCOMES["error"])
-    return summary, pack("".join(rows[number] for number in sorted(rows)))
 
 
 def pack(outcomes):

@@ -144,6 +144,9 @@ def test_quick_version_sets_what_is_not_given(scripts, tmp_path):
     given = dict(scripts)
     assert given["search"]["corpus"] == "bbc" and given["baselines.robustt"]["epochs"] == "2"
     assert (given["finetune"]["task"], given["finetune"]["epochs"], given["attack"]["n"]) == ("rt", 3, 100)
+    assert call(table1, *flags[:1], "--methods", "Random ticket", *flags[4:]) == 0
+    assert {flags["corpus"] for name, flags in scripts if name == "search"} == {"bbc"}  # nothing from a network
+    assert not any(run["overrides"] for run in tables.load_runs(tmp_path / "table1.json")[2:])
     assert call(table1, *flags, "--epochs", 4, "--seeds", 2) == 0
     assert {flags["epochs"] for name, flags in scripts[-6:] if name == "finetune"} == {4}
 
