@@ -7,9 +7,8 @@
 Every weight w of the encoder's matrices and of the pooler becomes w z, where z is a hard concrete gate (Louizos et al.
 2018). Only the scores of the gates are trained, on FreeLB's loss + lambda x the expected share of open gates (the mean
 of the matrices' shares; query, key and value are three matrices). The weights with the smallest scores over all
-matrices are pruned. Unlike ORTicket's, such a ticket belongs to one task, and saves neither time nor memory: it is a
-mask over the dense model. Defaults are those of the authors' scripts; docs/decisions.md compares the code with theirs.
-Interrupted runs resume after the last whole epoch when rerun.
+matrices are pruned. Such a ticket is a mask over the dense model: it saves neither time nor memory. docs/decisions.md
+compares the code with that of the authors.
 """
 
 import math
@@ -93,9 +92,10 @@ def main():
     folder = files.output_folder(options.output, options.model) / files.task_folder(options.task)
     source = folder / f"none-vanilla-seed{options.seed}"
     if not (source / "model.safetensors").is_file():
-        same = ("model", "output", "seed", *data.COLUMN_OPTIONS, "data_revision", "train_rows")
-        command = f"python finetune.py --task {shlex.quote(options.task)}{cli.flags(options, *same)} --ticket none"
-        raise BadInput(f"there is no fine-tuned model in {source}: run {command}")
+        same = cli.flags(
+            options, "model", "output", "task", "seed", *data.COLUMN_OPTIONS, "data_revision", "train_rows"
+        )
+        raise BadInput(f"there is no fine-tuned model in {source}: run python finetune.py{same} --ticket none")
     splits = task.load(options.data_revision)
     model, tokenizer, max_length, metadata = load_finetuned(source, task, splits, options, device)
     train = first_rows(splits["train"], options.train_rows, options.task)
@@ -124,24 +124,25 @@ def main():
 
 def retrain_command(options, settings, ticket):
     """The command that retrains the ticket with the `settings` of the fine-tuned model."""
-    flags = {"task": options.task, "model": options.model, "output": options.output}
-    flags |= {name: settings[name] for name in RETRAINED} | {"ticket": ticket}
-    flags = {name: value if isinstance(value, list) else [value] for name, value in flags.items() if value is not None}
-    words = [f"--{name.replace('_', '-')} {shlex.join(map(str, values))}" for name, values in flags.items()]
-    return " ".join(["python finetune.py", *words])
+    flags = {"task": options.task, "model": options.model, "output": options.output, "ticket": ticket}
+    command = "python finetune.py"
+    for name, value in (flags | {name: settings[name] for name in RETRAINED}).items():
+        if value is not None:
+            values = value if isinstance(value, list) else [value]
+            command += f" --{name.replace('_', '-')} {shlex.join(map(str, values))}"
+    return command
 
 
 def learn_scores(options, model, rows, checkpoint, dtype):
     """Learn the scores of all gates: {name of a weight: scores of its shape}."""
     torch.manual_seed(options.seed)
-    kinds = ("query_key_value", "attention_output", "intermediate", "output")
-    names = [f"layers.{i}.{kind}" for i in range(len(model.layers)) for kind in kinds] + ["pooler"]
-    gated = {name: model.get_submodule(name) for name in names}
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    gated = {name: module for name, module in linear.items() if name.startswith("layers.") or name == "pooler"}
     gates = nn.ModuleList(Gates(of.weight.shape, options.initial).to(of.weight.device) for of in gated.values())
     for module, gate in zip(gated.values(), gates):
         parametrize.register_parametrization(module, "weight", gate)  # w -> w z
-    lr, decay = options.learning_rate, options.weight_decay
-    optimizer = torch.optim.AdamW(gates.parameters(), lr, weight_decay=decay, fused=True)
+    lr = options.learning_rate
+    optimizer = torch.optim.AdamW(gates.parameters(), lr, weight_decay=options.weight_decay, fused=True)
     steps_per_epoch = math.ceil(len(rows) / options.batch_size)
     steps = options.epochs * steps_per_epoch
     checkpoint.load(optimizer, gates=gates)
@@ -172,8 +173,7 @@ def learn_scores(options, model, rows, checkpoint, dtype):
             optimizer.step()
             optimizer.zero_grad()
             bar.update()
-            status = loss, open_share
-            bar.set_postfix_str(lambda: "loss {:.3f}, open {:.1%}".format(*status), refresh=False)
+            bar.set_postfix_str(lambda: f"loss {loss:.3f}, open {open_share:.1%}", refresh=False)
         if not math.isfinite(loss):
             raise BadInput(f"training diverged in epoch {epoch + 1}: lower --learning-rate {lr:g}")
         checkpoint.save(optimizer, {"gates": gates}, metadata={"epochs_done": epoch + 1})

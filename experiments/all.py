@@ -1,19 +1,14 @@
 """All tables and figures, one after another: `python -m experiments.all`, with the options of table1.py."""
 
-import subprocess
-import sys
+import importlib
 
 from runtime import cli
 
-EXPERIMENTS = ("table1", "table2", "table3", "table4", "table5", "table6", "figure1", "figure2")
-
 
 def main():
-    for name in EXPERIMENTS:
-        print(f"python -m experiments.{name} {' '.join(sys.argv[1:])}", flush=True)
-        code = subprocess.run([sys.executable, "-m", f"experiments.{name}", *sys.argv[1:]]).returncode
-        if code:
-            sys.exit(code)
+    for name in (*(f"table{number}" for number in range(1, 7)), "figure1", "figure2"):
+        print(name, flush=True)
+        importlib.import_module(f"experiments.{name}").main()
 
 
 if __name__ == "__main__":

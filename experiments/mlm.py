@@ -16,7 +16,7 @@ import torch
 import data
 from bert import Bert
 from checkpoints.provenance import write_result
-from experiments.runs import run_script
+from experiments.runs import WITHOUT_ADVERSARY, run_script
 from inputs.batches import Blocks
 from inputs.mlm_head import find_mlm_head
 from inputs.tokenizer import Tokenizer
@@ -41,28 +41,25 @@ class Options:
 def main():
     options = cli.parse(Options, __doc__)
     output = files.output_folder(options.output, options.model)
-    text, adapted = write_text(output / "mlm"), output.with_name(f"{output.name}-mlm")
-    training = {"epochs": options.epochs, "batch_size": options.batch_size, "learning_rate": options.learning_rate}
-    ordinary = {"adv_steps": 1, "adv_init_mag": 0, "lambda_head": 0, "lambda_ffn": 0, "learning_rate_c": 0}
-    ordinary |= {"patience": 10**9}  # c stays 1, so that the masks never change
-    where = {"model": options.model, "output": output / "mlm", "corpus": text / "train", "save_model": adapted}
-    run_script("search", **where, **training, **ordinary, seed=options.seed)
-    result = {"settings": training | {"model": options.model, "seed": options.seed}}
-    for name, model in (("before", options.model), ("after", str(adapted))):
-        result[f"loss_{name}"] = held_out_loss(model, text / "held-out", options.output)
+    text, adapted = output / "mlm", output.with_name(f"{output.name}-mlm")
+    write_text(text)
+    settings = {name: value for name, value in vars(options).items() if name not in ("output", "results")}
+    # without an adversary and a penalty; c stays 1, so that the masks never change, which must not end the search
+    ordinary = WITHOUT_ADVERSARY | {"lambda_head": 0, "lambda_ffn": 0, "learning_rate_c": 0, "patience": 10**9}
+    run_script("search", **settings, **ordinary, output=text, corpus=text / "train", save_model=adapted)
+    before, after = (held_out_loss(of, text / "held-out", options.output) for of in (options.model, str(adapted)))
+    result = {"settings": settings, "loss_before": before, "loss_after": after}
     write_result(Path(options.results) / "mlm.json", result)
-    print(f"MLM loss on held-out text: {result['loss_before']:.3f} before, {result['loss_after']:.3f} after; {adapted}")
+    print(f"MLM loss on held-out text: {before:.3f} before, {after:.3f} after; {adapted}")
 
 
 def write_text(folder):
     """Write the bundled texts, one a line, to FOLDER/train and FOLDER/held-out."""
-    texts = [
-        texts[0] for rows in (data.reviews("imdb"), data.reviews("rotten_tomatoes"), data.bbc()) for texts, _ in rows
-    ]
-    lines = [" ".join(text.split()) for text in texts]
-    for name, part in (("held-out", lines[::HELD_OUT]), ("train", [x for i, x in enumerate(lines) if i % HELD_OUT])):
-        files.write_text(folder / name / "text.txt", "\n".join(part))
-    return folder
+    rows = [*data.reviews("imdb"), *data.reviews("rotten_tomatoes"), *data.bbc()]
+    lines = [" ".join(text.split()) for (text, *_), _ in rows]
+    files.write_text(folder / "held-out" / "text.txt", "\n".join(lines[::HELD_OUT]))
+    del lines[::HELD_OUT]
+    files.write_text(folder / "train" / "text.txt", "\n".join(lines))
 
 
 def held_out_loss(name, folder, output):
@@ -72,14 +69,13 @@ def held_out_loss(name, folder, output):
     model = Bert.load(path, mlm=True).to(device).eval()
     if "mlm_head" in model.initialized:
         find_mlm_head(name, output, model, sha256, tokenizer, device)
-    blocks, total, count = Blocks(tokenizer, *data.find_corpus(str(folder)), 128, device), 0.0, 0
+    blocks, losses = Blocks(tokenizer, *data.find_corpus(str(folder)), 128, device), []
     optim.seed_step(0, len(blocks))
     for chosen in torch.arange(len(blocks)).split(32):
         ids, positions, labels = blocks.batch(chosen)
         with torch.inference_mode():
-            total += model.mlm_loss(model(ids, positions=positions), labels).item() * len(labels)
-        count += len(labels)
-    return total / count
+            losses.append(model.mlm_loss(model(ids, positions=positions), labels).expand(len(labels)))
+    return torch.cat(losses).mean().item()
 
 
 if __name__ == "__main__":

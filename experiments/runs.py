@@ -68,57 +68,60 @@ def code():
 
 def parse_overrides(options):
     """The NAME=VALUE pairs of --search, --draw, --finetune, --robustt and --attack: {script: {option: value}}."""
-    overrides = {}
-    for script in DEFAULTS:
-        overrides[script] = {}
+    overrides = {script: {} for script in DEFAULTS}
+    for script, pairs in overrides.items():
         for pair in getattr(options, script):
             name, equals, value = pair.partition("=")
             name = name.replace("-", "_")
             if not equals or name in RESERVED:
                 allowed = f"an option of {script}.py except {', '.join(RESERVED)}"
                 raise BadInput(f"--{script} {pair!r}: give NAME=VALUE, {allowed}")
-            overrides[script][name] = value
+            pairs[name] = value
     return overrides
 
 
-def relevant_overrides(name, overrides):
-    """The part of `overrides` that has an effect on the method `name`, without empty dictionaries."""
-    method, relevant = METHODS[name], {script: dict(pairs) for script, pairs in overrides.items()}
-    if method.ticket != "drawn":
-        relevant["search"] = {}
-    if method.ticket not in ("drawn", "random"):
-        relevant["draw"] = {}
-    if method.ticket != "robustt":
-        relevant["robustt"] = {}
-    for script, ignored in (
-        ("search", ("adv",) if method.search == WITHOUT_ADVERSARY else ()),
-        ("finetune", ("adv_", "alpha", "beta") if method.method == "vanilla" else ()),
-        ("finetune", ("alpha", "beta") if method.method != "infobert" else ()),
-    ):
-        relevant[script] = {key: value for key, value in relevant[script].items() if not key.startswith(ignored or "*")}
+def relevant_overrides(method, overrides):
+    """The part of `overrides` that has an effect on the method, without empty dictionaries."""
+    ignored = {  # prefixes of the options without effect
+        "search": ("",) if method.ticket != "drawn" else ("adv",) if method.search == WITHOUT_ADVERSARY else (),
+        "draw": () if method.ticket in ("drawn", "random") else ("",),
+        "robustt": () if method.ticket == "robustt" else ("",),
+        "finetune": {"vanilla": ("adv_", "alpha", "beta"), "infobert": ()}.get(method.method, ("alpha", "beta")),
+        "attack": (),
+    }
+    relevant = {
+        script: {name: value for name, value in pairs.items() if not name.startswith(ignored[script])}
+        for script, pairs in overrides.items()
+    }
     return {script: pairs for script, pairs in relevant.items() if pairs}
 
 
-def run_script(name, /, **flags):
+def overrides_text(overrides):
+    """ ", `--search adv-lr=0.1`" for {script: {option: value}}; empty without any."""
+    flags = [
+        " ".join([f"--{script}", *(f"{name.replace('_', '-')}={value}" for name, value in sorted(pairs.items()))])
+        for script, pairs in sorted(overrides.items())
+    ]
+    return f", `{' '.join(flags)}`" if flags else ""
+
+
+def run_script(name, /, overwrite=False, **flags):
     """Run search, draw, finetune, attack or baselines.robustt. Its progress and errors are shown, its output is not.
 
-    overwrite, among the flags: if it fails, it is run again with --overwrite.
+    overwrite: if it fails, it is run again with --overwrite.
     """
-    arguments, overwrite = [], flags.pop("overwrite", None)
+    command = [sys.executable, *(["-m", name] if "." in name else [ROOT / f"{name}.py"])]
     for flag, value in flags.items():
-        arguments += [] if value is None else [f"--{flag.replace('_', '-')}", str(value)]
-    program = ["-m", name] if "." in name else [ROOT / f"{name}.py"]
-    paths = [str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    for more in ([], ["--overwrite"]) if overwrite else ([],):
-        command = [sys.executable, *program, *arguments, *more]
-        code = subprocess.run(command, env=env, stdout=subprocess.DEVNULL).returncode
-        if code != 2:
-            break
+        command += [] if value is None else [f"--{flag.replace('_', '-')}", str(value)]
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    code = subprocess.run(command, env=env, stdout=subprocess.DEVNULL).returncode
+    if code == 2 and overwrite:
+        code = subprocess.run([*command, "--overwrite"], env=env, stdout=subprocess.DEVNULL).returncode
     if code in (130, -signal.SIGINT):
         raise KeyboardInterrupt
     if code:
-        raise BadInput(f"python {' '.join(map(str, [*program, *arguments]))} failed with exit code {code}")
+        raise BadInput(f"python {' '.join(map(str, command[1:]))} failed with exit code {code}")
 
 
 def folder_name(*settings):
@@ -127,75 +130,72 @@ def folder_name(*settings):
     return re.sub(r"[^\w.=-]+", "_", ",".join(words)) or "default"
 
 
-def run_method(options, task, name, seed, overrides):
-    """Make the ticket, fine-tune and attack. overrides: the relevant ones.
+def run_search(options, model, search):
+    """Search, in a folder that all tasks and ratios share. Returns the path of the coefficients, and the seconds."""
+    output = Path(options.output, folder_name(search))
+    where = {"model": model, "output": output, "device": options.device, "overwrite": options.overwrite}
+    run_script("search", **where, **search)
+    folder, objective = files.model_folder(output, model), search.get("objective", "mlm")
+    suffix = "" if objective == "mlm" else f"-{files.task_folder(objective)}"
+    return folder / f"coefficients{suffix}.safetensors", read_result(folder / f"search{suffix}.json")["seconds"]
+
+
+def run_method(options, run):
+    """Make a run, of which {"task", "method", "seed", "settings", "overrides"} are given: search, draw, fine-tune and
+    attack.
 
     Returns {"figures": {column: number}, "resources": of the attacks, "outcomes": {attack: of each sentence, packed},
     "hours": of all of it}.
     """
-    method, given, start = METHODS[name], {script: overrides.get(script, {}) for script in DEFAULTS}, time.time()
-    trained = {key: getattr(options, key) for key in ("train_rows", "epochs", "batch_size", "learning_rate")}
-    trained |= given["finetune"]
-    search, figures = {}, {}
-    if method.ticket in ("drawn", "random"):
-        search = DEFAULTS["search"] | given["search"] | method.search | {"seed": seed}
-    output = Path(options.output, folder_name(search, given["draw"], trained))
-    drawn = {"model": options.model, "output": output, "task": task, "overwrite": options.overwrite or None}
-    where = {name: value for name, value in drawn.items() if name != "task"} | {"device": options.device}
-    ticket = method.ticket
-    folder = files.model_folder(output, options.model) / files.task_folder(task)
+    start, method, settings = time.time(), METHODS[run["method"]], run["settings"]
+    given = {script: run["overrides"].get(script, {}) for script in DEFAULTS}
+    if method.ticket == "random":  # of any search it has the shapes alone, so that this is no override of the run
+        given["search"] = parse_overrides(options)["search"]
+    training = {name: settings[name] for name in ("train_rows", "epochs", "batch_size", "learning_rate")}
+    training |= given["finetune"]
+    search = DEFAULTS["search"] | given["search"] | method.search | {"seed": run["seed"]}
+    search = search if method.ticket in ("drawn", "random") else {}
+    output = Path(options.output, folder_name(search, given["draw"], training))
+    folder = files.model_folder(output, settings["model"]) / files.task_folder(run["task"])
+    where = {"model": settings["model"], "output": output, "task": run["task"], "overwrite": options.overwrite}
+    on_device, figures, ticket = where | {"device": options.device}, {}, method.ticket
     if search:
-        figures["search seconds"] = draw_ticket(options, search, drawn, given["draw"])
+        coefficients, figures["search seconds"] = run_search(options, settings["model"], search)
+        run_script("draw", **where, **given["draw"], coefficients=coefficients)
     if ticket == "robustt":
-        rows = {"task": task, "seed": seed, "train_rows": trained["train_rows"], "batch_size": trained["batch_size"]}
-        run_script("finetune", **where, **trained, task=task, seed=seed, ticket="none")
-        run_script("baselines.robustt", **where, **rows, **given["robustt"])
-        ticket = folder / f"robustt-seed{seed}.safetensors"
-    run = {"ticket": ticket, "method": method.method, "ablation": method.ablation, "seed": seed}
-    run["ticket_seed"] = trained.pop("ticket_seed", None)
-    run_script("finetune", **where, **trained, **run, task=task)
-    folder /= files.run_name(SimpleNamespace(**run))
+        rows = {name: training[name] for name in ("train_rows", "batch_size")} | {"seed": run["seed"]}
+        run_script("finetune", **on_device, **training, seed=run["seed"], ticket="none")
+        run_script("baselines.robustt", **on_device | rows | given["robustt"])
+        ticket = folder / f"robustt-seed{run['seed']}.safetensors"
+    made = {"ticket": ticket, "method": method.method, "ablation": method.ablation, "seed": run["seed"]}
+    made["ticket_seed"] = training.pop("ticket_seed", None)
+    run_script("finetune", **on_device, **training, **made)
+    folder /= files.run_name(SimpleNamespace(**made))
     metrics = read_result(folder / "metrics.json")
     figures |= {"Clean%": 100 * metrics["test_accuracy"], "GB": metrics["peak_memory"] / 1e9}
     figures |= {"M parameters": metrics["parameters"] / 1e6, "learning rate": metrics["settings"]["learning_rate"]}
     figures |= {key: metrics[key] for key in ("seconds", "tokens_per_second")}
     resources, outcomes = {}, {}
-    for attack in options.attacks:
-        attacked = {"task": task, "attack": attack, "n": options.n[task]}
+    for attack in settings["attacks"].split():
+        flags = on_device | made | DEFAULTS["attack"] | given["attack"] | {"attack": attack, "n": settings["n"]}
+        path = folder / attack
         if given["attack"]:  # another name, so that the results of both remain
-            attacked["suffix"] = folder_name(given["attack"])
-        summary, outcomes[attack] = run_attack(where | run | DEFAULTS["attack"] | given["attack"] | attacked, folder)
+            flags["suffix"] = folder_name(given["attack"])
+            path = folder / f"{attack}-{flags['suffix']}"
+        run_script("attack", **flags)
+        if read_result(f"{path}.json")["errors"]:  # for example of memory: these are tried once more
+            run_script("attack", **flags)
+        summary = read_result(f"{path}.json")
+        rows = read_rows(Path(f"{path}.jsonl"), json_sha256(identity(summary)))
+        found = {number: OUTCOMES[row["outcome"]] for number, row in rows.items()}
+        found |= dict.fromkeys(map(int, summary["errors"]), OUTCOMES["error"])
+        outcomes[attack] = pack("".join(found[number] for number in sorted(found)))
         resources |= summary["resources"]
         figures[f"{attack} errors"] = len(summary["errors"])
         for column, key, unit in (("Aua%", "aua", 100), ("Suc%", "suc", 100), ("#Query", "queries", 1)):
             figures[f"{attack} {column}"] = None if summary[key] is None else unit * summary[key]
     hours = (time.time() - start) / 3600
     return {"figures": figures, "resources": resources, "outcomes": outcomes, "hours": hours}
-
-
-def draw_ticket(options, search, drawn, overrides):
-    """Search, in a folder that all tasks and ratios share, and draw. Returns the seconds of the search."""
-    output = Path(options.output, folder_name(search))
-    where = {"model": options.model, "output": output, "overwrite": drawn["overwrite"], "device": options.device}
-    run_script("search", **where, **search)
-    folder, objective = files.model_folder(output, options.model), search.get("objective", "mlm")
-    suffix = "" if objective == "mlm" else f"-{files.task_folder(objective)}"
-    run_script("draw", **drawn, **overrides, coefficients=folder / f"coefficients{suffix}.safetensors")
-    return read_result(folder / f"search{suffix}.json")["seconds"]
-
-
-def run_attack(flags, folder):
-    """(the summary of an attack, the outcome of each sentence). What ends in an error is tried once more."""
-    stem = "-".join(filter(None, (flags["attack"], flags.get("suffix"))))
-    for _ in range(2):  # an error may be one of memory
-        run_script("attack", **flags)
-        summary = read_result(folder / f"{stem}.json")
-        if not summary["errors"]:
-            break
-    found = read_rows(folder / f"{stem}.jsonl", json_sha256(identity(summary)))
-    rows = {number: OUTCOMES[row["outcome"]] for number, row in found.items()}
-    rows |= dict.fromkeys(map(int, summary["errors"]), OUTCOMES["error"])
-    return summary, pack("".join(rows[number] for number in sorted(rows)))
 
 
 def pack(outcomes):

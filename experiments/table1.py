@@ -17,7 +17,7 @@ from runtime import cli
 
 def main():
     baselines = ("Vanilla", "PGD", "FreeLB", "InfoBERT", "RobustT")
-    make_table("table1", (*baselines, "ORTicket", "Random ticket"), __doc__)
+    make_table("table1", __doc__, (*baselines, "ORTicket", "Random ticket"))
 
 
 if __name__ == "__main__":

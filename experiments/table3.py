@@ -1,7 +1,5 @@
 """Table 3: tickets of a search with and without an adversary, each fine-tuned with and without FreeLB.
 
-    python -m experiments.table3 --tasks imdb
-
 The options are those of table1.py.
 """
 
@@ -11,7 +9,7 @@ from runtime import cli
 
 def main():
     rows = ("Vanilla ticket", "Vanilla ticket + FreeLB", "ORTicket", "ORTicket + FreeLB")
-    make_table("table3", rows, __doc__, tasks=("imdb", "agnews", "qqp"))
+    make_table("table3", __doc__, rows, tasks=("imdb", "agnews", "qqp"))
 
 
 if __name__ == "__main__":

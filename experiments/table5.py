@@ -1,7 +1,5 @@
 """Table 5: another encoder, RoBERTa-base.
 
-    python -m experiments.table5 --tasks sst2
-
 The options are those of table1.py.
 """
 
@@ -10,7 +8,7 @@ from runtime import cli
 
 
 def main():
-    make_table("table5", ("Vanilla", "FreeLB", "ORTicket"), __doc__, model="roberta-base")
+    make_table("table5", __doc__, ("Vanilla", "FreeLB", "ORTicket"), model="roberta-base")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,5 @@
 """Table 6: ablation of what a ticket keeps, its pre-trained initialization and its structure.
 
-    python -m experiments.table6 --tasks sst2
-
 The options are those of table1.py.
 """
 
@@ -11,7 +9,7 @@ from runtime import cli
 
 def main():
     rows = ("ORTicket", "w/o initialization", "w/o structure")
-    make_table("table6", rows, __doc__, tasks=("sst2", "qnli", "qqp"), attacks=("textfooler",))
+    make_table("table6", __doc__, rows, tasks=("sst2", "qnli", "qqp"), attacks=("textfooler",))
 
 
 if __name__ == "__main__":

@@ -113,7 +113,8 @@ def add_argument(group, field):
         group.add_argument(flag, action="store_true", help=help)
     elif field.type is tuple:
         help += f" [{' '.join(default)}]" if default else ""
-        group.add_argument(flag, nargs="+", default=default, metavar="NAME", help=help)
+        more = {"nargs": "+", "choices": metadata["choices"]}
+        group.add_argument(flag, default=default, metavar="NAME", help=help, **more)
     else:
         help += "" if default is None else f" [{shown(default)}]"
         more = {"nargs": "?"} if metadata["positional"] else {}
@@ -163,7 +164,7 @@ def flags(options, *names):
 
 
 class progress:
-    """The progress of a loop: a bar on a terminal, elsewhere lines with the time. Only process 0 shows it.
+    """The progress of a loop: tqdm's bar on a terminal, elsewhere lines with the time. Only process 0 shows it.
 
     Elsewhere a line is printed at each of `parts` parts of the loop, and whenever there was none for SILENCE seconds.
     A loop that takes more than LONG seconds also gets one line on how long it takes and what would be `faster`.
@@ -175,14 +176,12 @@ class progress:
         self.total, self.n, self.description, self.parts, self.faster = total, initial, description, parts, faster
         self.size, self.units = (1e6, "MB") if unit == "B" else (1, f"{unit}s")
         self.begun = self.shown = time.monotonic()
-        self.first = self.rate = None  # (n, time) after the first units, which warm up; seconds per unit since
-        self.initial, self.part, self.is_estimated, self.status = initial, self.current_part(), False, ""
-        self.bar = None
-        if RANK == 0 and sys.stderr.isatty():
-            from tqdm import tqdm
+        self.initial, self.part, self.rate, self.is_estimated, self.status = initial, self.current_part(), 0, False, ""
+        from tqdm import tqdm
 
-            scale = {"unit_scale": True, "unit_divisor": 1024} if unit == "B" else {}
-            self.bar = tqdm(desc=description, total=total, initial=initial, unit=unit, dynamic_ncols=True, **scale)
+        self.is_terminal = RANK == 0 and sys.stderr.isatty()
+        shape = {"unit": unit, "unit_scale": unit == "B", "dynamic_ncols": True, "disable": not self.is_terminal}
+        self.bar = tqdm(desc=description, total=total, initial=initial, **shape)
 
     def __enter__(self):
         return self
@@ -191,9 +190,8 @@ class progress:
         self.close()
 
     def close(self):
-        if self.bar is not None:
-            self.refresh_bar()
-            self.bar.close()
+        self.refresh_bar()
+        self.bar.close()
 
     def update(self, n=1):
         if self.current_part() > self.part:  # reached before: by now its status is set
@@ -210,45 +208,43 @@ class progress:
             self.show(is_due=self.current_part() > self.part)
 
     def measure(self):
-        now = time.monotonic()
-        if self.first is None and self.n > self.initial:
-            self.first = self.n, now
-        elif self.first and self.n > self.first[0]:
-            self.rate = (now - self.first[1]) / (self.n - self.first[0])
+        self.rate = (time.monotonic() - self.begun) / max(1, self.n - self.initial)  # seconds per unit
 
     def current_part(self):
         return self.n * self.parts // max(1, self.total)
 
     def show(self, is_due=False):
         """Update the bar, or print a line if `is_due` or if the last one is long ago."""
-        now = time.monotonic()
+        now, seconds = time.monotonic(), self.rate * (self.total - self.n)
         if RANK or now - self.shown < 0.1:
             return
-        seconds = (self.rate or 0) * (self.total - self.n)
-        left = self.rate and f"{self.rate * self.size:.3g} s each, {duration(seconds)}"
-        if left and not self.is_estimated and now - self.first[1] > self.SHORT:
+        left = f"{self.rate * self.size:.3g} s each, {duration(seconds)}"
+        is_long = now - self.begun > self.SHORT and self.n > self.initial
+        if is_long and not self.is_estimated:
             self.is_estimated = True
             if seconds > self.LONG:
-                togo = f"{(self.total - self.n) / self.size:,.0f} {self.units} to go"
-                self.print(f"{togo}, {left} at most{self.faster and '; faster: '}{self.faster}")
-        if self.bar is not None or (now - self.begun > self.SHORT and (is_due or now - self.shown > self.SILENCE)):
-            if self.bar is not None:
-                self.refresh_bar()
-            else:
-                status = self.status() if callable(self.status) else self.status
-                done = f"{self.n / self.size:,.0f} of {self.total / self.size:,.0f} {self.units}"
-                self.print(", ".join(filter(None, [done, left and f"{left} left", status])))
-            self.shown, self.part = now, self.current_part()
+                to_go = f"{(self.total - self.n) / self.size:,.0f} {self.units} to go"
+                self.print(f"{to_go}, {left} at most{self.faster and '; faster: '}{self.faster}")
+        if self.is_terminal:
+            self.refresh_bar()
+        elif is_long and (is_due or now - self.shown > self.SILENCE):
+            done = f"{self.n / self.size:,.0f} of {self.total / self.size:,.0f} {self.units}"
+            self.print(", ".join(filter(None, [done, f"{left} left", self.shown_status()])))
+        else:
+            return
+        self.shown, self.part = now, self.current_part()
+
+    def shown_status(self):
+        return self.status() if callable(self.status) else self.status
 
     def refresh_bar(self):
-        self.bar.set_postfix_str(self.status() if callable(self.status) else self.status, refresh=False)
-        self.bar.update(self.n - self.bar.n)
+        if self.is_terminal:
+            self.bar.set_postfix_str(self.shown_status(), refresh=False)
+            self.bar.update(self.n - self.bar.n)
 
     def print(self, text):
         """Print a line, above the bar if there is one."""
-        line = f"{time.strftime('%H:%M:%S')} {self.description}: {text}"
-        write = print if self.bar is None else self.bar.write
-        write(line, file=sys.stderr)
+        self.bar.write(f"{time.strftime('%H:%M:%S')} {self.description}: {text}", file=sys.stderr)
 
 
 def duration(seconds):

@@ -42,16 +42,14 @@ def pick_device(name="auto"):
     if kind == "auto":
         kind = next(kind for kind in is_there if is_there[kind])
     if not is_there[kind]:
-        raise BadInput(
-            f"--device {name}: PyTorch {torch.__version__} finds no such device; --device auto takes what is there"
-        )
+        remedy = "--device auto takes what is there"
+        raise BadInput(f"--device {name}: PyTorch {torch.__version__} finds no such device; {remedy}")
     if kind != "cuda":
         return torch.device(kind)
     number, count = int(index or os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-    if number >= count and index:
-        raise BadInput(f"--device {name}: this machine has {count} GPUs, numbered from 0")
     if number >= count:
-        raise BadInput(f"more processes than the {count} GPUs of this machine: set --nproc-per-node {count}")
+        remedy = f"the first is cuda:0; torchrun takes at most --nproc-per-node {count}"
+        raise BadInput(f"GPU {number} is none of this machine's {count} GPUs: {remedy}")
     return torch.device(kind, number)
 
 

@@ -51,9 +51,9 @@ def test_devices_are_picked_by_name_and_process(monkeypatch):
     assert pick_device() == pick_device("cuda") == torch.device("cuda:1") and pick_device("cpu").type == "cpu"
     assert pick_device("cuda:0") == torch.device("cuda:0")  # all processes
     monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(BadInput, match="more processes than the 2 GPUs of this machine: set --nproc-per-node 2"):
+    with pytest.raises(BadInput, match="GPU 2 is none of this machine's 2 GPUs: .* at most --nproc-per-node 2"):
         pick_device()
-    with pytest.raises(BadInput, match="cuda:2: this machine has 2 GPUs"):
+    with pytest.raises(BadInput, match="GPU 2 is none of this machine's 2 GPUs: the first is cuda:0"):
         pick_device("cuda:2")
 
 

@@ -35,7 +35,7 @@ def scripts(monkeypatch):
     that ran."""
     ran, modules = [], {module.__name__: module for module in (search, draw, finetune, robustt, attack)}
 
-    def run_script(name, **flags):
+    def run_script(name, overwrite=False, **flags):
         ran.append((name, flags))
         given = [
             part
@@ -144,6 +144,9 @@ def test_quick_version_sets_what_is_not_given(scripts, tmp_path):
     given = dict(scripts)
     assert given["search"]["corpus"] == "bbc" and given["baselines.robustt"]["epochs"] == "2"
     assert (given["finetune"]["task"], given["finetune"]["epochs"], given["attack"]["n"]) == ("rt", 3, 100)
+    assert call(table1, *flags[:1], "--methods", "Random ticket", *flags[4:]) == 0
+    assert {flags["corpus"] for name, flags in scripts if name == "search"} == {"bbc"}  # nothing from a network
+    assert not any(run["overrides"] for run in tables.load_runs(tmp_path / "table1.json")[2:])
     assert call(table1, *flags, "--epochs", 4, "--seeds", 2) == 0
     assert {flags["epochs"] for name, flags in scripts[-6:] if name == "finetune"} == {4}
 
@@ -191,17 +194,22 @@ def test_table2_is_relative_to_freelb_with_and_without_the_search(scripts, tmp_p
     assert make_table(tmp_path, table=table2) == 0
     out = capsys.readouterr().out
     freelb, vanilla = 70 / 11, 70 / 22
-    assert f"| ORTicket | 1 | 2.00 | {freelb / (vanilla + 5):.2f} | 3.00 | 2.00 |" in out
-    assert f"| Vanilla | 1 | 2.00 | {freelb / vanilla:.2f} | 3.00 | 2.00 |" in out
+    assert f"| ORTicket | 1 | 2.00 | {freelb / (vanilla + 5):.2f} | 2.0 | 3.0 |" in out
+    assert f"| Vanilla | 1 | 2.00 | {freelb / vanilla:.2f} | 2.0 | 3.0 |" in out
     rows = [run | {"task": "sst2"} for run in recorded(tmp_path, "table2")]
-    assert "| ORTicket | 1 | 2.00 (7.7) | 0.78 (6.6) | 3.00 (93) |" in table2.to_markdown("table2", rows)
+    assert "| ORTicket | 1 | 2.00 (7.7) | 0.78 (6.6) | 2.0 | 3.0 (93) |" in tables.markdown(
+        "table2", rows, ("speed", "with search", "GB", "M parameters")
+    )
 
 
 def test_table4_is_a_matrix_of_searches_and_tasks(scripts, tmp_path, capsys):
     assert make_table(tmp_path, "--tasks", "bbc", "rt", table=table4) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    assert lines[0] == "| searched on | bbc Clean% | bbc textfooler Aua% | rt Clean% | rt textfooler Aua% |"
-    assert len(lines) == 2 + 7 and lines[3].startswith("| Vanilla |") is False
+    assert lines[0] == "| method | runs | bbc Clean% | bbc textfooler Aua% | rt Clean% | rt textfooler Aua% |"
+    labels = [line.split(" | ")[0] for line in lines[2:9]]
+    assert labels[:2] == ["| Vanilla", "| ORTicket"] and labels[-1] == "| ORTicket from agnews"
+    assert lines[3] == "| ORTicket | 2 | 80.0 | 40.0 | 80.0 | 40.0 |"
+    assert sum(line.startswith("| ORTicket from qqp | +1.0 |") for line in lines) == 2  # the differences on each task
     searched = {flags.get("objective", "mlm") for name, flags in scripts if name == "search"}
     assert searched == {"mlm", "sst2", "qnli", "qqp", "imdb", "agnews"}
 
@@ -210,24 +218,26 @@ def test_figure1_is_the_mean_of_the_masks_of_all_searches(tmp_path, monkeypatch)
     torch.manual_seed(0)
     found = {}
 
-    def run_script(name, model, output, corpus, seed):
+    def run_script(name, model, output, seed, **_):
         found[seed] = torch.rand(2, 4), torch.rand(2, 10)
-        path = files.model_folder(output, model) / "coefficients.safetensors"
-        safetensors.write_safetensors(path, dict(zip(("head", "ffn"), found[seed])), {})
+        folder = files.model_folder(output, model)
+        safetensors.write_safetensors(folder / "coefficients.safetensors", dict(zip(("head", "ffn"), found[seed])), {})
+        write_result(folder / "search.json", {"seconds": 5})
 
     def read(path):
         tensors, _ = safetensors.read_safetensors(path)
         return tensors["head"], tensors["ffn"], {}
 
-    monkeypatch.setattr(figure1, "run_script", run_script)
+    monkeypatch.setattr(runs, "run_script", run_script)
     monkeypatch.setattr(figure1, "read_coefficients", read)
     flags = ["--models", "tiny", "--searches", 2, "--tau-head", 0.25, "--tau-ffn", 0.3]
+    assert call(figure1, *flags, "--output", tmp_path, "--results", tmp_path, "--dry-run") == 0 and not found
     assert call(figure1, *flags, "--output", tmp_path, "--results", tmp_path) == 0
     share = json.loads((tmp_path / "figure1.json").read_text())["tiny"]
     assert (tmp_path / "figure1.png").stat().st_size > 10_000
     kept = [ffn.flatten() > ffn.flatten().sort().values[5] for _, ffn in found.values()]  # 6 of 20 are pruned
     expected = torch.stack(kept).float().mean(0).view(2, 10).mean(1)
-    torch.testing.assert_close(torch.tensor(share["neurons"]), expected)
+    torch.testing.assert_close(torch.tensor(share["neurons"])[:, 0], expected)
     assert sum(map(sum, share["heads"])) == 6  # 8 heads, less a quarter
 
 
@@ -333,7 +343,8 @@ def test_concurrent_commands_keep_each_others_runs(scripts, tmp_path, monkeypatc
 @pytest.mark.parametrize("flags", [["--methods", "Vanila"], ["--tasks", "sst3"], ["--attacks", "all"]])
 def test_unknown_methods_tasks_and_attacks_are_refused(tmp_path, capsys, flags):
     assert make_table(tmp_path, *flags) == 2
-    assert "give some of" in capsys.readouterr().err and not (tmp_path / "results").exists()
+    assert f"argument {flags[0]}: invalid choice: {flags[1]!r} (choose from" in capsys.readouterr().err
+    assert not (tmp_path / "results").exists()
 
 
 def test_packed_outcomes_are_unpacked():
@@ -411,8 +422,9 @@ def test_papers_numbers_are_those_of_its_text():
     for name, table in tables.PAPER.items():
         for task, rows in table["rows"].items():
             for method, numbers in rows.items():
-                if name == "table2":  # 8.3 with the subscript -1.5 is 8.3_{-1.5}
-                    numbers = [abs(number) for number in numbers[:2] if number]
+                if name == "table2":  # 8.3, and 6.8 with the search, is 8.3_{-1.5}
+                    speed, with_search, _ = numbers
+                    numbers = [speed, round(speed - with_search, 1)] if with_search else [speed]
                 if name == "table4":  # a line has the numbers of all tasks
                     numbers = [n for of in ("sst2", "qnli", "qqp", "imdb", "agnews") for n in table["rows"][of][method]]
                 assert numbers in lines, (name, task, method)
