@@ -275,21 +275,31 @@ def held(runs, task, attack):
     return {seed: np.array([outcome == "1" for outcome in of]) for seed, of in outcomes.items()}
 
 
+def difference(runs, reference, task, attack):
+    """`compare` of the runs of two methods, over the seeds that both have. Of one seed, which says nothing of others,
+    only the difference; {} without any."""
+    ours, theirs = held(runs, task, attack), held(reference, task, attack)
+    seeds = sorted(ours.keys() & theirs.keys())
+    if len(seeds) > 1:
+        return compare([ours[seed] for seed in seeds], [theirs[seed] for seed in seeds])
+    return {"difference": 100 * (ours[seed].mean() - theirs[seed].mean()) for seed in seeds}
+
+
+def shown(result):
+    """ "-1.2 ± 2.3" """
+    text = f"{result['difference']:+.1f}" if result else "-"
+    return f"{text} ± {result['interval']:.1f}" if "interval" in result else text
+
+
 def differences(task, attack, rows):
     """The differences in Aua% between each row and the reference rows, as Markdown."""
     lines = []
     for label, runs in rows.items():
         line, needed = [label], "-"
         for reference in REFERENCES:
-            ours, theirs = held(runs, task, attack), held(rows.get(reference, []), task, attack)
-            seeds = sorted(ours.keys() & theirs.keys()) if label != reference else []
-            if len(seeds) > 1:
-                result = compare([ours[seed] for seed in seeds], [theirs[seed] for seed in seeds])
-                line += [f"{result['difference']:+.1f} ± {result['interval']:.1f}", f"{result['p']:.3f}"]
-                needed = str(result["seeds_needed"] or "more sentences")
-            else:  # one seed says nothing of others
-                mean = [100 * (ours[seed].mean() - theirs[seed].mean()) for seed in seeds]
-                line += [f"{mean[0]:+.1f}" if mean else "-", "-"]
+            result = difference(runs, rows.get(reference, []), task, attack) if label != reference else {}
+            line += [shown(result), f"{result['p']:.3f}" if "p" in result else "-"]
+            needed = str(result["seeds_needed"] or "more sentences") if "p" in result else needed
         lines.append([*line, needed])
     if all(set(line[1:]) == {"-"} for line in lines):
         return ""

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from checkpoints.provenance import read_result
-from experiments.compare import compare
-from experiments.tables import PAPER, held, load_runs, markdown_table, mean_and_deviation
+from experiments.tables import PAPER, cell, difference, load_runs, markdown_table, shown
 from runtime import cli, files
 from runtime.cli import BadInput, option
 
@@ -75,10 +74,10 @@ def verdict(runs, losses):
     lines, rows = [asked(), described(starts, losses)], []
     for start, attacks in starts.items():
         cosine, methods = next(iter(attacks.items()))
-        results = {pair: difference(methods, *pair) for pair in PAIRS}
+        results = {pair: compared(methods, *pair) for pair in PAIRS}
         lines.append(f"**From {name(start)}.** Points of accuracy under attack: {listed(results)}.")
-        rows.append(f"from {name(start)}, {claim(results[PAIRS[0]])}: {shown(results[PAIRS[0]])}")
-        others = {other: difference(attacks[other], *PAIRS[0]) for other in attacks}
+        rows.append(f"from {name(start)}, {claim(results[PAIRS[0]])}: {with_p(results[PAIRS[0]])}")
+        others = {other: compared(attacks[other], *PAIRS[0]) for other in attacks}
         if len(others) > 1:
             each = ", ".join(f"{shown(result)} at {other:g}" for other, result in sorted(others.items(), reverse=True))
             lines.append(f"**With synonyms down to another cosine**, ORTicket - Vanilla is {each}.")
@@ -110,25 +109,9 @@ def described(starts, losses):
     )
 
 
-def difference(methods, ours, reference):
-    """`compare` of two methods, over the seeds that both have; None without any."""
-    ours, reference = (held(methods.get(method, []), "textfooler") for method in (ours, reference))
-    seeds = sorted(ours.keys() & reference.keys())
-    return compare([ours[seed] for seed in seeds], [reference[seed] for seed in seeds]) if seeds else None
-
-
-def shown(result):
-    """ "-1.2 ± 2.3 (p = 0.31)" """
-    if result is None:
-        return "-"
-    if result["interval"] is None:
-        return f"{result['difference']:+.1f} (one seed)"
-    return f"{result['difference']:+.1f} ± {result['interval']:.1f} (p = {result['p']:.3f})"
-
-
 def claim(result):
     """What a difference says about the ticket."""
-    if result is None or result["interval"] is None:
+    if "p" not in result:
         return "not known"
     if abs(result["difference"]) <= result["interval"]:
         return "no difference beyond chance"
@@ -136,7 +119,7 @@ def claim(result):
 
 
 def listed(results):
-    return "; ".join(f"{ours} - {reference} {shown(results[ours, reference])}" for ours, reference in results)
+    return "; ".join(f"{ours} - {reference} {with_p(results[ours, reference])}" for ours, reference in results)
 
 
 def price(starts):
@@ -169,10 +152,21 @@ def name(start):
 def table(methods):
     rows = []
     for method in [method for method in METHODS if method in methods]:
-        cells = [[run["figures"][column] for run in methods[method]] for column in COLUMNS]
-        against = [
-            shown(difference(methods, method, other)) if method != other else "-"
-            for other in ("Vanilla", "Random ticket")
-        ]
-        rows.append([method, str(len(methods[method])), *map(mean_and_deviation, cells), *against])
-    return markdown_table("", ["seeds", *COLUMNS, "Aua% - Vanilla", "Aua% - random ticket"], rows)
+        cells = [cell("verdict", methods[method], "sst2", column) for column in COLUMNS]
+        against = [with_p(compared(methods, method, other)) for other in ("Vanilla", "Random ticket")]
+        rows.append([method, str(len(methods[method])), *cells, *against])
+    return markdown_table(["", "seeds", *COLUMNS, "Aua% - Vanilla's", "Aua% - random ticket's"], rows)
+
+
+def compared(methods, ours, reference):
+    """`difference` of two methods; {} for a method with itself."""
+    runs = [methods.get(method, []) for method in (ours, reference)]
+    return difference(*runs, "sst2", "textfooler") if ours != reference else {}
+
+
+def with_p(result):
+    return shown(result) + (f" (p = {result['p']:.3f})" if "p" in result else "")
+
+
+if __name__ == "__main__":
+    cli.run(main)

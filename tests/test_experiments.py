@@ -443,7 +443,7 @@ def verdict_runs():
                 figures = {"Clean%": 90, "M parameters": 20 if method == "ORTicket" else 25, "textfooler Aua%": count}
                 figures |= {"textfooler Suc%": 100 - count, "textfooler #Query": 50}
                 settings = {"model": "minilm", "train_rows": 5000, "epochs": 3, "n": 100}
-                run = {"method": method, "seed": seed, "settings": settings, "figures": figures}
+                run = {"task": "sst2", "method": method, "seed": seed, "settings": settings, "figures": figures}
                 run["overrides"] = {"attack": {"min_cosine": "0.5"}}
                 run["outcomes"] = {"textfooler": runs.pack("1" * count + "0" * (100 - count))}
                 every.append(run)
@@ -471,5 +471,5 @@ def test_the_verdict_compares_only_seeds_of_both(verdict_runs):
     methods = {}
     for run in verdict_runs(Vanilla=(10, 90), ORTicket=(20,)):
         methods.setdefault(run["method"], []).append(run)
-    assert verdict.shown(verdict.difference(methods, "ORTicket", "Vanilla")) == "+10.0 (one seed)"
-    assert verdict.difference(methods, "ORTicket", "Random ticket") is None
+    assert verdict.with_p(verdict.compared(methods, "ORTicket", "Vanilla")) == "+10.0"
+    assert verdict.compared(methods, "ORTicket", "Random ticket") == {}
