@@ -1,12 +1,12 @@
 """Speed, side by side with transformers and TextAttack."""
 
 import runtime.start  # noqa: F401 # isort: skip
+
 """Speed compared with Hugging Face transformers and TextAttack, on the same work in the same run.
 
     python -m benchmarks.bench search                  one FreeLB step on masked language modelling
     python -m benchmarks.bench finetune --task sst2    fine-tuning and classifying, with the full model and a ticket
     python -m benchmarks.bench finetune --profile      what takes the time of fine-tuning
-    python -m benchmarks.bench load                    loading a checkpoint of BERT-base's size, in each format
     python -m benchmarks.bench attack                  TextFooler on the full MiniLM that finetune.py trained
     python -m benchmarks.bench attack --attack bertattack --n 4 --rounds 1
     python -m benchmarks.bench scale                   how the cost grows with the work
@@ -14,10 +14,11 @@ import runtime.start  # noqa: F401 # isort: skip
 
 Every measurement is a process of its own, and the sides take turns. The first steps of each process warm up and are not
 counted. Both sides have the same allocator settings and threads, start from the same weights and see the same examples.
-Their losses (without dropout), sums of loaded weights or adversarial texts are compared, so that a fast wrong answer
+Their losses (without dropout) or adversarial texts are compared, so that a fast wrong answer
 cannot win. --save keeps the figures in benchmarks/results and puts the table into docs/speed.md.
 """
 
+import functools
 import json
 import os
 import shlex
@@ -36,13 +37,12 @@ import data
 from attacks import recipes
 from attacks.library import import_textattack
 from benchmarks import cost, libraries, report, scale, training
-from bert import Bert, Config
-from checkpoints.huggingface import read_weights
+from bert import Bert
 from inputs.tokenizer import Tokenizer
 from runtime import cli
 from runtime.cli import BadInput, option
 from runtime.cpu import tune_allocator
-from runtime.device import describe, peak_memory, pick_device, pick_precision
+from runtime.device import describe, pick_device, pick_precision
 
 SIDES = {
     "search": ("orticket", "transformers, SDPA", "transformers, eager", "transformers, SDPA, compiled"),
@@ -52,13 +52,13 @@ SIDES = {
     ),
 }
 ONLY_FIRST = ("its ticket", "with FreeLB", "orticket, compiled")  # measured in the first precision only
-ATTACK_PARTS = ("the model", "sentence encoder", "part of speech", "substitutes", "the rest", "import")
+PARTS = ("the model", "the sentence encoder")  # of the time of an attack
 
 
 @dataclass
 class Options:
     what: str = option(
-        "search", "benchmark", choices=("search", "finetune", "load", "attack", "scale", "cost"), positional=True
+        "search", "benchmark", choices=("search", "finetune", "attack", "scale", "cost"), positional=True
     )
     batch_size: int = option(32, "examples per step", at_least=1)
     block: int = option(128, "search: tokens per example", at_least=8)
@@ -81,13 +81,11 @@ class Options:
 
 def main():
     options = cli.parse(Options, __doc__)
-    training_pair = bench_training, training.time_training
-    others = {"load": (bench_load, time_load), "attack": (bench_attack, time_attack)}
-    benchmark, worker = others.get(options.what, training_pair)
     if options.worker:
+        worker = time_attack if options.what == "attack" else training.time_training
         return print(json.dumps(worker(options, *options.worker.split(";"))))
+    benchmark = {"attack": bench_attack, "scale": scale.bench, "cost": cost.bench}.get(options.what, bench_training)
     with tempfile.TemporaryDirectory() as folder:
-        benchmark = {"scale": scale.bench, "cost": cost.bench}.get(options.what, benchmark)
         name, figures, lines = benchmark(options, Path(folder))
     command = f"`python -m benchmarks.bench {shlex.join(sys.argv[1:])}`, {describe(pick_device(options.device))}:"
     report.publish(name, figures, [command, *lines], options.save)
@@ -129,8 +127,8 @@ def check_agreement(values, tolerance):
 
 
 def best_ratios(figures, name):
-    """One line: how many times the seconds figures[case][name] of orticket the fastest baseline takes, in each precision
-    and overall. case: (side, precision)."""
+    """The seconds figures[side, precision][name] of the fastest baseline, divided by orticket's, in each precision and
+    overall: a line."""
     parts = []
     for precision in (*dict.fromkeys(precision for _, precision in figures), None):
         chosen = {case: row[name] for case, row in figures.items() if precision in (None, case[1])}
@@ -160,22 +158,21 @@ def bench_training(options, folder):
     if options.profile:
         return profile_table(options, run_workers(options, cases[:1], folder)[cases[0]], f"{precisions[0]}, {work}")
     columns = {"seconds": "{seconds:.2f}", "range": "{low:.2f}-{high:.2f}", "ratio": "{ratio:.2f}"}
-    columns |= {"tokens/s": "{speed:,.0f}", "of peak": "{of_peak:.1%}", "peak GB": "{gb:.2f}", "loss": "{loss:.4f}"}
+    columns |= {"tokens/s": "{speed:,.0f}", "of peak": "{of_peak:.1%}", "peak GB": "{memory:.2f}", "loss": "{loss:.4f}"}
     columns |= {} if is_search else {"classifying": "{classify:.2f}", "ratio ": "{classify_ratio:.2f}"}
     columns |= {"first": "{first:.0f}"} if options.compile else {}
     figures = {}
     for case, results in run_workers(options, cases, folder).items():
         figures[case] = row = medians(results)
         row["low"], row["high"] = (of(result["seconds"] for result in results) for of in (min, max))
-        row |= {"speed": row["tokens"] / row["seconds"], "of_peak": row["flops"] / row["seconds"] / row["peak"]}
-        row |= {"gb": row["memory"] / 1e9, "ratio": row["seconds"] / figures["orticket", precisions[0]]["seconds"]}
+        row["ratio"] = row["seconds"] / figures["orticket", precisions[0]]["seconds"]
         row["first"] = results[0]["first"]
         if not is_search:
             row["classify_ratio"] = row["classify"] / figures["orticket", precisions[0]]["classify"]
     same_model = [row for (side, _), row in figures.items() if side != "its ticket"]
     check_agreement([row["loss"] for row in same_model], 0.02)
     lines = [f"{work} Medians of {options.rounds} processes; ratio: to orticket in {precisions[0]};"]
-    lines += ["of peak: share of the FLOP/s of a product of large matrices in the same precision;"] 
+    lines += ["of peak: share of the FLOP/s of a product of large matrices in the same precision;"]
     lines += ["first: seconds of the first passes of the first process, with compiling."] * options.compile
     lines += ["", *report.table(figures, columns), "", f"Best baseline / orticket: {best_ratios(figures, 'seconds')}."]
     if not is_search:
@@ -188,51 +185,18 @@ def profile_table(options, results, work):
     """The seconds of each group of operators, and the FLOP/s that the products alone reach."""
     of_process = medians([result.pop("profile") for result in results])
     row, total = medians(results), sum(of_process.values())
+    slower = total / row["seconds"]
     rate = row["flops"] / of_process["matrix products"] / row["peak"]
     figures = {(name,): {"seconds": seconds, "share": seconds / total} for name, seconds in of_process.items()}
     lines = [work, "", *report.table(figures, {"seconds": "{seconds:.3f}", "share": "{share:.1%}"}), ""]
-    lines.append(f"The products alone reach {rate:.0%} of the peak. Profiling took {total / row['seconds']:.2f} times as long.")
+    lines.append(
+        f"The products alone reach {rate:.0%} of the peak; with the profiler it took {slower:.2f} times as long."
+    )
     return f"{options.what}-profile", figures, lines
 
 
-def bench_load(options, folder):
-    """Files are memory-mapped, so a load alone reads little: the time until every weight was used is measured, too."""
-    torch.manual_seed(0)
-    model = Bert(Config(), mlm=True)
-    for kind in ("safetensors", "bin"):
-        (folder / kind).mkdir()
-        model.save(folder / kind, (), {})
-    size = (folder / "safetensors" / "model.safetensors").stat().st_size
-    torch.save(dict(read_weights(folder / "safetensors")), folder / "bin" / "pytorch_model.bin")
-    (folder / "bin" / "model.safetensors").unlink()
-    cases = [(side, kind) for kind in ("safetensors", "bin") for side in ("orticket", "transformers")]
-    figures = {case: medians(results) for case, results in run_workers(options, cases, folder).items()}
-    for (_, kind), row in figures.items():
-        row |= {"of_file": row["memory"] / size, "ratio": row["used"] / figures["transformers", kind]["used"]}
-    check_agreement([row["sum"] for row in figures.values()], 0.1)
-    columns = {"seconds to load": "{seconds:.3f}", "to use all weights": "{used:.3f}"}
-    columns |= {"peak memory / file": "{of_file:.2f}", "ratio to transformers": "{ratio:.2f}"}
-    work = f"BERT-base with MLM head, {size / 1e6:.0f} MB. Medians of {options.rounds} processes."
-    return "load", figures, [work, "", *report.table(figures, columns)]
-
-
-def time_load(options, side, kind, folder):
-    """{"seconds" to load, "used": seconds until all weights were read, "memory" beyond that of torch, "sum"}."""
-    if side == "transformers":
-        from transformers import BertForMaskedLM
-    torch.ones(2**20).sum()
-    cpu = torch.device("cpu")
-    before, start = peak_memory(cpu), time.perf_counter()
-    path = f"{folder}/{kind}"
-    model = BertForMaskedLM.from_pretrained(path) if side == "transformers" else Bert.load(path, mlm=True)
-    seconds = time.perf_counter() - start
-    total = sum(p.sum(dtype=torch.float64).item() for p in model.parameters())
-    used = time.perf_counter() - start
-    return {"seconds": seconds, "used": used, "memory": peak_memory(cpu) - before, "sum": total}
-
-
 def bench_attack(options, folder):
-    """Seconds from the first to the last example. The import of TextAttack, the same for both, is shown separately."""
+    """Seconds from the first to the last example."""
     sides = "orticket", "textattack, longest", "textattack"
     precisions = ["fp32"] if pick_precision(pick_device(options.device), "auto") == torch.float32 else ["fp32", "bf16"]
     cases = [(side, precision) for precision in precisions for side in sides if (side, precision) != (sides[2], "bf16")]
@@ -244,20 +208,18 @@ def bench_attack(options, folder):
         row["queries"] = sum(queries for _, _, queries in texts[case])
         row["same"] = sum(one == other for one, other in zip(texts[case], texts["textattack", "fp32"]))
     columns = {"in all": "{seconds:.2f}", "ratio": "{ratio:.2f}", "queries": "{queries:,}"}
-    columns |= {"same outcome": f"{{same}} of {options.n}"} | {part: f"{{{part}:.2f}}" for part in ATTACK_PARTS}
+    columns |= {"same outcome": f"{{same}} of {options.n}"} | {f"in {part}": f"{{{part}:.2f}}" for part in PARTS}
     lines = [f"{options.attack} on {options.n} rows of {options.task}, MiniLM. Seconds, medians of {options.rounds}"]
-    lines += ["processes; ratio: to orticket in fp32; longest: TextAttack's wrapper with each batch padded to its longest"]
-    lines += ["text instead of 512 tokens.", "", *report.table(figures, columns), ""]
+    lines += ["processes; ratio: to orticket in fp32; longest: TextAttack's wrapper, but with each batch padded to its"]
+    lines += ["longest text instead of 512 tokens.", "", *report.table(figures, columns), ""]
     lines += [f"Best baseline / orticket: {best_ratios(figures, 'seconds')}."]
     return f"attack-{options.attack}-{options.task}", figures, lines
 
 
 def time_attack(options, side, precision, folder):
-    """{"seconds", those of each of ATTACK_PARTS, "found": [[outcome, text, queries] of each example]}."""
-    clock = dict.fromkeys(ATTACK_PARTS, 0.0)
-    start = time.perf_counter()
+    """{"seconds", those of each of PARTS, "found": [[outcome, text, queries] of each example]}."""
+    clock = dict.fromkeys(PARTS, 0.0)
     textattack, nltk_data = import_textattack()
-    clock["import"] = time.perf_counter() - start
     tune_allocator()
     given = {"task": options.task, "model": "minilm", "output": options.output, "n": options.n}
     given |= {"attack": options.attack, "vectors": options.vectors, "precision": precision, "device": options.device}
@@ -270,11 +232,8 @@ def time_attack(options, side, precision, folder):
         libraries.restore_textattack(recipe, textattack, given, pads_to_longest="longest" in side)
     count_time(clock, "the model", recipe.goal_function, "model")
     for constraint in recipe.constraints:
-        for part, name in (("sentence encoder", "model"), ("part of speech", "_get_pos")):
-            if hasattr(constraint, name):
-                count_time(clock, part, constraint, name)
-    if options.attack == "bertattack":
-        count_time(clock, "substitutes", recipe.transformation, "_get_transformations")
+        if hasattr(constraint, "model"):
+            count_time(clock, "the sentence encoder", constraint, "model")
     start, found = time.perf_counter(), []
     for number in attack.sample(given, len(splits["test"])):
         texts, label = splits["test"][number]
@@ -282,15 +241,14 @@ def time_attack(options, side, precision, folder):
         attack.clear_caches(recipe)
         result = recipe.attack(OrderedDict(zip(task.columns, texts)), label)
         found.append((type(result).__name__, result.perturbed_result.attacked_text.text, result.num_queries))
-    seconds = time.perf_counter() - start
-    clock["the rest"] = seconds - sum(clock[part] for part in ATTACK_PARTS[:4])
-    return clock | {"seconds": seconds, "found": found}
+    return clock | {"seconds": time.perf_counter() - start, "found": found}
 
 
 def count_time(clock, part, owner, name):
     """Add the time of all calls of owner.name to clock[part]."""
     call = getattr(owner, name)
 
+    @functools.wraps(call)  # with its cache, which attack.clear_caches empties
     def timed(*arguments):
         start = time.perf_counter()
         try:

@@ -132,13 +132,16 @@ def bench(options, folder):
     search = count(Config(), BLOCK, ADVERSARIES["freelb"], MASKED * BLOCK)
     steps = math.ceil(CORPUS_TOKENS / (BLOCK - 2) / BATCH)
     lines = ["Hours with BERT-base and one seed: the search on wikitext-2, one epoch at most; each method on all five"]
-    lines += ["tasks, ten epochs; all three attacks on all six methods. Eight GPUs make eight runs at a time, and search"]
+    lines += [
+        "tasks, ten epochs; all three attacks on all six methods. Eight GPUs make eight runs at a time, and search"
+    ]
     hours = cost_in_hours(search, steps)
     shown = {name: f"{{{name}:,.2f}}" for name in next(iter(hours.values()))}
     lines += ["on one.", "", *report.table(hours, shown), "", *memory_and_traffic(steps), ""]
-    scaling = time_of_steps({"search, 32 x 128 tokens": search} | {
-        f"{name}, 32 rows": count(BASE, TASKS[name].tokens, ADVERSARIES["vanilla"]) for name in ("sst2", "imdb")
-    })
+    scaling = time_of_steps(
+        {"search, 32 x 128 tokens": search}
+        | {f"{name}, 32 rows": count(BASE, TASKS[name].tokens, ADVERSARIES["vanilla"]) for name in ("sst2", "imdb")}
+    )
     columns = {"computing": "{computing:.2f}"}
     columns |= {f"{link}: sum, speedup": f"{{{link}:.2f}}, {{speedup {link}:.1f}}" for link in LINKS}
     lines += ["Milliseconds of a step that n H100 share, and of the sum of their gradients after it:", ""]
@@ -166,9 +169,7 @@ def cost_in_hours(search, steps):
             of_query = on_gpu if launch else per_query * forward[0] / minilm[0]
             row["attacks"] += count_queries(name) * (of_query + rest)
         hours[machine,] = {name: value / 3600 for name, value in row.items()}
-    hours["eight H100",] = {
-        name: value / (1 if name == "search" else 8) for name, value in hours["one H100",].items()
-    }
+    hours["eight H100",] = {name: value / (1 if name == "search" else 8) for name, value in hours["one H100",].items()}
     return {machine: row | {"all": sum(row.values())} for machine, row in hours.items()}
 
 
@@ -190,14 +191,14 @@ def memory_and_traffic(steps):
 
 def time_of_steps(works):
     """{(work, n): {milliseconds of computing and of each link, and the speedup with it}}. Each of n GPUs computes an
-    n-th of a batch, then sends 2 (n - 1) / n of the gradients' bytes in a ring. Both take turns, as in sum_gradients."""
+    n-th of a batch, and then sends 2 (n - 1) / n of the gradients' bytes in a ring, as in sum_gradients."""
     figures, gradients = {}, 4 * number_of_parameters()
     for name, work in works.items():
         for n in (1, 2, 4, 8):
-            row = {"computing": 1000 * seconds(work / [n, 1], SHARE * PEAKS["H100"], LAUNCH)}
-            whole = row["computing"] if n == 1 else whole
+            whole, part = (1000 * seconds(work / [m, 1], SHARE * PEAKS["H100"], LAUNCH) for m in (1, n))
+            row = {"computing": part}
             for link, speed in LINKS.items():
                 row[link] = 1000 * 2 * (n - 1) / n * gradients / speed
-                row[f"speedup {link}"] = whole / (row["computing"] + row[link])
+                row[f"speedup {link}"] = whole / (part + row[link])
             figures[f"{name}, n = {n}",] = row
     return figures

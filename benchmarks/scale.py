@@ -1,18 +1,13 @@
 """How the cost grows with the work: `python -m benchmarks.bench scale`.
 
-Measures searching by the size of the corpus, fine-tuning by its tokens and an attack by its queries, each at several
-sizes. The search should cost the same per token at every size, the others grow linearly after their start-up.
+Measures searching on corpora of several sizes. It should cost the same per token, and the same memory, at every size.
 """
 
-import json
 import os
 import random
-import sys
 import time
-from pathlib import Path
 from unittest import mock
 
-import numpy as np
 import torch
 
 import data
@@ -23,51 +18,27 @@ from freelb import ADVERSARIES
 from gates import Coefficients
 from inputs.batches import Blocks
 from inputs.tokenizer import Tokenizer
-from runtime import cli, files
+from runtime import cli
 from runtime.cpu import tune_allocator
 from runtime.device import autocast, peak_memory, pick_device, pick_precision
 
 STEPS = 12  # timed steps of a search, after as many for warming up
-ROWS = (375, 750, 1500, 3000, 6000)  # training rows of rt
-EXAMPLES = (5, 10, 20, 40)  # attacked rows of rt
 
 
 def bench(options, folder):
     """(name, figures, lines) for report.publish."""
+    figures = {}
     sizes = [megabytes for megabytes in (1, 10, 100, 1000) if megabytes < options.megabytes] + [options.megabytes]
-    bar = cli.progress(len(sizes) + len(ROWS) + len(EXAMPLES), description="scale", unit="size")
-
-    def measured(what, measure, values):
-        rows = {}
-        for value in values:
-            bar.set_postfix_str(f"{what} {value}")
-            rows[(f"{what} {value:,}",)] = measure(value)
-            bar.update()
-        return rows
-
+    bar = cli.progress(len(sizes), description="scale", unit="size")
     # the cache is in the temporary folder, too, so that a gigabyte of tokens is not kept
     with mock.patch.dict(os.environ, XDG_CACHE_HOME=str(folder)):
-        search = measured("search, MB of text:", lambda megabytes: measure_search(megabytes, options, folder), sizes)
-        finetuning = measured("finetune, rows:", lambda rows: measure_finetuning(rows, folder), ROWS)
-        attack = measured("attack, sentences:", lambda n: measure_attack(n, folder), EXAMPLES)
+        for megabytes in sizes:
+            figures[f"{megabytes:,} MB of text",] = measure_search(megabytes, options, folder)
+            bar.update()
     bar.close()
     columns = {"tokens": "{tokens:,}", "tokenizing": "{preparing:.2f}", "searching": "{searching:.1f}"}
-    lines = ["search: seconds per million tokens", ""]
-    lines += report.table(search, columns | {"peak GB": "{memory:.2f}"})
-    for rows, unit in ((finetuning, "tokens"), (attack, "queries")):
-        intercept, slope = fit_line(rows.values())
-        fit = f"{1000 * slope:.3g} s per 1,000 {unit} and {intercept:.1f} s of start-up"
-        lines += ["", f"Linear fit: {fit}.", ""]
-        lines += report.table(rows, {unit: "{work:,}", "seconds": "{seconds:.1f}", "linear fit": "{fit:.1f}"})
-    return "scale", search | finetuning | attack, lines
-
-
-def fit_line(rows):
-    """Least squares (intercept, slope) of the seconds on the work. Adds each row's "fit"."""
-    slope, intercept = np.polyfit([row["work"] for row in rows], [row["seconds"] for row in rows], 1)
-    for row in rows:
-        row["fit"] = intercept + slope * row["work"]
-    return intercept, slope
+    columns |= {"peak GB": "{memory:.2f}"}
+    return "scale", figures, ["Search with MiniLM, seconds per million tokens.", "", *report.table(figures, columns)]
 
 
 def write_corpus(path, size):
@@ -114,24 +85,3 @@ def measure_search(megabytes, options, folder):
         "searching": 1e6 * searching / (STEPS * options.batch_size * options.block),
         "memory": peak_memory(device) / 1e9,
     }
-
-
-def measure_finetuning(rows, folder):
-    """Tokens and seconds of one epoch on `rows` rows of rt, as finetune.py measures them."""
-    run("finetune.py", "--ticket", "none", "--epochs", 1, "--train-rows", rows, "--output", folder, "--overwrite")
-    metrics = files.read_json(next(Path(folder).rglob("metrics.json")))
-    return {"work": round(metrics["tokens_per_second"] * metrics["seconds"]), "seconds": metrics["seconds"]}
-
-
-def measure_attack(n, folder):
-    """Queries to the model and seconds, start-up included, of TextFooler on n rows."""
-    seconds = run("attack.py", "--ticket", "none", "--n", n, "--output", folder, "--overwrite")
-    rows = map(json.loads, next(Path(folder).rglob("textfooler.jsonl")).read_text("utf8").splitlines())
-    return {"work": sum(row.get("queries", 0) for row in rows), "seconds": seconds}
-
-
-def run(script, *flags):
-    """Seconds of a script."""
-    path, start = Path(__file__).resolve().parents[1] / script, time.perf_counter()
-    report.run_process([sys.executable, path, "--model", "minilm", *map(str, flags)], script)
-    return time.perf_counter() - start

@@ -61,7 +61,7 @@ def time_training(options, side, precision, folder):
             optimizer.step()
             optimizer.zero_grad()
 
-    figures = {"tokens": work.tokens, "peak": matrix_rate(device, dtype, seconds_of)}
+    figures = {"peak": matrix_rate(device, dtype, seconds_of)}
     with autocast(device, dtype):
         modules.eval()
         torch.manual_seed(1)  # the same delta on both sides
@@ -78,10 +78,12 @@ def time_training(options, side, precision, folder):
         count = options.steps if is_search else 1
         figures["seconds"] = statistics.median(seconds_of(epoch)[0] for _ in range(count))
         figures["first"] = sum(seconds for seconds, _ in first)  # with compiling
-        figures["memory"] = peak_memory(device)
+        figures["memory"] = peak_memory(device) / 1e9
         with FlopCounterMode(display=False) as counter:  # which turns torch.compile off
             epoch()
         figures["flops"] = counter.get_total_flops()
+        figures["of_peak"] = figures["flops"] / figures["seconds"] / figures["peak"]
+        figures["speed"] = work.tokens / figures["seconds"]
         if options.profile:
             figures["profile"] = profiled(epoch, seconds_of)
     return figures
