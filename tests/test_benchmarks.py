@@ -122,8 +122,7 @@ def test_a_compiled_side_that_fails_is_left_out_and_another_is_not(tmp_path, mon
         return json.dumps({"seconds": 1.0})
 
     monkeypatch.setattr(report, "run_process", run_process)
-    cases = [("orticket", "fp32"), ("orticket, compiled", "fp32")]
-    options = bench.Options(rounds=2)
+    cases, options = [("orticket", "fp32"), ("orticket, compiled", "fp32")], bench.Options(rounds=2)
     assert bench.run_workers(options, cases, tmp_path) == {cases[0]: [{"seconds": 1.0}] * 2}
     assert capsys.readouterr().err.count("left out: orticket, compiled in fp32 failed: no C++ compiler") == 1
     with pytest.raises(BadInput, match="broken"):
