@@ -171,7 +171,7 @@ def classifier(folder, side, dtype, train, rows, test, batch_size, max_length, d
     """What finetune.py does with these `rows` of the training split `train`, whose whole vocabulary is kept."""
     adversary = ADVERSARIES["freelb" if "FreeLB" in side else "vanilla"]
     model, tokenizer = Bert.load(folder), Tokenizer(Path(folder))
-    if "ticket" in side:
+    if side.startswith("its ticket"):
         layers, heads, neurons = full_size(model.config)
         head_mask, ffn_mask = draw_masks(torch.rand(layers, heads), torch.rand(layers, neurons), 1 / 6, 0.3)
         if "x 64" in side:  # rounds what a layer keeps to a multiple of 64
