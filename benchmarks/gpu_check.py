@@ -258,7 +258,7 @@ def check_speed(options, folder, what, sides, batch_sizes):
             row = f"{1000 * figures['seconds']:.1f} ms, {figures['seconds'] / first['seconds']:.2f} times, "
             row += "{speed:,.0f} tokens/s, {of_peak:.0%} of peak, {memory:.1f} GB".format(**figures)
             row += f", classifying {1000 * figures['classify']:.1f} ms" if "classify" in figures else ""
-            is_same = "ticket" in side or abs(figures["loss"] - first["loss"]) < 0.02
+            is_same = "its ticket" in side or abs(figures["loss"] - first["loss"]) < 0.02
             record(f"{what}, batches of {batch_size}: {side}", row, is_same)
 
 
