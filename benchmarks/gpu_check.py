@@ -248,7 +248,7 @@ def check_speed(options, folder, what, sides, batch_sizes):
     task, rows, steps = str(folder / "task.csv"), 200 if options.small else 3200, 2 if options.small else 10
     for batch_size in (4,) if options.small else batch_sizes:
         given = {"block": 16 if options.small else 128, "batch_size": batch_size, "device": options.device}
-        given |= {"what": what, "adv_steps": 3, "steps": steps, "rows": rows, "task": task, "same_allocator": True}
+        given |= {"what": what, "adv_steps": 3, "steps": steps, "rows": rows, "task": task, "profile": False}
         first = None
         for side in sides:
             if pick_device(options.device).type == "cuda":
@@ -256,11 +256,9 @@ def check_speed(options, folder, what, sides, batch_sizes):
             figures = training.time_training(SimpleNamespace(**given), side, "auto", folder / "base")
             first = first or figures
             row = f"{1000 * figures['seconds']:.1f} ms, {figures['seconds'] / first['seconds']:.2f} times, "
-            row += f"{figures['tokens'] / figures['seconds']:,.0f} tokens/s, "
-            row += f"{figures['flops'] / figures['seconds'] / figures['peak']:.0%} of peak, "
-            row += f"{figures['memory'] / 1e9:.1f} GB"
+            row += "{speed:,.0f} tokens/s, {of_peak:.0%} of peak, {memory:.1f} GB".format(**figures)
             row += f", classifying {1000 * figures['classify']:.1f} ms" if "classify" in figures else ""
-            is_same = "ticket" in side or abs(figures["loss"] - first["loss"]) < 0.02
+            is_same = "its ticket" in side or abs(figures["loss"] - first["loss"]) < 0.02
             record(f"{what}, batches of {batch_size}: {side}", row, is_same)
 
 
@@ -296,17 +294,17 @@ def check_attack(options, folder):
             path.unlink()
 
 
-OURS, SDPA, COMPILED = "orticket", "transformers, SDPA", "transformers, compiled"
+OURS, SDPA, BY_LENGTH = "orticket", "transformers, SDPA", "transformers, SDPA, by length"
 TICKETS = "its ticket", "its ticket, x 64"
 PARTS = {  # in the order in which they run
     "equal": check_equal,
     "resume": check_resume,
     "processes": check_processes,
     "search": lambda *given: check_speed(*given, "search", (OURS, SDPA), (32, 128)),
-    "finetune": lambda *given: check_speed(*given, "finetune", (OURS, *TICKETS, SDPA), (32, 128)),
+    "finetune": lambda *given: check_speed(*given, "finetune", (OURS, *TICKETS, SDPA, BY_LENGTH), (32, 128)),
     "tickets": check_search,
-    "compiled": lambda *given: check_speed(*given, "search", (OURS, COMPILED), (32,)),
-    "compiled finetune": lambda *given: check_speed(*given, "finetune", (OURS, COMPILED), (32,)),
+    "compiled": lambda *given: check_speed(*given, "search", (OURS, f"{SDPA}, compiled"), (32,)),
+    "compiled finetune": lambda *given: check_speed(*given, "finetune", (OURS, f"{BY_LENGTH}, compiled"), (32,)),
     "attack": check_attack,
 }
 

@@ -1,4 +1,8 @@
-"""The baselines of bench.py: transformers and TextAttack, used as their documentation shows."""
+"""The baselines of bench.py: transformers and TextAttack, used as their documentation shows, and as well as it allows.
+
+The name of a side of transformers says how it is used. SDPA or eager: its implementation of attention. by length: the
+Trainer's option group_by_length. compiled: torch.compile.
+"""
 
 import os
 import tempfile
@@ -8,28 +12,31 @@ import torch
 
 import data
 from attacks import resources
-from freelb import freelb, initial_delta
 from runtime import files
-from runtime.device import pick_device
+from runtime.device import autocast, pick_device, pick_precision
 
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 
 
-def freelb_step(loss_of, mask, dim, adversary):
-    """The loss and gradients of FreeLB, for both sides. adversary: as in ADVERSARIES."""
-    steps, lr, init_mag, max_norm, _ = adversary
-    return freelb(loss_of, initial_delta(mask, dim, init_mag, max_norm), mask, steps, lr, max_norm)
+def is_baseline(side):
+    return side.startswith("transformers")
 
 
-def search_work(folder, attention, is_compiled, batch):
-    """([BertForMaskedLM], loss_of(delta)), as in FreeLB's and EarlyRobust's published scripts: with the logits of all
+def load(kind, folder, side, device, dynamic=None):
+    """A model of transformers."""
+    import transformers
+
+    attention = "eager" if "eager" in side else "sdpa"
+    model = getattr(transformers, kind).from_pretrained(folder, attn_implementation=attention).to(device)
+    if "compiled" in side:
+        model.compile(dynamic=dynamic)
+    return model
+
+
+def masked_lm(folder, side, ids, positions, labels):
+    """(BertForMaskedLM, loss_of(delta)), as in FreeLB's and EarlyRobust's published scripts: with the logits of all
     tokens, and delta added to the input embeddings. There are no coefficients."""
-    from transformers import BertForMaskedLM
-
-    ids, positions, labels = batch
-    model = BertForMaskedLM.from_pretrained(folder, attn_implementation=attention).to(ids.device)
-    if is_compiled:
-        model.compile()
+    model = load("BertForMaskedLM", folder, side, ids.device)
     mask, wanted = torch.ones_like(ids), torch.full_like(ids.flatten(), -100)
     wanted[positions] = labels
     wanted = wanted.view(ids.shape)
@@ -38,25 +45,29 @@ def search_work(folder, attention, is_compiled, batch):
         words = model.get_input_embeddings()(ids) + delta
         return model(inputs_embeds=words, attention_mask=mask, labels=wanted).loss
 
-    return [model], loss_of
+    return model, loss_of
 
 
-def finetune_work(folder, attention, is_compiled, rows, test, batch_size, max_length, device):
-    """BertForSequenceClassification as the Trainer trains it by default: random batches, each padded to its longest row
-    by DataCollatorWithPadding; compiled, to a multiple of 32 tokens. rows, test: [(tuple of texts, label)]."""
-    from transformers import BertForSequenceClassification, BertTokenizerFast, DataCollatorWithPadding
+def classifier(folder, side, rows, test, batch_size, max_length, device):
+    """BertForSequenceClassification as the Trainer trains it: random batches, or batches of similar length, each padded
+    to its longest row by DataCollatorWithPadding. rows, test: [(tuple of texts, label)]."""
+    from transformers import BertTokenizerFast, DataCollatorWithPadding
+    from transformers.trainer_pt_utils import get_length_grouped_indices
 
-    model = BertForSequenceClassification.from_pretrained(folder, attn_implementation=attention).to(device)
+    model = load("BertForSequenceClassification", folder, side, device, dynamic=True)
     tokenizer = BertTokenizerFast.from_pretrained(folder)
-    collate = DataCollatorWithPadding(tokenizer, pad_to_multiple_of=32 if is_compiled else None)
-    if is_compiled:
-        model.compile()
 
     def loader(rows, shuffle):
         columns = zip(*(texts for texts, _ in rows))
         encoded = tokenizer(*map(list, columns), truncation=True, max_length=max_length)
         features = [{key: encoded[key][i] for key in encoded} | {"label": label} for i, (_, label) in enumerate(rows)]
-        return torch.utils.data.DataLoader(features, batch_size, shuffle=shuffle, collate_fn=collate)
+        how = {"shuffle": shuffle}
+        if "by length" in side:
+            # LengthGroupedSampler calls this with pools of 50 batches, but of fewer if there are less than 200 batches.
+            # These rows stand for a whole task, so its pools are taken here, too.
+            lengths = [len(ids) for ids in encoded["input_ids"]]
+            how = {"sampler": get_length_grouped_indices(lengths, batch_size, mega_batch_mult=50)}
+        return torch.utils.data.DataLoader(features, batch_size, collate_fn=DataCollatorWithPadding(tokenizer), **how)
 
     train, test = loader(rows, True), loader(test, False)
 
@@ -80,16 +91,28 @@ def finetune_work(folder, attention, is_compiled, rows, test, batch_size, max_le
     return SimpleNamespace(modules=[model], steps=steps, loss=loss, classify=classify, tokens=tokens)
 
 
-def restore_textattack(recipe, textattack, options):
+def restore_textattack(recipe, textattack, options, pads_to_longest=False):
     """Change the recipe of attack.py back to TextAttack's own model wrapper, batches and masked-LM transformation. Both
-    sides share the word vectors, the tagger and the encoder's weights."""
+    sides share the word vectors, the tagger and the encoder's weights. pads_to_longest: the wrapper's users may pad to
+    the longest text of a batch, where TextAttack pads to 512 tokens."""
     import transformers
 
     folder = files.model_folder(options.output, options.model) / files.task_folder(options.task)
     folder, device = folder / "none-vanilla-seed0", pick_device(options.device)
+    dtype = pick_precision(device, options.precision)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     model = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval().to(device)
-    recipe.goal_function.model = textattack.models.wrappers.HuggingFaceModelWrapper(model, tokenizer)
+
+    class Wrapper(textattack.models.wrappers.HuggingFaceModelWrapper):
+        def __call__(self, texts):
+            with autocast(device, dtype):
+                if not pads_to_longest:
+                    return super().__call__(texts).float()
+                inputs = self.tokenizer(texts, padding=True, truncation=True, max_length=512, return_tensors="pt")
+                with torch.no_grad():
+                    return self.model(**inputs.to(device)).logits.float()
+
+    recipe.goal_function.model = Wrapper(model, tokenizer)
     recipe.goal_function.batch_size = 32
     minilm, _ = data.find_model("minilm")
     multilingual = resources.UniversalSentenceEncoder().encode

@@ -1,57 +1,50 @@
 """Training and classifying, timed in one process: what search.py and finetune.py do, and the same with transformers."""
 
+import re
 import statistics
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import finetune
 from benchmarks import libraries
-from benchmarks.libraries import freelb_step
 from bert import Bert, Config
-from freelb import ADVERSARIES
+from freelb import ADVERSARIES, freelb, initial_delta
 from gates import Coefficients, draw_masks
 from inputs.batches import TokenizedSplit
 from inputs.splits import first_rows
 from inputs.tokenizer import Tokenizer
-from runtime.cpu import tune_allocator
+from runtime.cpu import Dropout, linear, tune_allocator
 from runtime.device import autocast, peak_memory, pick_device, pick_precision
 from runtime.embeddings import restrict_vocabulary
 
-# name -> (attention implementation, whether it is compiled)
-BASELINES = {"transformers, SDPA": ("sdpa", False), "transformers, eager": ("eager", False)}
-BASELINES["transformers, compiled"] = "sdpa", True
+GROUPS = {  # of a profile -> regular expression of its operators; the first that fits
+    "matrix products": r"mm$|linear|scaled_dot_product",
+    "dropout": r"dropout|draw_mask|aten::ge_|aten::mul_?$",  # forward and backward multiply by the masks
+    "layer norms": "layer_norm",
+    "GELU": "gelu",
+    "softmax and loss": "softmax|nll_loss",
+    "optimizer and clipping": "Optimizer|adam|foreach|vector_norm|clamp|stack",
+    "embeddings": "embedding|index",
+    "conversions and copies": "copy|clone|cat$",
+    "sums of activations and gradients": "aten::add_?$|aten::sum|AccumulateGrad",
+}
 
 
 def time_training(options, side, precision, folder):
-    """One process of one side: {"seconds", "flops", "loss", ...}."""
-    device, is_search, baseline = pick_device(options.device), options.what == "search", side in BASELINES
+    """One process of one side: {"seconds", "flops", "loss", ...}; with --profile {group: seconds}."""
+    device, is_search = pick_device(options.device), options.what == "search"
     dtype = pick_precision(device, precision)
-    if not baseline or options.same_allocator:
-        tune_allocator()
+    tune_allocator()
     torch.manual_seed(0)
-    if is_search:
-        words = min(1000, Config.read(folder).vocab_size // 2), min(30000, Config.read(folder).vocab_size)
-        ids = torch.randint(*words, (options.batch_size, options.block), device=device)
-        positions = (torch.rand(ids.shape, device=device) < 0.15).flatten().nonzero().flatten()
-        batch = ids, positions, ids.flatten()[positions]
-        found = libraries.search_work(folder, *BASELINES[side], batch) if baseline else search_work(folder, batch)
-        modules, loss_of = found
-        adversary, dim = (options.adv_steps, *ADVERSARIES["freelb"][1:]), modules[0].config.hidden_size
-        loss = lambda: freelb_step(loss_of, torch.ones_like(ids), dim, adversary)  # noqa: E731
-        work = SimpleNamespace(modules=modules, loss=loss, steps=lambda: [loss()], tokens=ids.numel())
-    else:
-        task = data.find_task(options.task)
-        splits = task.load(None)
-        rows = first_rows(splits["train"], options.rows, options.task)
-        given = rows, splits["test"], options.batch_size, task.max_length, device
-        ours = folder, side, dtype, splits["train"]
-        work = libraries.finetune_work(folder, *BASELINES[side], *given) if baseline else finetune_work(*ours, *given)
+    work = (search_work if is_search else finetune_work)(options, side, folder, device, dtype)
     modules = torch.nn.ModuleList(work.modules)
     optimizer = torch.optim.AdamW(modules.parameters(), lr=2e-5, fused=True)
 
@@ -68,28 +61,65 @@ def time_training(options, side, precision, folder):
             optimizer.step()
             optimizer.zero_grad()
 
+    figures = {"peak": matrix_rate(device, dtype, seconds_of)}
     with autocast(device, dtype):
         modules.eval()
         torch.manual_seed(1)  # the same delta on both sides
-        figures = {"loss": float(work.loss()), "tokens": work.tokens}
+        first = [seconds_of(work.loss)]
+        figures["loss"] = float(first[0][1])
         optimizer.zero_grad()
         if not is_search:
             with torch.inference_mode():
-                work.classify()
+                first.append(seconds_of(work.classify))
                 figures["classify"], right = seconds_of(work.classify)
-            figures["right"] = right / len(splits["test"])
+            figures["right"] = right / work.test_rows
         modules.train()
-        with FlopCounterMode(display=False) as counter:
+        first.append(seconds_of(epoch))
+        count = options.steps if is_search else 1
+        figures["seconds"] = statistics.median(seconds_of(epoch)[0] for _ in range(count))
+        figures["first"] = sum(seconds for seconds, _ in first)  # with compiling
+        figures["memory"] = peak_memory(device) / 1e9
+        with FlopCounterMode(display=False) as counter:  # which turns torch.compile off
             epoch()
-        epoch()  # the counter disables torch.compile
         figures["flops"] = counter.get_total_flops()
-        figures["seconds"] = statistics.median(seconds_of(epoch)[0] for _ in range(options.steps if is_search else 1))
-        figures["memory"] = peak_memory(device)
-        size = 8192 if device.type == "cuda" else 2048
-        a = torch.randn(size, size, device=device)
-        fastest = min(seconds_of(lambda: torch.mm(a, a))[0] for _ in range(8))
-        figures["peak"] = 2 * size**3 / fastest
+        figures["of_peak"] = figures["flops"] / figures["seconds"] / figures["peak"]
+        figures["speed"] = work.tokens / figures["seconds"]
+        if options.profile:
+            figures["profile"] = profiled(epoch, seconds_of)
     return figures
+
+
+def matrix_rate(device, dtype, seconds_of):
+    """The FLOP/s of a product of large matrices in `dtype`, by the faster of PyTorch's libraries."""
+    size = 8192 if device.type == "cuda" else 2048
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    with torch.inference_mode():
+        products = [lambda: torch.mm(a, a), lambda: linear(a, a)]
+        return 2 * size**3 / min(seconds_of(product)[0] for product in products for _ in range(8))
+
+
+def profiled(epoch, seconds_of):
+    """{group of GROUPS, or "the rest": seconds of an epoch}. The rest is Python, and operators of no group."""
+
+    def draw_mask(*arguments):  # NumPy's part of it is no operator of PyTorch
+        with torch.profiler.record_function("draw_mask"):
+            return original(*arguments)
+
+    original, kind = Dropout.draw_mask, "device" if torch.cuda.is_available() else "cpu"
+    with mock.patch.object(Dropout, "draw_mask", draw_mask), torch.profiler.profile() as profiler:
+        total, _ = seconds_of(epoch)
+    groups = dict.fromkeys((*GROUPS, "the rest"), 0.0)
+    for event in profiler.key_averages():
+        group = next((name for name, pattern in GROUPS.items() if re.search(pattern, event.key)), "the rest")
+        groups[group] += getattr(event, f"self_{kind}_time_total") / 1e6
+    return groups | {"the rest": total - sum(groups[name] for name in GROUPS)}
+
+
+def freelb_step(loss_of, mask, dim, adversary):
+    """The loss and gradients of FreeLB, for both sides. adversary: as in ADVERSARIES."""
+    steps, lr, init_mag, max_norm, only_last = adversary
+    delta = initial_delta(mask, dim, init_mag, max_norm)
+    return freelb(loss_of, delta, mask, steps, lr, max_norm, only_last=only_last)
 
 
 def full_size(config):
@@ -97,32 +127,64 @@ def full_size(config):
     return config.num_hidden_layers, config.num_attention_heads, config.intermediate_size
 
 
-def search_work(folder, batch):
-    """([model, coefficients], loss_of(delta)) of search.py on a batch (ids, positions, labels)."""
-    ids, positions, labels = batch
-    model = Bert.load(folder, mlm=True).to(ids.device)
-    c = Coefficients(*full_size(model.config)).to(ids.device)
-
-    def loss_of(delta):
-        return model.mlm_loss(model(ids, positions=positions, gates=c.gates, delta=delta), labels)
-
-    return [model, c], loss_of
+def search_loss(model, c, ids, positions, labels):
+    """loss_of(delta) of search.py on a batch."""
+    return lambda delta: model.mlm_loss(model(ids, positions=positions, gates=c.gates, delta=delta), labels)
 
 
-def finetune_work(folder, side, dtype, train, rows, test, batch_size, max_length, device):
+def search_work(options, side, folder, device, dtype):
+    """A FreeLB step of either side on random words."""
+    config = Config.read(folder)
+    words = min(1000, config.vocab_size // 2), min(30000, config.vocab_size)
+    ids = torch.randint(*words, (options.batch_size, options.block), device=device)
+    positions = (torch.rand(ids.shape, device=device) < 0.15).flatten().nonzero().flatten()
+    batch = ids, positions, ids.flatten()[positions]
+    if libraries.is_baseline(side):
+        model, loss_of = libraries.masked_lm(folder, side, *batch)
+        modules = [model]
+    else:
+        model, c = Bert.load(folder, mlm=True).to(device), Coefficients(*full_size(config)).to(device)
+        modules, loss_of = [model, c], search_loss(model, c, *batch)
+    adversary = options.adv_steps, *ADVERSARIES["freelb"][1:]
+
+    def loss():
+        return freelb_step(loss_of, torch.ones_like(ids), config.hidden_size, adversary)
+
+    return SimpleNamespace(modules=modules, loss=loss, steps=lambda: [loss()], tokens=ids.numel())
+
+
+def finetune_work(options, side, folder, device, dtype):
+    """An epoch of either side on the first --rows rows of the task, and classifying its test rows."""
+    task = data.find_task(options.task)
+    splits = task.load(None)
+    rows, test = first_rows(splits["train"], options.rows, options.task), splits["test"]
+    given = options.batch_size, task.max_length, device
+    if libraries.is_baseline(side):
+        work = libraries.classifier(folder, side, rows, test, *given)
+    else:
+        work = classifier(folder, side, dtype, splits["train"], rows, test, *given)
+    work.test_rows = len(test)
+    return work
+
+
+def classifier(folder, side, dtype, train, rows, test, batch_size, max_length, device):
     """What finetune.py does with these `rows` of the training split `train`, whose whole vocabulary is kept."""
-    adversary = ADVERSARIES["freelb" if side == "with FreeLB" else "vanilla"]
+    adversary = ADVERSARIES["freelb" if "FreeLB" in side else "vanilla"]
     model, tokenizer = Bert.load(folder), Tokenizer(Path(folder))
-    if side in ("its ticket", "its ticket, x 64"):
+    if side.startswith("its ticket"):
         layers, heads, neurons = full_size(model.config)
         head_mask, ffn_mask = draw_masks(torch.rand(layers, heads), torch.rand(layers, neurons), 1 / 6, 0.3)
-        if side == "its ticket, x 64":  # rounds what a layer keeps to a multiple of 64
+        if "x 64" in side:  # rounds what a layer keeps to a multiple of 64
             ffn_mask = torch.arange(neurons) < (ffn_mask.sum(1, keepdim=True) / 64).round() * 64
         model = model.pruned(head_mask, ffn_mask)
     model.to(device)
     sets = [TokenizedSplit(tokenizer, part, max_length, device) for part in (rows, test, train)]
     model, _ = restrict_vocabulary(model, *sets)
     rows, test, _ = sets
+    if "compiled" in side:
+        Dropout.forward = lambda self, x: F.dropout(x, self.p, self.training)  # NumPy's is not compiled
+        for layer in model.layers:
+            layer.compile(dynamic=True)
 
     def steps():
         for batch in rows.batches(batch_size, np.random.default_rng(0)):

@@ -2,12 +2,18 @@
 
 import importlib.util
 import json
+import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import transformers
 
-from benchmarks import gpu_check, scale
-from tests.conftest import call
+from benchmarks import bench, cost, gpu_check, report, training
+from bert import Config
+from freelb import ADVERSARIES
+from runtime.cli import BadInput
+from tests.conftest import call, saved
 
 LACKING = """import sys
 from importlib.machinery import PathFinder
@@ -53,12 +59,123 @@ def test_all_parts_of_the_check_of_a_gpu_run_on_a_cpu(tmp_path, monkeypatch):
     assert {row["part"] for row in rows} == set(gpu_check.PARTS)
 
 
-def test_linear_fits_of_the_cost_are_least_squares():
-    x, y = np.array([1.0, 2, 4, 9]), np.array([5.0, 8, 11, 30])
-    figures = {
-        "finetune": [{"tokens": a, "seconds": b} for a, b in zip(x, y)],
-        "attack": [{"queries": a, "seconds": b} for a, b in zip(x, y)],
-    }
-    expected = np.linalg.lstsq(np.stack([np.ones(4), x], 1), y, rcond=None)[0]
-    for _, _, _, line in scale.fit_lines(figures).values():
-        assert np.allclose(line, expected)
+@pytest.fixture(scope="module")
+def small_task(tmp_path_factory):
+    """(folder of a tiny model without dropout and with a classifier, a task of texts of many lengths)."""
+    folder = tmp_path_factory.mktemp("small") / "model"
+    saved(folder, transformers.BertForSequenceClassification, num_labels=2)
+    config = json.loads((folder / "config.json").read_text())
+    no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    (folder / "config.json").write_text(json.dumps(config | no_dropout))
+    generator = np.random.default_rng(0)
+    rows = ["".join(generator.choice(list("abcde"), generator.integers(1, 40))) for _ in range(90)]
+    path = folder.parent / "task.csv"
+    path.write_text("text,label\n" + "\n".join(f"{text},{len(text) % 2}" for text in rows))
+    return folder, str(path)
+
+
+def timed(small_task, what, side, **options):
+    folder, task = small_task
+    given = {"what": what, "task": task, "rows": 50, "batch_size": 4, "block": 12, "steps": 1, "device": "cpu"}
+    return training.time_training(bench.Options(**given | options), side, "fp32", folder)
+
+
+def is_compiler_missing():
+    return shutil.which("g++") is None and shutil.which("c++") is None
+
+
+@pytest.mark.parametrize("what", ["search", "finetune"])
+def test_baselines_compute_the_loss_of_orticket(small_task, what, monkeypatch):
+    monkeypatch.setattr(training, "matrix_rate", lambda *_: 1e9)
+    sides = [side for side in bench.SIDES[what] if side != "its ticket" and "compiled" not in side]
+    found = {side: timed(small_task, what, side) for side in sides}
+    losses = [figures["loss"] for figures in found.values()]
+    assert max(losses) - min(losses) < 1e-4 and len(sides) >= 3
+    if what == "finetune":
+        assert len({figures["right"] for figures in found.values()}) == 1
+        by_length, random = found["transformers, SDPA, by length"], found["transformers, SDPA"]
+        assert by_length["flops"] < 0.8 * random["flops"]  # less padding
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(is_compiler_missing(), reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize("what, side", [(what, side) for what in bench.SIDES for side in bench.SIDES[what]])
+def test_compiled_sides_compute_the_loss_of_the_others(small_task, what, side, monkeypatch):
+    if "compiled" not in side:
+        pytest.skip("not compiled")
+    monkeypatch.setattr(training, "matrix_rate", lambda *_: 1e9)
+    monkeypatch.setattr(training.Dropout, "forward", training.Dropout.forward)
+    assert abs(timed(small_task, what, side)["loss"] - timed(small_task, what, "orticket")["loss"]) < 1e-4
+
+
+def test_a_profile_accounts_for_the_whole_time(small_task, monkeypatch):
+    monkeypatch.setattr(training, "matrix_rate", lambda *_: 1e9)
+    figures = timed(small_task, "finetune", "orticket", profile=True)["profile"]
+    assert all(figures[group] > 0 for group in ("matrix products", "layer norms", "GELU", "optimizer and clipping"))
+    assert figures["the rest"] > 0  # Python between the operators, so that no time is counted twice
+
+
+def test_a_compiled_side_that_fails_is_left_out_and_another_is_not(tmp_path, monkeypatch, capsys):
+    def run_process(command, name):
+        if "compiled" in name or "broken" in name:
+            raise BadInput(f"{name} failed: no C++ compiler")
+        return json.dumps({"seconds": 1.0})
+
+    monkeypatch.setattr(report, "run_process", run_process)
+    cases, options = [("orticket", "fp32"), ("orticket, compiled", "fp32")], bench.Options(rounds=2)
+    assert bench.run_workers(options, cases, tmp_path) == {cases[0]: [{"seconds": 1.0}] * 2}
+    assert capsys.readouterr().err.count("left out: orticket, compiled in fp32 failed: no C++ compiler") == 1
+    with pytest.raises(BadInput, match="broken"):
+        bench.run_workers(options, [("broken", "fp32")], tmp_path)
+
+
+def test_claimed_ratios_are_to_the_best_baseline():
+    seconds = {("orticket", "bf16"): 1.0, ("transformers, SDPA", "bf16"): 4.0, ("transformers, eager", "bf16"): 3.0}
+    seconds |= {("its ticket", "bf16"): 0.5, ("orticket, compiled", "bf16"): 0.6}
+    seconds |= {("orticket", "fp32"): 2.0, ("transformers, SDPA", "fp32"): 2.8}
+    line = bench.best_ratios({case: {"seconds": value} for case, value in seconds.items()}, "seconds")
+    expected = ["3.00 in bf16 (transformers, eager)", "1.40 in fp32 (transformers, SDPA)"]
+    assert line == ", ".join([*expected, "2.80 overall (transformers, SDPA)"])
+
+
+def test_saved_tables_replace_their_place_in_the_page(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    monkeypatch.setattr(report, "PAGE", tmp_path / "speed.md")
+    report.PAGE.write_text("# Speed\n<!-- search -->\nold\n<!-- end -->\nmore\n<!-- cost -->\nkept\n<!-- end -->\n")
+    figures = {("orticket", "bf16"): {"seconds": 1.5}, ("eager", "bf16"): {"seconds": 12.25}}
+    lines = report.table(figures, {"seconds": "{seconds:.2f}"})
+    assert len({len(line) for line in lines}) == 1 and lines[3] == "| eager in bf16    |   12.25 |"
+    report.publish("search", figures, lines, save=True)
+    page = report.PAGE.read_text()
+    assert page.startswith("# Speed\n<!-- search -->\n|") and page.endswith("kept\n<!-- end -->\n")
+    assert "old" not in page and report.read("search") == {" in ".join(case): row for case, row in figures.items()}
+    with pytest.raises(BadInput, match="no <!-- scale -->"):
+        report.publish("scale", figures, lines, save=True)
+
+
+def test_work_counted_without_computing_is_the_formula():
+    """2 FLOPs per weight and token forward, 6 with the backward pass, besides attention and the last layer's [CLS]."""
+    layers, dim, neurons, tokens = 8, 64, 256, 16
+    config = Config(hidden_size=dim, num_hidden_layers=layers, intermediate_size=neurons, num_attention_heads=4)
+    config = replace(config, num_labels=2)
+    all_tokens, attention = cost.BATCH * tokens, 4 * dim * tokens
+    per_layer = 2 * (4 * dim**2 + 2 * dim * neurons) + attention
+    last = all_tokens * 2 * 2 * dim**2 + cost.BATCH * (2 * (2 * dim**2 + 2 * dim * neurons) + attention)
+    pooler = cost.BATCH * 2 * (dim**2 + 2 * dim)
+    flops, operators = cost.count(config, tokens, None)
+    assert flops == all_tokens * per_layer * (layers - 1) + last + pooler and operators > 8 * layers
+    trained, _ = cost.count(config, tokens, ADVERSARIES["vanilla"])
+    assert 2.95 * flops < trained <= 3 * flops
+    freelb, _ = cost.count(config, tokens, ADVERSARIES["freelb"])
+    assert freelb == pytest.approx(3 * trained, rel=0.02)
+
+
+def test_steps_stop_scaling_where_the_gradients_take_longer_than_the_computing():
+    work = np.array([1e12, 10.0])
+    found = cost.time_of_steps({"step": work})
+    gradients = 4 * 109_483_778
+    for n in (1, 2, 4, 8):
+        row = found[f"step, n = {n}",]
+        assert row["computing"] == pytest.approx(1e15 / n / (cost.SHARE * cost.PEAKS["H100"]))
+        assert row["10 Gbit/s"] == pytest.approx(1000 * 2 * (n - 1) / n * gradients / 1.25e9)
+    assert found["step, n = 8",]["speedup NVLink 4"] > 1 > found["step, n = 8",]["speedup 10 Gbit/s"]

@@ -1,0 +1,204 @@
+"""What the paper's experiments cost on machines that were not measured: `python -m benchmarks.bench cost`.
+
+The work of a step (FLOPs, operators, memory) is counted on PyTorch's meta device, which computes nothing. The rates of
+2 CPU cores are those that `bench search`, `finetune` and `attack` saved; those of GPUs are their makers', times SHARE.
+"""
+
+import math
+from dataclasses import dataclass
+from types import SimpleNamespace
+from unittest import mock
+
+import numpy as np
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import report
+from benchmarks.training import freelb_step, full_size, search_loss
+from bert import Bert, Config
+from freelb import ADVERSARIES
+from gates import Coefficients
+from runtime import files
+
+SHARE = 0.35  # of a GPU's peak, assumed: 0.3 to 0.4 for large products and what is between them
+LAUNCH = 5e-6  # seconds, assumed, that Python and the driver take per operator on a GPU: what bounds a small step
+PEAKS = {"A100": 312e12, "H100": 989e12}  # FLOP/s in dense bfloat16
+LINKS = {"NVLink 4": 450e9, "PCIe 4": 25e9, "100 Gbit/s": 12.5e9, "10 Gbit/s": 1.25e9}  # bytes/s in one direction
+BATCH, EPOCHS, BLOCK, MASKED = 32, 10, 128, 0.15
+CORPUS_TOKENS = 2_400_000  # of wikitext-2-raw-v1 in BERT's word pieces, assumed: 2,088,628 words
+QUERIES_PER_BATCH = 30  # of an attack, assumed: the substitutes of a word
+BASE = Config(num_labels=2)
+MINILM = Config(hidden_size=384, num_hidden_layers=6, intermediate_size=1536, num_labels=2)
+
+
+@dataclass
+class Task:
+    rows: int  # for training
+    tokens: float  # mean of a training row, at most 256, with [CLS] and [SEP]
+    test_tokens: float  # of a test row
+    attacked: int  # test rows
+    tau_ffn: float
+
+
+TASKS = {
+    "sst2": Task(67_349, 13.4, 25.2, 872, 0.2),  # tokens measured
+    "qnli": Task(104_743, 51, 51, 1000, 0.3),  # measured on the validation rows
+    "qqp": Task(363_846, 30, 30, 1000, 0.2),  # assumed
+    "imdb": Task(25_000, 205, 205, 1000, 0.3),  # measured on 5,000 of the bundled reviews
+    "agnews": Task(120_000, 53, 53, 1000, 0.3),  # assumed
+}
+RT_TOKENS = 27  # of a test row of rt, with which attacks were measured
+
+
+class Operators(TorchDispatchMode):
+    """Counts PyTorch's operators."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        self.count += 1
+        return function(*arguments, **(keywords or {}))
+
+
+def count(config, tokens, adversary, masked=0):
+    """A step on BATCH x `tokens`: array (FLOPs, operators). adversary: as in ADVERSARIES; None: only a forward pass.
+    masked: tokens per example of masked language modelling, instead of classification."""
+    no_generator = SimpleNamespace(get_rng_state=lambda: None, set_rng_state=lambda state: None)
+    with torch.device("meta"), mock.patch.object(torch, "meta", no_generator, create=True):
+        loss_of, ids = loss_on_meta(config, tokens, masked)
+        with FlopCounterMode(display=False) as flops, Operators() as operators:
+            if adversary is None:
+                with torch.no_grad():
+                    loss_of(0.0)
+            else:
+                freelb_step(loss_of, torch.ones_like(ids), config.hidden_size, adversary)
+    return np.array([flops.get_total_flops(), operators.count], dtype=float)
+
+
+def loss_on_meta(config, tokens, masked):
+    """(loss_of(delta), ids) of a new model. Call with meta as the default device."""
+    model, c = Bert(config, mlm=masked > 0), Coefficients(*full_size(config))
+    ids = torch.zeros(BATCH, round(tokens), dtype=torch.long)
+    positions = torch.zeros(round(masked * BATCH), dtype=torch.long)
+    if masked:
+        return search_loss(model, c, ids, positions, positions), ids
+    return lambda delta: model.class_loss(ids, None, None, ids[:, 0], delta=delta), ids
+
+
+def activations(config, tokens, masked):
+    """Bytes that a pass in float32 keeps for its backward pass, weights included."""
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.device("meta"), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss_of, _ = loss_on_meta(config, tokens, masked)
+        loss = loss_of(0.0)  # lives until all are counted, so that no storage takes another's place
+    del loss
+    return sum(kept.values())
+
+
+def fine_tuning(task):
+    """{method: (FLOPs, operators) of fine-tuning on a task}."""
+    forward = count(BASE, task.tokens, None)  # a backward pass to the embeddings alone is as much
+    vanilla, freelb = (count(BASE, task.tokens, ADVERSARIES[name]) for name in ("vanilla", "freelb"))
+    pgd = vanilla + 2 * 2 * forward  # only the last of three passes trains
+    infobert = freelb + 3 * forward  # its second loss needs the gradient at delta first
+    widths = {"heads": (10,) * 12, "neurons": (round((1 - task.tau_ffn) * 3072),) * 12}
+    ticket = count(Config(num_labels=2, **widths), task.tokens, ADVERSARIES["vanilla"])
+    robustt = 20 / EPOCHS * 5 / 3 * freelb + ticket  # learns masks for 20 epochs with K = 5, then trains a ticket
+    steps = EPOCHS * math.ceil(task.rows / BATCH)
+    works = {"Vanilla": vanilla, "PGD": pgd, "FreeLB": freelb, "InfoBERT": infobert}
+    return {name: steps * work for name, work in (works | {"RobustT": robustt, "ORTicket": ticket}).items()}
+
+
+def count_queries(name):
+    """Queries of all attacks on all methods on a task: the paper's mean, times the attacked rows classified right."""
+    table = files.read_json(report.ROOT / "experiments" / "paper.json")["table1"]
+    means = [i for i, column in enumerate(table["columns"]) if "#Query" in column]
+    return sum(TASKS[name].attacked * row[0] / 100 * row[i] for row in table["rows"][name].values() for i in means)
+
+
+def seconds(work, rate, launch):
+    """Time of (FLOPs, operators). launch: seconds per operator."""
+    return max(work[0] / rate, launch * work[1])
+
+
+def bench(options, folder):
+    """(name, figures, lines) for report.publish."""
+    search = count(Config(), BLOCK, ADVERSARIES["freelb"], MASKED * BLOCK)
+    steps = math.ceil(CORPUS_TOKENS / (BLOCK - 2) / BATCH)
+    lines = ["Hours with BERT-base and one seed: the search on wikitext-2, one epoch at most; each method on all five"]
+    lines += [
+        "tasks, ten epochs; all three attacks on all six methods. Eight GPUs make eight runs at a time, and search"
+    ]
+    hours = cost_in_hours(search, steps)
+    shown = {name: f"{{{name}:,.2f}}" for name in next(iter(hours.values()))}
+    lines += ["on one.", "", *report.table(hours, shown), "", *memory_and_traffic(steps), ""]
+    scaling = time_of_steps(
+        {"search, 32 x 128 tokens": search}
+        | {f"{name}, 32 rows": count(BASE, TASKS[name].tokens, ADVERSARIES["vanilla"]) for name in ("sst2", "imdb")}
+    )
+    columns = {"computing": "{computing:.2f}"}
+    columns |= {f"{link}: sum, speedup": f"{{{link}:.2f}}, {{speedup {link}:.1f}}" for link in LINKS}
+    lines += ["Milliseconds of a step that n H100 share, and of the sum of their gradients after it:", ""]
+    return "cost", hours | scaling, [*lines, *report.table(scaling, columns)]
+
+
+def cost_in_hours(search, steps):
+    """{machine: {work: hours}}."""
+    rates = [next(iter(report.read(what).values())) for what in ("search", "finetune")]  # orticket, fastest precision
+    searching, training = (row["flops"] / row["seconds"] for row in rates)
+    machines = {"2 cores, measured": (searching, training, 0.0)}
+    machines |= {f"one {name}": (SHARE * peak, SHARE * peak, LAUNCH) for name, peak in PEAKS.items()}
+    attack = report.read("attack-textfooler-rt")["orticket in fp32"]
+    per_query = attack["the model"] / attack["queries"]
+    rest = attack["seconds"] / attack["queries"] - per_query  # on the CPU, everywhere
+    minilm, tasks = count(MINILM, RT_TOKENS, None), {name: fine_tuning(task) for name, task in TASKS.items()}
+    hours = {}
+    for machine, (searching, training, launch) in machines.items():
+        row = {"search": steps * seconds(search, searching, launch), "attacks": 0.0}
+        for name, works in tasks.items():
+            for method, work in works.items():
+                row[method] = row.get(method, 0) + seconds(work, training, launch)
+            forward = count(BASE, TASKS[name].test_tokens, None)
+            on_gpu = seconds(forward / [BATCH, QUERIES_PER_BATCH], training, launch)
+            of_query = on_gpu if launch else per_query * forward[0] / minilm[0]
+            row["attacks"] += count_queries(name) * (of_query + rest)
+        hours[machine,] = {name: value / 3600 for name, value in row.items()}
+    hours["eight H100",] = {name: value / (1 if name == "search" else 8) for name, value in hours["one H100",].items()}
+    return {machine: row | {"all": sum(row.values())} for machine, row in hours.items()}
+
+
+def number_of_parameters():
+    with torch.device("meta"):
+        return sum(p.numel() for p in Bert(BASE).parameters())
+
+
+def memory_and_traffic(steps):
+    parameters, kept = number_of_parameters(), activations(Config(), BLOCK, MASKED * BLOCK)
+    tuning = sum(EPOCHS * math.ceil(task.rows / BATCH) for task in TASKS.values())
+    sent = 2 * 7 / 8 * 4 * parameters
+    yield f"A step of the search keeps {16 * parameters / 1e9:.1f} GB of weights, gradients and AdamW's moments, and at"
+    yield f"most {kept / 1e9:.1f} GB for its backward pass (float32; about half in bfloat16). Its gradients are"
+    yield f"{4 * parameters / 1e6:.0f} MB; in a ring of eight processes each sends {sent / 1e6:.0f} MB a step:"
+    yield f"{steps * sent / 1e12:.2f} TB in the {steps:,} steps of a search, {tuning * sent / 1e12:.0f} TB in the"
+    yield f"{tuning:,} steps of one method on all tasks."
+
+
+def time_of_steps(works):
+    """{(work, n): {milliseconds of computing and of each link, and the speedup with it}}. Each of n GPUs computes an
+    n-th of a batch, and then sends 2 (n - 1) / n of the gradients' bytes in a ring, as in sum_gradients."""
+    figures, gradients = {}, 4 * number_of_parameters()
+    for name, work in works.items():
+        for n in (1, 2, 4, 8):
+            whole, part = (1000 * seconds(work / [m, 1], SHARE * PEAKS["H100"], LAUNCH) for m in (1, n))
+            row = {"computing": part}
+            for link, speed in LINKS.items():
+                row[link] = 1000 * 2 * (n - 1) / n * gradients / speed
+                row[f"speedup {link}"] = whole / (part + row[link])
+            figures[f"{name}, n = {n}",] = row
+    return figures

@@ -1,0 +1,47 @@
+"""Tables as Markdown, kept in benchmarks/results and docs/speed.md; and processes that are measured."""
+
+import subprocess
+from pathlib import Path
+
+from runtime import files
+from runtime.cli import BadInput
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "speed.md"
+
+
+def table(figures, columns):
+    """{case: {figure: value}} -> lines of Markdown, a row per case. columns: {heading: format of the figures}."""
+    rows = [["", *columns], ["---", *["---:"] * len(columns)]]
+    rows += [[" in ".join(case), *(text.format(**row) for text in columns.values())] for case, row in figures.items()]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    cells = [[row[0].ljust(widths[0]), *(cell.rjust(n) for cell, n in zip(row[1:], widths[1:]))] for row in rows]
+    return [f"| {' | '.join(row)} |" for row in cells]
+
+
+def publish(name, figures, lines, save):
+    """Print the lines. save: also write RESULTS/NAME.json, and replace what PAGE has between the comments <!-- NAME -->
+    and <!-- end -->."""
+    print("\n".join(lines))
+    if not save:
+        return
+    before, start, rest = PAGE.read_text("utf8").partition(f"<!-- {name} -->\n")
+    _, end, after = rest.partition("<!-- end -->")
+    if not end:
+        raise BadInput(f"{PAGE} has no <!-- {name} --> ... <!-- end --> for this table: run without --save")
+    files.write_json(RESULTS / f"{name}.json", {" in ".join(case): row for case, row in figures.items()})
+    files.write_text(PAGE, "".join([before, start, "\n".join(lines), "\n", end, after]))
+
+
+def read(name):
+    """The figures that `publish` saved."""
+    return files.read_json(RESULTS / f"{name}.json")
+
+
+def run_process(command, name):
+    """The output of a command. Raises BadInput with the last line of its errors if it fails."""
+    process = subprocess.run(command, capture_output=True, text=True)
+    if process.returncode:
+        lines = process.stderr.strip().splitlines() or [f"exit code {process.returncode}"]
+        raise BadInput(f"{name} failed: {lines[-1]}")
+    return process.stdout
