@@ -147,8 +147,8 @@ def test_quick_version_sets_what_is_not_given(scripts, tmp_path):
     assert call(table1, *flags[:1], "--methods", "Random ticket", *flags[4:]) == 0
     assert {flags["corpus"] for name, flags in scripts if name == "search"} == {"bbc"}  # nothing from a network
     assert not any(run["overrides"] for run in tables.load_runs(tmp_path / "table1.json")[2:])
-    assert call(table1, *flags, "--epochs", 4, "--seeds", 2) == 0
-    assert {flags["epochs"] for name, flags in scripts[-6:] if name == "finetune"} == {4}
+    assert call(table1, *flags, "--epochs", 10, "--seeds", 2) == 0  # given, though it is the default without --quick
+    assert {flags["epochs"] for name, flags in scripts[-6:] if name == "finetune"} == {10}
 
 
 def test_dry_run_lists_missing_runs_with_their_hours_and_makes_none(scripts, tmp_path, capsys):
