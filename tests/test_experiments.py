@@ -18,12 +18,13 @@ import finetune
 import search
 from attacks.results import end_of_line
 from baselines import robustt
+from bert import Bert
 from checkpoints import safetensors
 from checkpoints.provenance import identity, json_sha256, write_result
-from experiments import compare, figure1, figure2, runs, table1, table2, table3, table4, table5, table6, tables
+from experiments import compare, figure1, figure2, mlm, runs, table1, table2, table3, table4, table5, table6, tables
 from freelb import ADVERSARIES
 from runtime import cli, files
-from tests.conftest import call
+from tests.conftest import LETTERS, call, saved
 
 PAPER_TEXT = Path(__file__).resolve().parents[2] / "shared" / "paper" / "orticket.txt"
 
@@ -430,3 +431,23 @@ def test_papers_numbers_are_those_of_its_text():
                 assert numbers in lines, (name, task, method)
     counts = {name: sum(map(len, table["rows"].values())) for name, table in tables.PAPER.items()}
     assert counts == {"table1": 30, "table2": 10, "table3": 12, "table4": 35, "table5": 15, "table6": 9}
+
+
+def test_mlm_training_lowers_the_loss_on_texts_that_are_held_out(tmp_path, monkeypatch):
+    saved(tmp_path / "model", max_position_embeddings=160)
+    rows = [((f"{LETTERS[i % 26]} b a\nb a b {i} " * 40,), 0) for i in range(300)]
+    monkeypatch.setattr(mlm.data, "reviews", lambda source: rows[:100] if source == "imdb" else rows[100:200])
+    monkeypatch.setattr(mlm.data, "bbc", lambda: rows[200:])
+
+    def run_script(name, **flags):
+        call(search, *[part for flag, value in flags.items() for part in (f"--{flag.replace('_', '-')}", value)])
+
+    monkeypatch.setattr(mlm, "run_script", run_script)
+    flags = ["--model", tmp_path / "model", "--output", tmp_path, "--results", tmp_path, "--learning-rate", 1e-2]
+    assert call(mlm, *flags) == 0
+    parts = [(tmp_path / "model" / "mlm" / name / "text.txt").read_text().split("\n") for name in ("held-out", "train")]
+    assert len(parts[0]) == 6  # one of 50
+    assert sorted(parts[0] + parts[1]) == sorted(" ".join(text.split()) for (text,), _ in rows)
+    result = json.loads((tmp_path / "mlm.json").read_text())
+    assert not Bert.load(tmp_path / "model-mlm", mlm=True).initialized
+    assert result["loss_after"] < 0.8 * result["loss_before"]
