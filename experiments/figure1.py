@@ -60,7 +60,7 @@ def plot(shares, searches, path):
     figure, axes = new_figure(1, len(maps), figsize=size, width_ratios=widths, layout="constrained")
     for ax, (model, name, share) in zip(axes, maps):
         image = ax.imshow(share.numpy(), cmap="viridis", vmin=0, vmax=1, aspect="auto", origin="lower")
-        ax.set_title(f"{model}, {name}", fontsize=9, parse_math=False)
+        ax.set_title(f"{model}, {name}" if name == "heads" else name, fontsize=9, parse_math=False)
         ax.set(xlabel="head" if name == "heads" else "all neurons", ylabel="layer")
         for set_ticks, count in zip((ax.set_yticks, ax.set_xticks), share.shape):
             set_ticks(range(count), range(1, count + 1))
