@@ -37,13 +37,6 @@ from runtime.cli import BadInput, option
 class Options:
     lists: str = option("linguistic_constraints", "folder with the four lists", positional=True)
     output: str = option("synonyms.npz", "file to write")
-    steps: int = option(20, "number of steps", at_least=0)
-    delta: float = option(1.0, "distance up to which antonyms are pushed apart", at_least=0)
-    gamma: float = option(0.0, "distance down to which synonyms are pulled together", at_least=0)
-    rho: float = option(0.2, "distance below which two words are kept together", at_least=0)
-    k1: float = option(0.5, "weight of AR", at_least=0)
-    k2: float = option(0.5, "weight of SA", at_least=0)
-    k3: float = option(0.1, "weight of VSP", at_least=0)
 
 
 def main():
@@ -56,7 +49,7 @@ def main():
     is_antonym = torch.isin(synonyms @ torch.tensor([len(words), 1]), antonyms @ torch.tensor([len(words), 1]))
     synonyms = synonyms[~is_antonym]  # as in the paper
     print(f"{len(words):,} words, {len(synonyms):,} pairs of synonyms, {len(antonyms):,} of antonyms")
-    fitted = counterfit(vectors, synonyms, antonyms, options)
+    fitted = counterfit(vectors, synonyms, antonyms)
     scaled = (fitted * (127 / fitted.abs().amax(1, keepdim=True))).round().to(torch.int8)
     with files.atomic_write(options.output) as tmp_path, open(tmp_path, "wb") as file:
         antonyms = antonyms.to(torch.int32).numpy()
@@ -96,18 +89,18 @@ def distances(vectors, pairs):
     return 1 - F.cosine_similarity(vectors[pairs[:, 0]], vectors[pairs[:, 1]])
 
 
-def counterfit(vectors, synonyms, antonyms, options):
-    """Counter-fit unit vectors (n, d)."""
+def counterfit(vectors, synonyms, antonyms, steps=20, delta=1.0, gamma=0.0, rho=0.2, k1=0.5, k2=0.5, k3=0.1):
+    """Counter-fit unit vectors (n, d). delta, gamma, rho: the distances, k1, k2, k3: the weights of the paper."""
     starts = range(0, len(vectors), 2000)  # blocks of words, compared with all
-    blocks = ((vectors[i : i + 2000] @ vectors.T > 1 - options.rho).nonzero() + torch.tensor([i, 0]) for i in starts)
+    blocks = ((vectors[i : i + 2000] @ vectors.T > 1 - rho).nonzero() + torch.tensor([i, 0]) for i in starts)
     close = torch.cat([pairs[pairs[:, 0] < pairs[:, 1]] for pairs in blocks])  # (pairs, 2)
     before = distances(vectors, close)
-    for _ in range(options.steps):
+    for _ in range(steps):
         moved = vectors.clone().requires_grad_()
         terms = (
-            (options.k1, antonyms, options.delta - distances(moved, antonyms)),
-            (options.k2, synonyms, distances(moved, synonyms) - options.gamma),
-            (options.k3, close, distances(moved, close) - before),
+            (k1, antonyms, delta - distances(moved, antonyms)),
+            (k2, synonyms, distances(moved, synonyms) - gamma),
+            (k3, close, distances(moved, close) - before),
         )
         loss = sum(weight * violation.clamp(min=0).sum() for weight, _, violation in terms)
         loss.backward()

@@ -11,8 +11,7 @@ Let X_i be the n tokens, T_i their embeddings, Z the sentence vector and Y the l
   below: `Anchor`. Robust are tokens whose gradient is neither small, as at irrelevant tokens, nor among the largest, as
   at tokens that an attack changes first: `robust_tokens`.
 
-As in version 6 of the authors' estimators, embeddings are those after LayerNorm and dropout, the sentence vector is the
-last hidden state of [CLS], and alpha = beta = 5e-3. As in their command, attention has no dropout.
+docs/decisions.md says which version of the authors' code it follows.
 """
 
 import math

@@ -92,10 +92,9 @@ def main():
     folder = files.output_folder(options.output, options.model) / files.task_folder(options.task)
     source = folder / f"none-vanilla-seed{options.seed}"
     if not (source / "model.safetensors").is_file():
-        same = cli.flags(
-            options, "model", "output", "task", "seed", *data.COLUMN_OPTIONS, "data_revision", "train_rows"
-        )
-        raise BadInput(f"there is no fine-tuned model in {source}: run python finetune.py{same} --ticket none")
+        same = ("task", "model", "output", "seed", *data.COLUMN_OPTIONS, "data_revision", "train_rows")
+        command = f"python finetune.py{cli.flags(options, *same)} --ticket none"
+        raise BadInput(f"there is no fine-tuned model in {source}: run {command}")
     splits = task.load(options.data_revision)
     model, tokenizer, max_length, metadata = load_finetuned(source, task, splits, options, device)
     train = first_rows(splits["train"], options.train_rows, options.task)
@@ -125,12 +124,10 @@ def main():
 def retrain_command(options, settings, ticket):
     """The command that retrains the ticket with the `settings` of the fine-tuned model."""
     flags = {"task": options.task, "model": options.model, "output": options.output, "ticket": ticket}
-    command = "python finetune.py"
-    for name, value in (flags | {name: settings[name] for name in RETRAINED}).items():
-        if value is not None:
-            values = value if isinstance(value, list) else [value]
-            command += f" --{name.replace('_', '-')} {shlex.join(map(str, values))}"
-    return command
+    flags |= {name: settings[name] for name in RETRAINED if settings[name] is not None}
+    values = {name: value if isinstance(value, list) else [value] for name, value in flags.items()}
+    words = [f"--{name.replace('_', '-')} {shlex.join(map(str, of))}" for name, of in values.items()]
+    return " ".join(["python finetune.py", *words])
 
 
 def learn_scores(options, model, rows, checkpoint, dtype):

@@ -23,13 +23,14 @@ from sharing.plots import new_figure, save_figure
 @dataclass
 class Options(tables.Options):
     models: tuple = option((), "several models, instead of --model")
-    searches: int = option(10, "searches per model, with the seeds from 0", at_least=1)
+    searches: int = option(None, "searches per model, with the seeds from 0 [10; 3 with --quick]", at_least=1)
     tau_head: float = option(1 / 6, "pruning ratio of the heads", at_least=0, below=1)
     tau_ffn: float = option(0.3, "pruning ratio of the neurons", at_least=0, below=1)
 
 
 def main():
     options = tables.parse(__doc__, Options)
+    options.searches = options.searches or (3 if options.quick else 10)
     models = options.models or (options.model,)
     if options.dry_run:
         return print(f"{options.searches} searches each of {', '.join(models)}, less those in {options.output}")
@@ -59,7 +60,7 @@ def plot(shares, searches, path):
     figure, axes = new_figure(1, len(maps), figsize=size, width_ratios=widths, layout="constrained")
     for ax, (model, name, share) in zip(axes, maps):
         image = ax.imshow(share.numpy(), cmap="viridis", vmin=0, vmax=1, aspect="auto", origin="lower")
-        ax.set_title(f"{model}, {name}", fontsize=9, parse_math=False)
+        ax.set_title(f"{model}, {name}" if name == "heads" else name, fontsize=9, parse_math=False)
         ax.set(xlabel="head" if name == "heads" else "all neurons", ylabel="layer")
         for set_ticks, count in zip((ax.set_yticks, ax.set_xticks), share.shape):
             set_ticks(range(count), range(1, count + 1))

@@ -7,7 +7,7 @@ RESULTS/TABLE.md has their means, beside them the paper's numbers, and the diffe
 import itertools
 import json
 import statistics
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import filelock
@@ -40,7 +40,7 @@ ATTACKS = ("textfooler", "textbugger", "bertattack")
 SETTINGS = ("model", "train_rows", "epochs", "batch_size", "learning_rate")  # of all runs of a table
 KEY = ("task", "method", "seed", "settings", "overrides")  # what tells a run from another
 QUICK = {"model": "minilm", "tasks": ("rt",), "train_rows": 2000, "epochs": 3, "n": 100, "attacks": ("textfooler",)}
-QUICK |= {"search": ("corpus=bbc",), "robustt": ("epochs=2",), "searches": 3}
+QUICK |= {"search": ("corpus=bbc",), "robustt": ("epochs=2",)}
 REFERENCES = ("Vanilla", "Random ticket")  # to which all methods are compared
 
 
@@ -70,13 +70,9 @@ class Options:
 
 
 def parse(description, options=Options, **defaults):
-    """The options of a command. Where they are not given, those of --quick or the command's own defaults count."""
-    options = cli.parse(options, description)
-    for field in fields(options):
-        quick = {field.name: QUICK[field.name]} if options.quick and field.name in QUICK else {}
-        if getattr(options, field.name) == field.default:
-            setattr(options, field.name, (defaults | quick).get(field.name, field.default))
-    return options
+    """The options of a command. What is not given is as --quick says, or as the command's own defaults."""
+    parsed = cli.parse(options, description, **defaults)
+    return cli.parse(options, description, **defaults | QUICK) if parsed.quick else parsed
 
 
 def make_table(table, description, methods, columns=COLUMNS, across=False, draws=({},), **defaults):

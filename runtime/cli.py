@@ -93,8 +93,11 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}; see --help\n")
 
 
-def parse(options, description):
-    """Parse the command line into the dataclass `options`. Each field is a flag, with dashes for underscores."""
+def parse(options, description, **defaults):
+    """Parse the command line into the dataclass `options`. Each field is a flag, with dashes for underscores.
+
+    defaults: in place of those of the fields.
+    """
     parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     groups = {None: parser}
     for field in sorted(dataclasses.fields(options), key=lambda field: field.name not in vars(options)):
@@ -102,6 +105,7 @@ def parse(options, description):
         if name not in groups:
             groups[name] = parser.add_argument_group(name)
         add_argument(groups[name], field)
+    parser.set_defaults(**defaults)
     return options(**vars(parser.parse_args()))
 
 

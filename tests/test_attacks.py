@@ -63,12 +63,6 @@ def test_a_higher_minimum_keeps_the_nearest_neighbours_in_their_order():
             assert row == [i for i, c in zip(found[0], tables[0].cosine(word, found[0])) if c >= table.min_cosine]
 
 
-def counterfit_options(**changed):
-    return types.SimpleNamespace(
-        **({"steps": 1, "delta": 1.0, "gamma": 0.0, "rho": 0.2, "k1": 0.1, "k2": 0.1, "k3": 0.1} | changed)
-    )
-
-
 BAD_LISTS = {
     "three words": (b"en_a en_b\nen_a en_b en_c\n", "has a line that is no pair of words"),
     "not UTF-8": (b"\xff\xfe\n", "is missing or not UTF-8 text"),
@@ -89,20 +83,21 @@ def test_malformed_counterfitting_list_is_refused(tmp_path, case):
 def test_counterfitting_step_is_the_gradient_of_the_paper():
     vectors = F.normalize(torch.randn(5, 8))
     nothing = torch.zeros(0, 2, dtype=torch.int64)
+    weights = {"steps": 1, "k1": 0.1, "k2": 0.1, "k3": 0.1}
     u, v = vectors[0], vectors[1]
 
     def gradient(a, b):  # of 1 - cos(a, b) by a, for unit vectors
         return (a @ b) * a - b
 
-    pulled = counterfit.counterfit(vectors, torch.tensor([[0, 1]]), nothing, counterfit_options(rho=0.0))
+    pulled = counterfit.counterfit(vectors, torch.tensor([[0, 1]]), nothing, **weights | dict(rho=0.0))
     torch.testing.assert_close(pulled[0], F.normalize(u - 0.1 * gradient(u, v), dim=0))
     torch.testing.assert_close(pulled[2:], vectors[2:])
     near = F.normalize(torch.stack([u, u + 0.1 * v, v]))  # 0 and 1 are antonyms, and first neighbours
-    pushed = counterfit.counterfit(near, nothing, torch.tensor([[0, 1]]), counterfit_options(k3=0.0))
+    pushed = counterfit.counterfit(near, nothing, torch.tensor([[0, 1]]), **weights | dict(k3=0.0))
     torch.testing.assert_close(pushed[0], F.normalize(near[0] + 0.1 * gradient(near[0], near[1]), dim=0))
     assert (pushed[0] @ pushed[1]) < (near[0] @ near[1])
-    held = counterfit.counterfit(near, nothing, torch.tensor([[0, 1]]), counterfit_options(steps=2, k3=0.05))
-    free = counterfit.counterfit(near, nothing, torch.tensor([[0, 1]]), counterfit_options(steps=2, k3=0.0))
+    held = counterfit.counterfit(near, nothing, torch.tensor([[0, 1]]), **weights | dict(steps=2, k3=0.05))
+    free = counterfit.counterfit(near, nothing, torch.tensor([[0, 1]]), **weights | dict(steps=2, k3=0.0))
     assert free[0] @ free[1] < held[0] @ held[1]  # first neighbours hold what antonyms push
 
 

@@ -18,12 +18,27 @@ import finetune
 import search
 from attacks.results import end_of_line
 from baselines import robustt
+from bert import Bert
 from checkpoints import safetensors
 from checkpoints.provenance import identity, json_sha256, write_result
-from experiments import compare, figure1, figure2, runs, table1, table2, table3, table4, table5, table6, tables, verdict
+from experiments import (
+    compare,
+    figure1,
+    figure2,
+    mlm,
+    runs,
+    table1,
+    table2,
+    table3,
+    table4,
+    table5,
+    table6,
+    tables,
+    verdict,
+)
 from freelb import ADVERSARIES
 from runtime import cli, files
-from tests.conftest import call
+from tests.conftest import LETTERS, call, saved
 
 PAPER_TEXT = Path(__file__).resolve().parents[2] / "shared" / "paper" / "orticket.txt"
 
@@ -147,8 +162,8 @@ def test_quick_version_sets_what_is_not_given(scripts, tmp_path):
     assert call(table1, *flags[:1], "--methods", "Random ticket", *flags[4:]) == 0
     assert {flags["corpus"] for name, flags in scripts if name == "search"} == {"bbc"}  # nothing from a network
     assert not any(run["overrides"] for run in tables.load_runs(tmp_path / "table1.json")[2:])
-    assert call(table1, *flags, "--epochs", 4, "--seeds", 2) == 0
-    assert {flags["epochs"] for name, flags in scripts[-6:] if name == "finetune"} == {4}
+    assert call(table1, *flags, "--epochs", 10, "--seeds", 2) == 0  # given, though it is the default without --quick
+    assert {flags["epochs"] for name, flags in scripts[-6:] if name == "finetune"} == {10}
 
 
 def test_dry_run_lists_missing_runs_with_their_hours_and_makes_none(scripts, tmp_path, capsys):
@@ -473,3 +488,23 @@ def test_the_verdict_compares_only_seeds_of_both(verdict_runs):
         methods.setdefault(run["method"], []).append(run)
     assert verdict.with_p(verdict.compared(methods, "ORTicket", "Vanilla")) == "+10.0"
     assert verdict.compared(methods, "ORTicket", "Random ticket") == {}
+
+
+def test_mlm_training_lowers_the_loss_on_texts_that_are_held_out(tmp_path, monkeypatch):
+    saved(tmp_path / "model", max_position_embeddings=160)
+    rows = [((f"{LETTERS[i % 26]} b a\nb a b {i} " * 40,), 0) for i in range(300)]
+    monkeypatch.setattr(mlm.data, "reviews", lambda source: rows[:100] if source == "imdb" else rows[100:200])
+    monkeypatch.setattr(mlm.data, "bbc", lambda: rows[200:])
+
+    def run_script(name, **flags):
+        call(search, *[part for flag, value in flags.items() for part in (f"--{flag.replace('_', '-')}", value)])
+
+    monkeypatch.setattr(mlm, "run_script", run_script)
+    flags = ["--model", tmp_path / "model", "--output", tmp_path, "--results", tmp_path, "--learning-rate", 1e-2]
+    assert call(mlm, *flags) == 0
+    parts = [(tmp_path / "model" / "mlm" / name / "text.txt").read_text().split("\n") for name in ("held-out", "train")]
+    assert len(parts[0]) == 6  # one of 50
+    assert sorted(parts[0] + parts[1]) == sorted(" ".join(text.split()) for (text,), _ in rows)
+    result = json.loads((tmp_path / "mlm.json").read_text())
+    assert not Bert.load(tmp_path / "model-mlm", mlm=True).initialized
+    assert result["loss_after"] < 0.8 * result["loss_before"]
