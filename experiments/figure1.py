@@ -9,15 +9,13 @@ Writes figure1.png and figure1.json to --results.
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from checkpoints.tickets import read_coefficients
 from experiments.runs import DEFAULTS, folder_name, run_script
 from gates import draw_masks
 from runtime import cli, files
 from runtime.cli import option
 from runtime.device import DEFAULT_MODEL, MODEL_HELP
-from sharing.plots import new_figure, save_figure
+from sharing.plots import plot_survival, survival_shares
 
 
 @dataclass
@@ -42,7 +40,7 @@ def main():
         {model: {name: share.tolist() for name, share in of.items()} for model, of in shares.items()},
     )
     path = Path(options.results) / "figure1.png"
-    plot(shares, options.searches, path)
+    plot_survival(shares, options.searches, path)
     print(f"the mean of {options.searches} searches: {path}")
 
 
@@ -55,29 +53,7 @@ def survival(options, model):
         run_script("search", model=model, output=output, **search)
         head, ffn, _ = read_coefficients(files.model_folder(output, model) / "coefficients.safetensors")
         kept.append(draw_masks(head, ffn, options.tau_head, options.tau_ffn))
-    heads, neurons = (torch.stack(masks).float().mean(0) for masks in zip(*kept))
-    return {"heads": heads, "neurons": neurons.mean(1)}
-
-
-def plot(shares, searches, path):
-    """A pair of heat maps for each model: heads, and neurons by layer."""
-    widths = [width for of in shares.values() for width in (of["heads"].shape[1], 2)]
-    size = 1 + 0.45 * sum(widths), 1.5 + 0.36 * max(len(of["heads"]) for of in shares.values())
-    figure, axes = new_figure(1, 2 * len(shares), figsize=size, width_ratios=widths, layout="constrained")
-    for number, (model, of) in enumerate(shares.items()):
-        for side, name, share in ((0, "heads", of["heads"]), (1, "neurons", of["neurons"][:, None])):
-            ax = axes[2 * number + side]
-            image = ax.imshow(share.numpy(), cmap="viridis", vmin=0, vmax=1, aspect="auto", origin="lower")
-            ax.set_title(f"{model}, {name}" if side == 0 else name, fontsize=9, parse_math=False)
-            ax.set_yticks(range(len(share)), range(1, len(share) + 1))
-            ax.set_xticks(range(share.shape[1]), range(1, share.shape[1] + 1) if side == 0 else ["all"])
-            ax.set(ylabel="layer" if side == 0 else None, xlabel="head" if side == 0 else None)
-            for layer, row in enumerate(share.tolist()):
-                for column, value in enumerate(row):
-                    color = "white" if value < 0.6 else "black"
-                    ax.text(column, layer, f"{value:.0%}", ha="center", va="center", fontsize=6, color=color)
-    figure.colorbar(image, ax=axes, pad=0.01, label=f"share kept, mean of {searches} searches")
-    save_figure(figure, path)
+    return survival_shares(kept)
 
 
 if __name__ == "__main__":

@@ -97,3 +97,31 @@ def plot_ticket(head, ffn, head_mask, ffn_mask, title, path):
         axes.set_yticks(range(layers), range(1, layers + 1))
     figure.suptitle(title, parse_math=False)
     save_figure(figure, path)
+
+
+def survival_shares(tickets):
+    """{"heads": (layers, heads), "neurons": (layers,)}: the share of the tickets, pairs of masks, that keep each."""
+    heads, neurons = (torch.stack(masks).float().mean(0) for masks in zip(*tickets))
+    return {"heads": heads, "neurons": neurons.mean(1)}
+
+
+def plot_survival(shares, searches, path):
+    """A pair of heat maps for each model, as in Figure 1: heads, and neurons by layer.
+    shares: {model: `survival_shares` of the tickets of its searches}. searches: their number."""
+    widths = [width for of in shares.values() for width in (of["heads"].shape[1], 2)]
+    size = 1 + 0.45 * sum(widths), 1.5 + 0.36 * max(len(of["heads"]) for of in shares.values())
+    figure, axes = new_figure(1, 2 * len(shares), figsize=size, width_ratios=widths, layout="constrained")
+    for number, (model, of) in enumerate(shares.items()):
+        for side, name, share in ((0, "heads", of["heads"]), (1, "neurons", of["neurons"][:, None])):
+            ax = axes[2 * number + side]
+            image = ax.imshow(share.numpy(), cmap="viridis", vmin=0, vmax=1, aspect="auto", origin="lower")
+            ax.set_title(f"{model}, {name}" if side == 0 else name, fontsize=9, parse_math=False)
+            ax.set_yticks(range(len(share)), range(1, len(share) + 1))
+            ax.set_xticks(range(share.shape[1]), range(1, share.shape[1] + 1) if side == 0 else ["all"])
+            ax.set(ylabel="layer" if side == 0 else None, xlabel="head" if side == 0 else None)
+            for layer, row in enumerate(share.tolist()):
+                for column, value in enumerate(row):
+                    color = "white" if value < 0.6 else "black"
+                    ax.text(column, layer, f"{value:.0%}", ha="center", va="center", fontsize=6, color=color)
+    figure.colorbar(image, ax=axes, pad=0.01, label=f"share kept, mean of {searches} searches")
+    save_figure(figure, path)
