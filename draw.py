@@ -21,13 +21,12 @@ import data
 from bert import Bert, Config
 from checkpoints import safetensors
 from checkpoints.provenance import is_up_to_date, software
-from checkpoints.tickets import read_coefficients
 from gates import draw_masks
 from runtime import cli, distributed, files
 from runtime.cli import BadInput, option
 from runtime.device import DEFAULT_MODEL
 from sharing.plots import plot_ticket
-from sharing.publish import find_coefficients
+from sharing.publish import load_coefficients
 
 
 @dataclass
@@ -38,12 +37,8 @@ class Options:
         None, "pruning ratio of the neurons, instead of the task's", at_least=0, below=1, group="pruning"
     )
     model: str = option(DEFAULT_MODEL, "the model that was searched", group="files")
-    coefficients: str = option(
-        None,
-        "file, folder, or OWNER/NAME[@REVISION] on the hub [OUTPUT/MODEL, or MiniLM's published ones]",
-        group="files",
-    )
-    coefficients_seed: int = option(None, "the search, if there are several [the first]", group="files")
+    coefficients: str = option(None, "a file, a folder, or OWNER/NAME on the hub [that in OUTPUT/MODEL]", group="files")
+    coefficients_seed: int = option(None, "the search, if the file holds several [the first]", group="files")
     output: str = option("runs", "folder; the ticket goes to OUTPUT/MODEL/TASK", group="files")
     overwrite: bool = option(False, "draw it anew, in place of what is there", group="files")
 
@@ -57,33 +52,20 @@ def main():
     tau_ffn = (task or data.Task).tau_ffn if options.tau_ffn is None else options.tau_ffn
     classes = len(task.labels) if task else 2
     folder = files.model_folder(options.output, options.model) / files.task_folder(options.task)
-    path, source = find_coefficients(options, folder.parent)
-    head, ffn, metadata = read_coefficients(path, options.coefficients_seed)
-    model, seed = metadata["settings"]["model"], metadata["settings"].get("seed")
-    if files.model_folder("", model) != files.model_folder("", options.model):
-        raise BadInput(f"{path} holds coefficients of model {model}: add --model {model}")
-    if model in data.BUNDLED and metadata["model_sha256"] != data.BUNDLED[model][-1]:
-        raise BadInput(f"{path} holds coefficients of another model than {model}: restore a copy, or search again")
-    if source and not options.coefficients:
-        print(f"no search in {folder.parent}: using {source}, seed {seed} (python search.py makes your own)")
+    head, ffn, metadata = load_coefficients(options, folder.parent)
+    model, seed = metadata["settings"]["model"], metadata["settings"]["seed"]
 
     # Lines 1 to 5: c* are the ceil(tau N)-th smallest coefficients, m is 0 where c <= c*
     head_mask, ffn_mask = draw_masks(head, ffn, options.tau_head, tau_ffn)
 
     provenance = {
         "script": "draw.py",
-        "settings": {
-            "task": options.task,
-            "tau_head": options.tau_head,
-            "tau_ffn": tau_ffn,
-            "coefficients_seed": seed,
-        },
+        "settings": {"task": options.task, "tau_head": options.tau_head, "tau_ffn": tau_ffn, "coefficients_seed": seed},
         "model_sha256": metadata["model_sha256"],
-        "coefficients_sha256": files.sha256(path),
+        "coefficients_sha256": metadata["sha256"],
         "coefficients_provenance": {
-            key: metadata.get(key) for key in ("settings", "corpus_sha256", "code", "versions")
+            key: metadata.get(key) for key in ("settings", "corpus_sha256", "code", "versions", "source")
         },
-        "coefficients_source": source,
         **software(__file__),
     }
     ticket, plot = folder / "ticket.safetensors", folder / "ticket.png"

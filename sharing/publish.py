@@ -21,7 +21,7 @@ from checkpoints.provenance import differences, summary
 from checkpoints.tickets import read_coefficients
 from gates import draw_masks
 from inputs import hub
-from runtime import cli
+from runtime import cli, files
 from runtime.cli import BadInput, option
 from sharing.plots import plot_survival, survival_shares
 
@@ -77,12 +77,27 @@ def pack(paths):
     return {"head": torch.stack(heads), "ffn": torch.stack(ffns)}, common | own
 
 
-def find_coefficients(options, folder):
-    """(path of the coefficients, where they were published): those of --coefficients, of search.py in `folder`, or else
-    of this project. The second is None for a file or a folder of the user.
+def load_coefficients(options, folder):
+    """(c_H, c_F, metadata) for draw.py: of --coefficients, of search.py in `folder`, or else of this project. The
+    metadata has also the "sha256" of the file, and as "source" the published ones that it is of.
 
-    Raises BadInput if there are none, or if the search in `folder` is unfinished or has other names.
+    Raises BadInput if there are none, or if they are of another model than --model.
     """
+    path, source = find_coefficients(options, folder)
+    head, ffn, metadata = read_coefficients(path, options.coefficients_seed)
+    settings = metadata["settings"]
+    model = settings["model"]
+    if files.model_folder("", model) != files.model_folder("", options.model):
+        raise BadInput(f"{path} holds coefficients of model {model}: add --model {model}")
+    if model in data.BUNDLED and metadata["model_sha256"] != data.BUNDLED[model][-1]:
+        raise BadInput(f"{path} holds coefficients of another model than {model}: restore a copy, or search again")
+    if source and not options.coefficients:
+        print(f"no search in {folder}: using {source}, seed {settings['seed']} (python search.py makes your own)")
+    return head, ffn, metadata | {"sha256": files.sha256(path), "source": source}
+
+
+def find_coefficients(options, folder):
+    """(path of the coefficients, the published ones that these are, None for a file on this machine)."""
     given, path = options.coefficients, Path(options.coefficients or folder)
     if path.is_file() or (path / NAME).is_file():
         return path if path.is_file() else path / NAME, None
@@ -95,11 +110,12 @@ def find_coefficients(options, folder):
         return path, f"{repository}@{path.parent.name}"
     if given:
         raise BadInput(f"there is no {given}: give a file, a folder with {NAME}, or OWNER/NAME on the hub")
-    path, searched = data.PUBLISHED / f"{Path(options.model).name}-bbc.safetensors", [*folder.glob("coefficients*")]
-    if options.model not in data.BUNDLED or not path.is_file() or searched or [*folder.glob("search*.safetensors")]:
+    published = data.PUBLISHED / f"{Path(options.model).name}-bbc.safetensors"
+    searched = [*folder.glob("coefficients*"), *folder.glob("search*.safetensors")]  # also one that is unfinished
+    if searched or options.model not in data.BUNDLED or not published.is_file():
         command = f"python search.py{cli.flags(options, 'model', 'output')}"
         raise BadInput(f"there is no {folder / NAME}: run {command} first")
-    return path, f"the published coefficients of {options.model} on BBC News"
+    return published, f"the published coefficients of {options.model} on BBC News"
 
 
 if __name__ == "__main__":
