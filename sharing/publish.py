@@ -46,12 +46,13 @@ def main():
     settings, seeds = metadata["settings"], metadata["seeds"]
     masks = [draw_masks(*each, settings["tau_head"], settings["tau_ffn"]) for each in zip(*tensors.values())]
     plot_survival({settings["model"]: survival_shares(masks)}, len(seeds), path.with_suffix(".png"))
-    print(f"{len(seeds)} searches of {settings['model']} on {settings['corpus']}: {path}, {path.with_suffix('.png')}")
+    print(f"{len(seeds)} searches of {settings['model']}: {path}, {path.with_suffix('.png')}")
     print(f"to publish them: hf upload OWNER/NAME {path} {NAME}")
 
 
 def pack(paths):
-    """({name: tensor}, metadata) of several searches, in the order of their seeds.
+    """({name: tensor}, metadata) of several searches, in the order of their seeds. Of paths of this
+    machine, to the model and the corpus, the last name is kept.
 
     Raises BadInput if they differ in more than the seed.
     """
@@ -73,6 +74,10 @@ def pack(paths):
         searches[seed] = head, ffn, mini_epochs, stopped_early
     seeds = sorted(searches)
     heads, ffns, mini_epochs, stopped_early = zip(*(searches[seed] for seed in seeds))
+    settings = common["settings"]
+    if Path(settings["model"]).is_absolute():
+        settings["model"] = str(files.model_folder("", settings["model"]))
+    settings["corpus"] = Path(settings["corpus"]).name
     own = {"script": "publish.py", "seeds": seeds, "mini_epochs": mini_epochs, "stopped_early": stopped_early}
     return {"head": torch.stack(heads), "ffn": torch.stack(ffns)}, common | own
 
@@ -89,7 +94,7 @@ def load_coefficients(options, folder):
     model = settings["model"]
     if files.model_folder("", model) != files.model_folder("", options.model):
         raise BadInput(f"{path} holds coefficients of model {model}: add --model {model}")
-    if model in data.BUNDLED and metadata["model_sha256"] != data.BUNDLED[model][-1]:
+    if options.model in data.BUNDLED and metadata["model_sha256"] != data.BUNDLED[options.model][-1]:
         raise BadInput(f"{path} holds coefficients of another model than {model}: restore a copy, or search again")
     if source and not options.coefficients:
         print(f"no search in {folder}: using {source}, seed {settings['seed']} (python search.py makes your own)")
