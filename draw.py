@@ -1,11 +1,13 @@
 """Algorithm 2, lines 1 to 5: draw a task's ticket, the masks m, from the searched coefficients.
 
-    python draw.py --task sst2             with the paper's ratios for SST-2
+    python draw.py --task sst2                             with the paper's ratios for SST-2
     python draw.py --task mine.csv --tau-ffn 0.25
+    python draw.py --coefficients OWNER/NAME               with coefficients that were published on the hub
 
 The least important heads and neurons of all layers together are pruned, and every layer keeps at least one head. All
 tasks share the coefficients and differ only in the ratio of the neurons, so that no data and no model are needed here.
-finetune.py continues with line 6: it applies the masks to theta_0.
+finetune.py continues with line 6: it applies the masks to theta_0. Where no search was run, those of MiniLM that this
+project publishes serve.
 """
 
 import runtime.start  # noqa: F401 # isort: skip
@@ -19,12 +21,12 @@ import data
 from bert import Bert, Config
 from checkpoints import safetensors
 from checkpoints.provenance import is_up_to_date, software
-from checkpoints.tickets import read_coefficients
 from gates import draw_masks
 from runtime import cli, distributed, files
 from runtime.cli import BadInput, option
 from runtime.device import DEFAULT_MODEL
 from sharing.plots import plot_ticket
+from sharing.publish import load_coefficients
 
 
 @dataclass
@@ -35,7 +37,8 @@ class Options:
         None, "pruning ratio of the neurons, instead of the task's", at_least=0, below=1, group="pruning"
     )
     model: str = option(DEFAULT_MODEL, "the model that was searched", group="files")
-    coefficients: str = option(None, "a coefficients file [that of search.py in OUTPUT/MODEL]", group="files")
+    coefficients: str = option(None, "a file, a folder, or OWNER/NAME on the hub [that in OUTPUT/MODEL]", group="files")
+    coefficients_seed: int = option(None, "the search, if the file holds several [the first]", group="files")
     output: str = option("runs", "folder; the ticket goes to OUTPUT/MODEL/TASK", group="files")
     overwrite: bool = option(False, "draw it anew, in place of what is there", group="files")
 
@@ -49,24 +52,19 @@ def main():
     tau_ffn = (task or data.Task).tau_ffn if options.tau_ffn is None else options.tau_ffn
     classes = len(task.labels) if task else 2
     folder = files.model_folder(options.output, options.model) / files.task_folder(options.task)
-    path = Path(options.coefficients or folder.parent / "coefficients.safetensors")
-    if not path.is_file():
-        raise BadInput(f"there is no {path}: run python search.py{cli.flags(options, 'model', 'output')} first")
-    head, ffn, metadata = read_coefficients(path)
-    model = metadata["settings"]["model"]
-    if files.model_folder("", model) != files.model_folder("", options.model):
-        raise BadInput(f"{path} holds coefficients of model {model}: add --model {model}")
+    head, ffn, metadata = load_coefficients(options, folder.parent)
+    model, seed = metadata["settings"]["model"], metadata["settings"]["seed"]
 
     # Lines 1 to 5: c* are the ceil(tau N)-th smallest coefficients, m is 0 where c <= c*
     head_mask, ffn_mask = draw_masks(head, ffn, options.tau_head, tau_ffn)
 
     provenance = {
         "script": "draw.py",
-        "settings": {"task": options.task, "tau_head": options.tau_head, "tau_ffn": tau_ffn},
+        "settings": {"task": options.task, "tau_head": options.tau_head, "tau_ffn": tau_ffn, "coefficients_seed": seed},
         "model_sha256": metadata["model_sha256"],
-        "coefficients_sha256": files.sha256(path),
+        "coefficients_sha256": metadata["sha256"],
         "coefficients_provenance": {
-            key: metadata.get(key) for key in ("settings", "corpus_sha256", "code", "versions")
+            key: metadata.get(key) for key in ("settings", "corpus_sha256", "code", "versions", "source")
         },
         **software(__file__),
     }

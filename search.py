@@ -1,7 +1,7 @@
 """Algorithm 1: learn the importance coefficients c of every attention head and FFN neuron on masked language modelling,
 with FreeLB as the adversary, until the masks drawn from c stop changing.
 
-    python search.py --model minilm                     the bundled MiniLM on BBC News, offline
+    python search.py --model minilm                     the bundled MiniLM on half of BBC News, offline
     python search.py --adversary vanilla                the vanilla ticket, without an adversary (Table 3)
     python search.py --objective rt                     on the loss of a task instead of MLM (Table 4)
     python search.py --seeds 10                         ten searches, one after another
@@ -28,13 +28,14 @@ from freelb import ADVERSARIES, ADVERSARY_OPTIONS, freelb, initial_delta
 from gates import Coefficients, EarlyStopping, draw_masks
 from inputs.batches import MaskedBatch
 from inputs.examples import load_examples
-from inputs.mlm_head import fit_mlm_head
+from inputs.mlm_head import choose_mlm_head, fit_mlm_head
 from inputs.tokenizer import Tokenizer
 from runtime import cli, distributed, files, optim
 from runtime.cli import BadInput, option
 from runtime.device import DEFAULT_MODEL, MODEL_HELP, MachineOptions, autocast, precision_name
 from sharing.plots import plot_search
 
+BATCH_SIZE = 16  # of bbc-half: as many steps as bbc has in batches of 32
 SEARCH_ADVERSARIES = tuple(name for name in ADVERSARIES if name != "infobert")  # which needs labels
 PRESETS = {  # earlyrobust: the numbers of its authors' scripts (Xi et al. 2022)
     "orticket": {"adversary": "freelb", "lambda_head": 1e-4, "lambda_ffn": 1e-4},
@@ -46,10 +47,12 @@ PRESETS = {  # earlyrobust: the numbers of its authors' scripts (Xi et al. 2022)
 class Options(data.TaskOptions, MachineOptions):
     model: str = option(DEFAULT_MODEL, MODEL_HELP, group="model")
     revision: str = option(None, "branch or commit of a model on the hub", group="model")
-    mlm_head_steps: int = option(200, "steps of fitting an MLM head, if there is none", at_least=1, group="model")
-    mlm_head_learning_rate: float = option(3e-3, "peak learning rate of those steps", above=0, group="model")
+    mlm_head_steps: int = option(
+        None, "steps of fitting an MLM head [200, or a published head]", at_least=1, group="model"
+    )
+    mlm_head_learning_rate: float = option(None, "peak learning rate of those steps [3e-3]", above=0, group="model")
     objective: str = option("mlm", "mlm on the corpus; or a task, for its classification loss", group="data")
-    corpus: str = option("bbc", f"{', '.join(data.CORPORA)}, a text file or a folder", group="data")
+    corpus: str = option(data.CORPORA[0], f"{', '.join(data.CORPORA)}, a text file or a folder", group="data")
     encoding: str = option(None, "of the corpus's files [UTF-8]", group="data")
     block: int = option(128, "tokens per example, with [CLS] and [SEP]", at_least=4, group="data")
     preset: str = option("orticket", "sets adversary and lambda", choices=tuple(PRESETS), group="adversary")
@@ -66,7 +69,7 @@ class Options(data.TaskOptions, MachineOptions):
     lambda_head: float = option(None, "lambda_H of eq. 5 [1e-4]", at_least=0, group="optimization")
     lambda_ffn: float = option(None, "lambda_F of eq. 5 [1e-4]", at_least=0, group="optimization")
     epochs: int = option(1, "passes over the corpus, at most", at_least=1, group="optimization")
-    batch_size: int = option(32, "examples per step", at_least=1, group="optimization")
+    batch_size: int = option(None, f"examples a step [32; {BATCH_SIZE} of bbc-half]", at_least=1, group="optimization")
     learning_rate: float = option(2e-5, "eta_0, of theta and c (AdamW)", above=0, group="optimization")
     learning_rate_c: float = option(None, "that of c, if not eta_0; 0: c stays 1", at_least=0, group="optimization")
     warmup: float = option(0.1, "fraction of the steps with warm-up", at_least=0, below=1, group="optimization")
@@ -79,8 +82,9 @@ class Options(data.TaskOptions, MachineOptions):
     overwrite: bool = option(False, "make it anew; if interrupted, the same command resumes", group="output")
 
     def __post_init__(self):
-        """Options that are not given have the numbers of the preset and of the adversary."""
-        defaults = PRESETS[self.preset]
+        """Options that are not given have the numbers of the preset, of the adversary and of the corpus."""
+        is_half = (self.objective, self.corpus) == ("mlm", "bbc-half")
+        defaults = PRESETS[self.preset] | {"batch_size": BATCH_SIZE if is_half else 32}
         numbers = ADVERSARIES[self.adversary or defaults["adversary"]]
         for name, value in (defaults | dict(zip(ADVERSARY_OPTIONS, numbers))).items():
             if getattr(self, name) is None:
@@ -101,6 +105,7 @@ def main():
         ones = Coefficients(config.num_hidden_layers, config.num_attention_heads, config.intermediate_size)
         draw_masks(*ones.gates, options.tau_head, options.tau_ffn)  # impossible ratios are refused now, not later
         examples, num_labels, examples_sha256 = load_examples(options, tokenizer, config, device)
+        mlm_head = choose_mlm_head(options, model_sha256)
     for seed in range(options.seed, options.seed + options.seeds):
         suffix = "" if num_labels == 0 else f"-{files.task_folder(options.objective)}"
         suffix += f"-seed{seed}" if options.seeds > 1 else ""
@@ -112,6 +117,7 @@ def main():
             "model_sha256": model_sha256,
             "config": asdict(config),
             "corpus_sha256": examples_sha256,
+            **mlm_head,
             **software(__file__),
         }
         path, state = output / f"coefficients{suffix}.safetensors", output / f"search{suffix}.state.safetensors"

@@ -15,12 +15,13 @@ from runtime import cli, files
 from runtime.cli import BadInput
 
 
-def read_coefficients(path):
-    """(c_H (layers, heads), c_F (layers, neurons), metadata) of a file that search.py wrote.
+def read_coefficients(path, seed=None):
+    """(c_H (layers, heads), c_F (layers, neurons), metadata) of a file that search.py wrote, or of the search with this
+    seed, or of the first, of a file of several that `sharing.publish` wrote: its metadata has their "seeds".
 
-    Raises BadInput if it is another file, or if its shapes are not those of its model.
+    Raises BadInput if it is another file, if its shapes are not those of its model, or if it lacks the seed.
     """
-    tensors, metadata = safetensors.read_with_metadata(path, "search.py")
+    tensors, metadata = safetensors.read_with_metadata(path, "search.py", "publish.py")
     try:
         config, model = Config(**metadata["config"]), metadata["settings"]["model"]
         complete = isinstance(model, str) and {"model_sha256", "corpus_sha256", "versions"} <= metadata.keys()
@@ -30,14 +31,25 @@ def read_coefficients(path):
         complete = False
     if not complete:
         raise BadInput(f"{path} does not say how it was made: search again")
-    return *heads_and_neurons(path, tensors, config, torch.float32), metadata
+    is_one = metadata["script"] == "search.py"
+    seeds = [metadata["settings"].get("seed")] if is_one else metadata.get("seeds")
+    if not (isinstance(seeds, list) and seeds and all(type(each) is int for each in seeds)):
+        raise BadInput(f"{path} does not say its seeds: make it again")
+    if seed not in (None, *seeds):
+        raise BadInput(f"{path} has no search with seed {seed}: give one of {', '.join(map(str, seeds))}")
+    head, ffn = heads_and_neurons(path, tensors, config, torch.float32, () if is_one else (len(seeds),))
+    if not is_one:
+        number = 0 if seed is None else seeds.index(seed)
+        head, ffn, metadata["settings"]["seed"] = head[number], ffn[number], seeds[number]
+    return head, ffn, metadata
 
 
-def heads_and_neurons(path, tensors, config, dtype):
-    """The tensors head (layers, heads) and ffn (layers, neurons). Raises BadInput if they do not fit the model."""
+def heads_and_neurons(path, tensors, config, dtype, searches=()):
+    """The tensors head (*searches, layers, heads) and ffn (*searches, layers, neurons). Raises BadInput if they do not
+    fit the model."""
     found = [tensors.get(name, torch.empty(0)) for name in ("head", "ffn")]
     for tensor, width in zip(found, (config.num_attention_heads, config.intermediate_size)):
-        shape = config.num_hidden_layers, width
+        shape = *searches, config.num_hidden_layers, width
         if tensor.shape != shape or tensor.dtype != dtype or not torch.isfinite(tensor).all():
             raise BadInput(f"{path} has no finite {dtype} tensor of shape {shape}: make it again")
     return found

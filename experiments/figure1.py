@@ -8,16 +8,13 @@ The options of the search are those of table1.py. Writes figure1.png and figure1
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import torch
-
 from checkpoints.tickets import read_coefficients
 from experiments import tables
 from experiments.runs import DEFAULTS, parse_overrides, run_search
 from gates import draw_masks
 from runtime import cli, files
 from runtime.cli import option
-from sharing.plots import new_figure, save_figure
+from sharing.plots import plot_survival
 
 
 @dataclass
@@ -38,7 +35,7 @@ def main():
     path = Path(options.results) / "figure1.png"
     as_lists = {model: {name: share.tolist() for name, share in of.items()} for model, of in shares.items()}
     files.write_json(path.with_suffix(".json"), as_lists)
-    plot(shares, options.searches, path)
+    plot_survival(shares, options.searches, path)
     print(f"the mean of {options.searches} searches: {path}")
 
 
@@ -48,27 +45,6 @@ def survival(options, model):
     for seed in range(options.searches):
         head, ffn, _ = read_coefficients(run_search(options, model, search | {"seed": seed})[0])
         kept.append(draw_masks(head, ffn, options.tau_head, options.tau_ffn))
-    heads, neurons = (torch.stack(masks).float().mean(0) for masks in zip(*kept))
-    return {"heads": heads, "neurons": neurons.mean(1, keepdim=True)}
-
-
-def plot(shares, searches, path):
-    """A pair of heat maps for each model: heads, and neurons by layer."""
-    maps = [(model, name, share) for model, of in shares.items() for name, share in of.items()]
-    widths = [max(2, share.shape[1]) for *_, share in maps]
-    size = 1 + 0.45 * sum(widths), 1.5 + 0.36 * max(len(share) for *_, share in maps)
-    figure, axes = new_figure(1, len(maps), figsize=size, width_ratios=widths, layout="constrained")
-    for ax, (model, name, share) in zip(axes, maps):
-        image = ax.imshow(share.numpy(), cmap="viridis", vmin=0, vmax=1, aspect="auto", origin="lower")
-        ax.set_title(f"{model}, {name}" if name == "heads" else name, fontsize=9, parse_math=False)
-        ax.set(xlabel="head" if name == "heads" else "all neurons", ylabel="layer")
-        for set_ticks, count in zip((ax.set_yticks, ax.set_xticks), share.shape):
-            set_ticks(range(count), range(1, count + 1))
-        for (layer, column), value in np.ndenumerate(share.numpy()):
-            color = "white" if value < 0.6 else "black"
-            ax.text(column, layer, f"{value:.0%}", ha="center", va="center", fontsize=6, color=color)
-    figure.colorbar(image, ax=axes, pad=0.01, label=f"share kept, mean of {searches} searches")
-    save_figure(figure, path)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
 """The MLM head of a model that was published without one, such as MiniLM: fitted with the encoder frozen.
 
-It is no part of Algorithm 1. search.py needs the head for its loss, BERT-Attack for its substitutes.
+It is no part of Algorithm 1. search.py needs the head for its loss, BERT-Attack for its substitutes. That of MiniLM,
+fitted on BBC News with the defaults below, is published with this project.
 """
 
 import contextlib
 from dataclasses import asdict
+from pathlib import Path
 
 import filelock
 import torch
@@ -17,9 +19,42 @@ from runtime import cli, files, optim
 from runtime.cli import BadInput
 from runtime.device import autocast, pick_precision, precision_name
 
-# what the fitted head depends on, with the defaults of search.py
-SETTINGS = {"seed": 0, "block": 128, "batch_size": 32, "warmup": 0.1, "precision": "auto"}
-SETTINGS |= {"mlm_head_steps": 200, "mlm_head_learning_rate": 3e-3}
+FITTING = {"mlm_head_steps": 200, "mlm_head_learning_rate": 3e-3}  # the defaults of search.py
+# what the fitted head depends on, with the values of the published one
+SETTINGS = FITTING | {"seed": 0, "block": 128, "batch_size": 32, "warmup": 0.1, "precision": "auto"}
+
+
+def choose_mlm_head(options, model_sha256):
+    """{"mlm_head_sha256": that of the published head} if a search with these options takes it; {} otherwise. Options of
+    fitting that are not given get their defaults."""
+    given = [getattr(options, name) for name in FITTING]
+    options.mlm_head_steps, options.mlm_head_learning_rate = (a or b for a, b in zip(given, FITTING.values()))
+    if any(given) or options.objective != "mlm" or options.corpus not in ("bbc", "bbc-half"):
+        return {}
+    path = published_path(model_sha256)
+    return {"mlm_head_sha256": files.sha256(path)} if path else {}
+
+
+def published_path(model_sha256):
+    """Path of the published head of the bundled model with this sha256, None if there is none."""
+    paths = [data.PUBLISHED / f"{name}-mlm-head.safetensors" for name, of in data.BUNDLED.items() if model_sha256 in of]
+    return next(filter(Path.is_file, paths), None)
+
+
+def load_published(name, model, model_sha256):
+    """Give `model`, loaded as `name`, the published head. Returns the metadata of the head.
+
+    Raises BadInput if the file is damaged, or was fitted to another model or with other settings. An earlier version
+    of the code made it, so that its "code" is not compared.
+    """
+    path = published_path(model_sha256)
+    tensors, metadata = safetensors.read_with_metadata(path, "mlm_head.py")
+    if metadata.get("model_sha256") != model_sha256 or metadata["settings"] | {"precision": "auto"} != SETTINGS:
+        raise BadInput(f"{path} was fitted to another model or with other settings: restore it, or remove it")
+    load_module(model.mlm_head, tensors, path)
+    how = f"fitted on BBC News in {metadata['settings']['mlm_head_steps']} steps"
+    print(f"MLM head of {name}: the published one, {how}; search.py --mlm-head-steps N fits another")
+    return metadata
 
 
 def fit_mlm_head(name, provenance, model, tokenizer, blocks, path, dtype):
@@ -27,6 +62,8 @@ def fit_mlm_head(name, provenance, model, tokenizer, blocks, path, dtype):
 
     name: of the model, for the message. provenance: its "settings" hold at least `SETTINGS`.
     """
+    if "mlm_head_sha256" in provenance:
+        return load_published(name, model, provenance["model_sha256"])
     settings = {key: provenance["settings"][key] for key in SETTINGS}
     provenance = provenance | {"script": "mlm_head.py", "settings": settings, **software(__file__)}
     try:
@@ -66,7 +103,8 @@ def train_mlm_head(model, tokenizer, blocks, dtype=torch.float32, settings=SETTI
 
 
 def find_mlm_head(name, output, model, model_sha256, tokenizer, device):
-    """Give `model`, loaded as `name`, the head that search.py saved in OUTPUT/MODEL, or fit one with its defaults.
+    """Give `model`, loaded as `name`, the head that search.py saved in OUTPUT/MODEL, the published one if there is
+    one for it, or one fitted to BBC News.
 
     Returns the metadata of the head.
     """
@@ -77,6 +115,8 @@ def find_mlm_head(name, output, model, model_sha256, tokenizer, device):
             with contextlib.suppress(BadInput):  # `fit_mlm_head` says what is wrong, and fits another
                 found = safetensors.read_with_metadata(path)[1]
         if found.get("model_sha256") != model_sha256:
+            if published_path(model_sha256):
+                return load_published(name, model, model_sha256)
             blocks = Blocks(tokenizer, *data.find_corpus("bbc"), SETTINGS["block"])
             dtype = pick_precision(device, SETTINGS["precision"])
             provenance = {

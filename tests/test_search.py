@@ -1,9 +1,12 @@
 """search.py beyond the specification: the MLM head, the adversary, learning rates, overwriting, divergence."""
 
+import shutil
 import unittest.mock
 
 import pytest
+import safetensors.torch
 import torch
+import torch.nn.functional as F
 import transformers
 
 import data
@@ -12,7 +15,9 @@ import search
 from bert import Bert, Config
 from checkpoints import safetensors as our_safetensors
 from inputs import mlm_head
+from inputs.batches import Blocks, mask_tokens
 from inputs.tokenizer import Tokenizer
+from runtime import files
 from tests.conftest import adversarial, call, interrupted_at, moved_against, one_step, quick_search, saved
 
 
@@ -44,6 +49,97 @@ def test_an_attack_fits_the_same_mlm_head_as_a_search(tmp_path, corpus, monkeypa
     found = mlm_head.find_mlm_head(str(path), str(tmp_path / "two"), model, sha256, tokenizer, torch.device("cpu"))
     assert heads[0].read_bytes() == heads[1].read_bytes()
     assert our_safetensors.read_with_metadata(heads[0])[1] == found
+
+
+@pytest.fixture
+def few_articles(monkeypatch):
+    """BBC News is 20 articles."""
+    few = list(data.bbc())[::112]
+    monkeypatch.setattr(data, "bbc", lambda: iter(few))
+    monkeypatch.setitem(data.TASKS, "bbc", data.bundled_task(data.TOPICS, 256, data.bbc))
+
+
+def begun(monkeypatch, *flags):
+    """(exit code, MLM head and provenance with which a search of MiniLM would begin)."""
+    found = []
+
+    def stop(options, model, c, examples, run, dtype):
+        found.append((model.mlm_head.state_dict(), run.checkpoint.provenance))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(search, "search", stop)
+    return call(search, "--model", "minilm", *flags), *(found or [({}, {})])[0]
+
+
+def test_a_search_of_minilm_takes_the_published_head_unless_another_is_asked_for(
+    few_articles, tmp_path, monkeypatch, capsys
+):
+    fitted = []
+    monkeypatch.setattr(mlm_head, "train_mlm_head", lambda *arguments: fitted.append(arguments[-1]))
+    published = data.PUBLISHED / "minilm-mlm-head.safetensors"
+    expected = safetensors.torch.load_file(published)
+    for number, corpus in enumerate(([], ["--corpus", "bbc", "--seed", 1, "--block", 64])):
+        code, head, made_by = begun(monkeypatch, "--output", tmp_path / str(number), *corpus)
+        assert code == 130 and fitted == [] and made_by["mlm_head_sha256"] == files.sha256(published)
+        assert head.keys() == expected.keys() and all(torch.equal(head[name], expected[name]) for name in head)
+        printed = capsys.readouterr().out
+        assert printed.count("MLM head of minilm: the published one, fitted on BBC News in 200 steps; search.py") == 1
+    path = tmp_path / "words.txt"
+    path.write_text("a few words " * 99)
+    others = ["--mlm-head-steps", 200], ["--mlm-head-learning-rate", 3e-3], ["--corpus", path]
+    for number, flags in enumerate(others):
+        code, _, made_by = begun(monkeypatch, "--output", tmp_path / f"fitted{number}", *flags)
+        assert code == 130 and len(fitted) == number + 1 and "mlm_head_sha256" not in made_by
+        wanted = mlm_head.SETTINGS | {"batch_size": 32 if path in flags else search.BATCH_SIZE}
+        wanted["precision"] = made_by["settings"]["precision"]
+        assert fitted[-1] == wanted and {name: made_by["settings"][name] for name in wanted} == wanted
+
+
+def test_a_published_head_that_is_damaged_or_of_another_model_is_refused(few_articles, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "minilm-mlm-head.safetensors"
+    shutil.copy(data.PUBLISHED / path.name, path)
+    monkeypatch.setattr(data, "PUBLISHED", tmp_path)
+    tensors, metadata = our_safetensors.read_with_metadata(path)
+    content = path.read_bytes()
+    path.write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
+    assert begun(monkeypatch, "--output", tmp_path)[0] == 2
+    assert f"{path} is damaged, its checksum is another" in capsys.readouterr().err
+    for change in ({"model_sha256": "0" * 64}, {"settings": metadata["settings"] | {"mlm_head_steps": 7}}):
+        our_safetensors.write_safetensors(path, tensors, metadata | change)
+        assert begun(monkeypatch, "--output", tmp_path)[0] == 2
+        assert f"{path} was fitted to another model or with other settings" in capsys.readouterr().err
+
+
+def test_the_published_head_predicts_masked_words_better_than_their_frequencies_do(few_articles):
+    path, sha256 = data.find_model("minilm")
+    model, tokenizer = Bert.load(path, mlm=True).eval(), Tokenizer(path)
+    mlm_head.load_published("minilm", model, sha256)
+    blocks = Blocks(tokenizer, *data.find_corpus("bbc"), 64)
+    ids, positions, labels = mask_tokens(blocks.rows(torch.arange(24)), tokenizer)
+    with torch.no_grad():
+        loss = model.mlm_loss(model(ids, positions=positions), labels)
+    shares = blocks.frequencies(tokenizer.size).add(0.5)
+    assert loss < F.cross_entropy(shares.log().expand(len(labels), -1), labels) - 0.1
+
+
+def test_an_attack_takes_the_head_of_its_search_or_else_the_published_one(tmp_path, monkeypatch):
+    path, sha256 = data.find_model("minilm")
+    model, tokenizer, device = Bert.load(path, mlm=True), Tokenizer(path), torch.device("cpu")
+    published = data.PUBLISHED / "minilm-mlm-head.safetensors"
+    tensors, metadata = our_safetensors.read_with_metadata(published)
+    assert mlm_head.find_mlm_head("minilm", str(tmp_path), model, sha256, tokenizer, device) == metadata
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in model.mlm_head.state_dict().items())
+    own = {name: tensor + 1 for name, tensor in tensors.items()}
+    our_safetensors.write_safetensors(tmp_path / "minilm" / "mlm_head.safetensors", own, metadata | {"own": True})
+    assert mlm_head.find_mlm_head("minilm", str(tmp_path), model, sha256, tokenizer, device)["own"]
+    assert torch.equal(model.mlm_head.bias, own["bias"])
+
+
+def test_the_default_batch_is_smaller_on_half_of_bbc_only():
+    assert search.Options().corpus == "bbc-half" and search.Options().batch_size == search.BATCH_SIZE
+    assert search.Options(batch_size=7).batch_size == 7
+    others = {"corpus": "bbc"}, {"corpus": "wikitext-2-raw-v1"}, {"corpus": "mine.txt"}, {"objective": "rt"}
+    assert [search.Options(**given).batch_size for given in others] == [32] * 4
 
 
 @pytest.mark.parametrize("adversary", ["freelb", "pgd"])

@@ -1,0 +1,127 @@
+"""Published coefficients: several searches, packed into one file with a picture, and where draw.py finds them.
+
+    python search.py --seeds 10
+    python -m sharing.publish runs/minilm/coefficients-seed*.safetensors --output FOLDER
+
+FOLDER/coefficients.safetensors then holds `head` (searches, layers, heads) and `ffn` (searches, layers, neurons) with
+the provenance of the searches, which may differ in the seed alone. The picture beside it shows what their masks share.
+"""
+
+import runtime.start  # noqa: F401 # isort: skip
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import data
+from checkpoints import safetensors
+from checkpoints.provenance import differences, summary
+from checkpoints.tickets import read_coefficients
+from gates import draw_masks
+from inputs import hub
+from runtime import cli, files
+from runtime.cli import BadInput, option
+from sharing.plots import plot_survival, survival_shares
+
+NAME = "coefficients.safetensors"
+
+
+@dataclass
+class Options:
+    coefficients: tuple = option((), "files of search.py", positional=True)
+    output: str = option("tickets", "folder; or a file that ends in .safetensors")
+    overwrite: bool = option(False, "replace what is there")
+
+
+def main():
+    options = cli.parse(Options, __doc__)
+    path = Path(options.output)
+    path = path if path.suffix == ".safetensors" else path / NAME
+    if path.exists() and not options.overwrite:
+        raise BadInput(f"{path} is there: use --overwrite or another --output")
+    tensors, metadata = pack(options.coefficients)
+    safetensors.write_safetensors(path, tensors, metadata)
+    settings, seeds = metadata["settings"], metadata["seeds"]
+    masks = [draw_masks(*each, settings["tau_head"], settings["tau_ffn"]) for each in zip(*tensors.values())]
+    plot_survival({settings["model"]: survival_shares(masks)}, len(seeds), path.with_suffix(".png"))
+    print(f"{len(seeds)} searches of {settings['model']}: {path}, {path.with_suffix('.png')}")
+    print(f"to publish them: hf upload OWNER/NAME {path} {NAME}")
+
+
+def pack(paths):
+    """({name: tensor}, metadata) of several searches, in the order of their seeds. Of paths of this
+    machine, to the model and the corpus, the last name is kept.
+
+    Raises BadInput if they differ in more than the seed.
+    """
+    searches, common = {}, None
+    for path in paths:
+        head, ffn, metadata = read_coefficients(path)
+        if "seeds" in metadata:
+            raise BadInput(f"{path} holds several searches: give the files of search.py")
+        seed, stopped_early = metadata["settings"].pop("seed"), metadata.pop("stopped_early", None)
+        if seed in searches:
+            raise BadInput(f"{path} is a second search with seed {seed}: give each once")
+        common = common or metadata
+        what = differences(common["settings"], metadata["settings"]) or differences(common, metadata)
+        if what:
+            raise BadInput(
+                f"{path} and {paths[0]} differ in {summary(what)}: give searches that differ in the seed alone"
+            )
+        mini_epochs = len(safetensors.read_safetensors(path)[0].get("trace.loss", ()))
+        searches[seed] = head, ffn, mini_epochs, stopped_early
+    seeds = sorted(searches)
+    heads, ffns, mini_epochs, stopped_early = zip(*(searches[seed] for seed in seeds))
+    settings = common["settings"]
+    if Path(settings["model"]).is_absolute():
+        settings["model"] = str(files.model_folder("", settings["model"]))
+    settings["corpus"] = Path(settings["corpus"]).name
+    own = {"script": "publish.py", "seeds": seeds, "mini_epochs": mini_epochs, "stopped_early": stopped_early}
+    return {"head": torch.stack(heads), "ffn": torch.stack(ffns)}, common | own
+
+
+def load_coefficients(options, folder):
+    """(c_H, c_F, metadata) for draw.py: of --coefficients, of search.py in `folder`, or else of this project. The
+    metadata has also the "sha256" of the file, and as "source" the published ones that it is of.
+
+    Raises BadInput if there are none, or if they are of another model than --model.
+    """
+    path, source = find_coefficients(options, folder)
+    head, ffn, metadata = read_coefficients(path, options.coefficients_seed)
+    settings = metadata["settings"]
+    model = settings["model"]
+    if files.model_folder("", model) != files.model_folder("", options.model):
+        raise BadInput(f"{path} holds coefficients of model {model}: add --model {model}")
+    if options.model in data.BUNDLED and metadata["model_sha256"] != data.BUNDLED[options.model][-1]:
+        raise BadInput(f"{path} holds coefficients of another model than {model}: restore a copy, or search again")
+    if source and not options.coefficients:
+        print(f"no search in {folder}: using {source}, seed {settings['seed']} (python search.py makes your own)")
+    return head, ffn, metadata | {"sha256": files.sha256(path), "source": source}
+
+
+def find_coefficients(options, folder):
+    """(path of the coefficients, the published ones that these are, None for a file on this machine)."""
+    given, path = options.coefficients, Path(options.coefficients or folder)
+    if path.is_file() or (path / NAME).is_file():
+        return path if path.is_file() else path / NAME, None
+    if given and not path.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w.-]+)?", given):
+        repository, _, revision = given.partition("@")
+        try:
+            path = hub.fetch(repository, NAME, revision or "main")
+        except BadInput as error:
+            raise BadInput(f"--coefficients {given} is no file or folder, nor on the hub: {error}") from None
+        return path, f"{repository}@{path.parent.name}"
+    if given:
+        raise BadInput(f"there is no {given}: give a file, a folder with {NAME}, or OWNER/NAME on the hub")
+    published = data.PUBLISHED / f"{Path(options.model).name}-bbc.safetensors"
+    searched = [*folder.glob("coefficients*"), *folder.glob("search*.safetensors")]  # also one that is unfinished
+    if searched or options.model not in data.BUNDLED or not published.is_file():
+        command = f"python search.py{cli.flags(options, 'model', 'output')}"
+        raise BadInput(f"there is no {folder / NAME}: run {command} first")
+    return published, f"the published coefficients of {options.model} on BBC News"
+
+
+if __name__ == "__main__":
+    cli.run(main)
