@@ -14,6 +14,7 @@ from experiments.runs import DEFAULTS, parse_overrides, run_search
 from gates import draw_masks
 from runtime import cli, files
 from runtime.cli import option
+from sharing.plots import plot_survival, survival_shares
 from sharing.plots import plot_survival
 
 
@@ -45,6 +46,7 @@ def survival(options, model):
     for seed in range(options.searches):
         head, ffn, _ = read_coefficients(run_search(options, model, search | {"seed": seed})[0])
         kept.append(draw_masks(head, ffn, options.tau_head, options.tau_ffn))
+    return survival_shares(kept)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ def choose_mlm_head(options, model_sha256):
     fitting that are not given get their defaults."""
     given = [getattr(options, name) for name in FITTING]
     options.mlm_head_steps, options.mlm_head_learning_rate = (a or b for a, b in zip(given, FITTING.values()))
-    if any(given) or options.objective != "mlm" or options.corpus not in ("bbc", "bbc-half"):
+    if any(given) or options.objective != "mlm" or options.corpus not in ("bbc", "bbc-small"):
         return {}
     path = published_path(model_sha256)
     return {"mlm_head_sha256": files.sha256(path)} if path else {}

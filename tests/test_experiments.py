@@ -26,6 +26,7 @@ from experiments import (
     figure1,
     figure2,
     mlm,
+    overlap,
     runs,
     table1,
     table2,
@@ -508,3 +509,14 @@ def test_mlm_training_lowers_the_loss_on_texts_that_are_held_out(tmp_path, monke
     result = json.loads((tmp_path / "mlm.json").read_text())
     assert not Bert.load(tmp_path / "model-mlm", mlm=True).initialized
     assert result["loss_after"] < 0.8 * result["loss_before"]
+
+
+def test_overlap_is_the_share_of_what_one_ticket_prunes_that_the_other_prunes_too(monkeypatch, capsys):
+    first = torch.tensor([[0, 0, 1, 1]]).bool(), torch.tensor([[0, 0, 0, 0, 1]]).bool()
+    second = torch.tensor([[1, 0, 0, 1]]).bool(), torch.tensor([[0, 1, 1, 1, 1]]).bool()
+    assert overlap.overlap(first, second) == [1 / 2, 1 / 4]
+    assert overlap.overlap(second, first) == [1 / 2, 1]
+    scores = [(mask.float(), other.float(), {}) for mask, other in (first, second)]
+    monkeypatch.setattr(overlap, "read_coefficients", lambda path: scores[int(path)])
+    assert call(overlap, "0", "1", "--tau-head", "0.5", "--tau-ffn", "0.2") == 0
+    assert "| 1 | 100.0% / 100.0% | 50.0% / 100.0% |" in capsys.readouterr().out

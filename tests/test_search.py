@@ -136,7 +136,7 @@ def test_an_attack_takes_the_head_of_its_search_or_else_the_published_one(tmp_pa
 
 
 def test_the_default_batch_is_smaller_on_half_of_bbc_only():
-    assert search.Options().corpus == "bbc-half" and search.Options().batch_size == search.BATCH_SIZE
+    assert search.Options().corpus == "bbc-small" and search.Options().batch_size == search.BATCH_SIZE
     assert search.Options(batch_size=7).batch_size == 7
     others = {"corpus": "bbc"}, {"corpus": "wikitext-2-raw-v1"}, {"corpus": "mine.txt"}, {"objective": "rt"}
     assert [search.Options(**given).batch_size for given in others] == [32] * 4
