@@ -15,7 +15,6 @@ from gates import draw_masks
 from runtime import cli, files
 from runtime.cli import option
 from sharing.plots import plot_survival, survival_shares
-from sharing.plots import plot_survival
 
 
 @dataclass
