@@ -5,6 +5,7 @@ import functools
 import hashlib
 import importlib.metadata
 import json
+import modulefinder
 import os
 import platform
 from datetime import datetime
@@ -24,42 +25,27 @@ NAMES = ("model", "corpus", "objective", "revision", "data_revision")  # their c
 def software(script):
     """The "code" and "versions" of a provenance: {file: digest} of the script at this path and of the project's files
     that it imports, directly or not; {package: version}."""
-    code, paths = {}, [Path(script).resolve()]
-    while paths:
-        path = paths.pop()
-        name = path.relative_to(ROOT).as_posix()
-        if name not in code:
-            status = path.stat()
-            code[name], imported = parse(path, (status.st_mtime_ns, status.st_size))
-            paths += imported
+    finder = modulefinder.ModuleFinder([str(ROOT)])
+    finder.run_script(str(script))
+    paths = sorted(Path(module.__file__).resolve() for module in finder.modules.values() if module.__file__)
+    code = {path.relative_to(ROOT).as_posix(): code_digest(path, path.stat().st_mtime_ns) for path in paths}
     return {"code": code, "versions": versions()}
+
+
+@functools.cache
+def code_digest(path, changed):
+    """The digest of a Python file without comments, docstrings and formatting. changed: the time of the last change."""
+    tree = ast.parse(path.read_bytes())
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
+            del node.body[0]
+    return hashlib.sha256(ast.unparse(tree).encode()).hexdigest()[:16]
 
 
 def versions():
     """The versions that can change a result: Python's and those of torch, tokenizers and numpy."""
     packages = {name: importlib.metadata.version(name) for name in ("torch", "tokenizers", "numpy")}
     return {"python": platform.python_version(), **packages}
-
-
-@functools.cache
-def parse(path, status):
-    """(digest of a Python file without comments, docstrings and formatting; the project's files that it imports).
-
-    status: changes with the file.
-    """
-    tree, names = ast.parse(path.read_bytes()), []
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.Import, ast.ImportFrom)):
-            level, module = getattr(node, "level", 0), getattr(node, "module", None)
-            package = path.relative_to(ROOT).parts[:-level] if level else ()  # of a relative import
-            package += tuple(module.split(".")) if module else ()
-            names += [(*package, *alias.name.split(".")) for alias in node.names]
-        elif isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
-            del node.body[0]
-    # a name may be a module, or something in one; importing a module runs the __init__.py of its packages
-    stems = {ROOT.joinpath(*name[:length]) for name in names for length in range(1, len(name) + 1)}
-    files = {file for stem in stems for file in (Path(f"{stem}.py"), stem / "__init__.py") if file.is_file()}
-    return hashlib.sha256(ast.unparse(tree).encode()).hexdigest()[:16], sorted(files)
 
 
 def write_result(path, value):
