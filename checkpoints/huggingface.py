@@ -24,11 +24,7 @@ from checkpoints.tensorflow1 import read_tensorflow
 from runtime.cli import BadInput, one_line
 from runtime.files import atomic_write, read_json, sha256, write_json
 
-SUPPORTED = {
-    "hidden_act": ("gelu",),
-    "position_embedding_type": ("absolute",),
-    "is_decoder": (False, None),
-}
+SUPPORTED = {"hidden_act": ("gelu",), "position_embedding_type": ("absolute",), "is_decoder": (False, None)}
 LIMITS = {"num_hidden_layers": 2**10, "num_attention_heads": 2**10, "hidden_size": 2**16, "intermediate_size": 2**18}
 
 
@@ -124,7 +120,6 @@ OTHER_FORMATS = {
     b"<": "a web page",
     b"\x1f\x8b": "a gzip archive, to be unpacked",
 }
-LARGEST_ARCHIVE = 2**34  # bytes unpacked, ten times the largest BERT
 
 
 def weight_files(path):
@@ -199,19 +194,17 @@ def read_file(path):
     if path.suffix == ".safetensors" or first[8:9] == b"{":  # its header
         return read_safetensors(path)[0]
     if first.startswith((b"PK\3\4", b"\x80")):  # zip, pickle
-        return read_bin(path)
+        return read_bin(path, is_zip=first.startswith(b"PK"))
     raise BadInput(f"{path} is neither a safetensors file nor a PyTorch checkpoint")
 
 
-@functools.cache
-def cached_sha256(path, status):
-    """The sha256 of a file, computed once as long as its `status`, (size, time of change), is the same."""
-    return sha256(path)
-
-
 def file_sha256(path):
+    """The sha256 of a file, computed once as long as its size and its time of change are the same."""
     status = os.stat(path)
-    return cached_sha256(path, (status.st_size, status.st_mtime_ns))
+    return cached_sha256(path, status.st_size, status.st_mtime_ns)
+
+
+cached_sha256 = functools.cache(lambda path, *status: sha256(path))
 
 
 def weights_sha256(path):
@@ -231,7 +224,7 @@ def relative_path(name, what):
 def unpack(archive):
     """The folder of a zip archive like Google's uncased_L-12_H-768_A-12.zip, unpacked once into the cache.
 
-    Raises BadInput for an archive that is damaged or too large, or has a path that leads out of the folder.
+    Raises BadInput for an archive that is damaged, or has a path that leads out of the folder.
     """
 
     def extract(folder):
@@ -240,8 +233,6 @@ def unpack(archive):
             with zipfile.ZipFile(archive) as archived, atomic_write(folder) as tmp_path:
                 for name in archived.namelist():
                     relative_path(name, f"{archive}: file name")
-                if sum(member.file_size for member in archived.infolist()) > LARGEST_ARCHIVE:
-                    raise BadInput(f"{archive} claims to hold more than {LARGEST_ARCHIVE:,} bytes")
                 archived.extractall(tmp_path)
         except BadInput:
             raise
@@ -252,7 +243,7 @@ def unpack(archive):
         with zipfile.ZipFile(archive) as archived:
             for member in archived.infolist():
                 path = folder / member.filename
-                if not member.is_dir() and not (path.is_file() and crc32(path) == member.CRC):
+                if not member.is_dir() and not (path.is_file() and zlib.crc32(path.read_bytes()) == member.CRC):
                     raise BadInput(f"{path} is damaged")
         return folder
 
@@ -261,22 +252,11 @@ def unpack(archive):
     return min(configs, key=lambda path: (len(path.parts), path)).parent if configs else folder
 
 
-def crc32(path):
-    """The checksum of a file as zip archives store it."""
-    found = 0
-    with open(path, "rb") as file:
-        while chunk := file.read(2**20):
-            found = zlib.crc32(chunk, found)
-    return found
-
-
-def read_bin(path):
+def read_bin(path, is_zip):
     """Mapped {name: tensor} of a PyTorch .bin: a zip archive, which is memory-mapped, or the older format.
 
     Only tensors are unpickled. A pickle that would run code is refused, and none of it runs.
     """
-    with open(path, "rb") as file:
-        is_zip = file.read(4) == b"PK\x03\x04"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -338,18 +318,14 @@ def from_huggingface(tensors, model_type, layers, path):
             raise BadInput(f"{path} has a tensor {name}, for which its configuration has no place")
         else:
             unused.append(name)
-    published = published_names(model_type)
-    for i in range(layers):
-        for kind, dimensions in (("weight", 2), ("bias", 1)):
-            parts = [f"layers.{i}.{part}.{kind}" for part in PARTS]
-            for name in [*parts, f"layers.{i}.intermediate.{kind}"]:
-                shown = published[re.sub("[0-9]+", "{}", name.rpartition(".")[0])].format(i)
-                if name not in found:
-                    raise BadInput(f"{path} has no tensor {shown}.{kind}")
-                shape = tuple(found[name].shape)
-                if len(shape) != dimensions or name in parts and shape != found[parts[0]].shape:
-                    raise BadInput(f"{path}: {shown}.{kind} has shape {shape}, which fits no model")
-            found[f"layers.{i}.query_key_value.{kind}"] = torch.cat([found.pop(name) for name in parts])
+    for name in (f"layers.{i}.query_key_value.{kind}" for i in range(layers) for kind in ("weight", "bias")):
+        parts = [name.replace("query_key_value", part) for part in PARTS]
+        try:
+            found[name] = torch.stack([found.pop(part) for part in parts]).flatten(0, 1)
+        except KeyError as missing:
+            raise BadInput(f"{path} has no tensor for {missing.args[0]}") from None
+        except (RuntimeError, IndexError):
+            raise BadInput(f"{path}: the tensors for {', '.join(parts)} have shapes that fit no model") from None
     bias = found.pop("mlm_head.decoder.bias", None)  # equal to mlm_head.bias; many files have both
     if bias is not None:
         found.setdefault("mlm_head.bias", bias)
@@ -373,21 +349,18 @@ def without_wrapper(tensors, model_type, path):
     return {name.removeprefix(wrapper).removeprefix(f"{model_type}."): tensor for name, tensor in tensors.items()}
 
 
-def published_names(model_type):
-    """{bert.py's name: published name}, without the last part, weight or bias."""
-    family = FAMILIES[model_type]
-    names = {ours: f"{model_type}.{name}" for name, ours in family.encoder.items()}
-    return names | {ours: name for name, ours in family.heads.items()}
-
-
 def layer_widths(tensors, config, path):
     """(heads, neurons) of each layer, from the shapes of the tensors of `from_huggingface`.
 
     Raises BadInput if they exceed the configuration's.
     """
-    layers = range(config.num_hidden_layers)
-    heads = tuple(len(tensors[f"layers.{i}.query_key_value.bias"]) // (3 * config.head_size) for i in layers)
-    neurons = tuple(len(tensors[f"layers.{i}.intermediate.bias"]) for i in layers)
+    heads, neurons = (
+        tuple(
+            tensors.get(f"layers.{i}.{part}.bias", torch.empty(0)).numel() // size
+            for i in range(config.num_hidden_layers)
+        )
+        for part, size in (("query_key_value", 3 * config.head_size), ("intermediate", 1))
+    )
     if max(heads) > config.num_attention_heads or max(neurons) > config.intermediate_size:
         raise BadInput(f"{path} has layers wider than its configuration: {max(heads)} heads, {max(neurons)} neurons")
     return heads, neurons
@@ -410,7 +383,9 @@ def missing_modules(tensors, expected, path):
 
 def to_huggingface(state, model_type):
     """{bert.py's name: tensor} -> {published name: tensor}, the inverse of `from_huggingface`."""
-    published, tensors = published_names(model_type), {}
+    family, tensors = FAMILIES[model_type], {}
+    published = {ours: f"{model_type}.{name}" for name, ours in family.encoder.items()}
+    published |= {ours: name for name, ours in family.heads.items()}
     for name, tensor in state.items():
         stem, _, kind = name.rpartition(".")
         number = re.search(r"\d+", stem)

@@ -9,7 +9,6 @@ Not here: uploading, listing, Xet's chunks (the hub also serves every file by pl
 
 import concurrent.futures
 import contextlib
-import functools
 import hashlib
 import os
 import re
@@ -23,7 +22,7 @@ import filelock
 import requests
 import urllib3
 
-from checkpoints.huggingface import file_sha256, relative_path, shards, weight_files
+from checkpoints.huggingface import file_sha256, print_once, relative_path, shards, weight_files
 from runtime.cli import BadInput, one_line, progress
 from runtime.files import atomic_write, sha256
 
@@ -118,12 +117,7 @@ def is_intact(path):
     if blob.parent.name != "blobs" or not re.fullmatch(CHECKSUM, blob.name):
         return True
     found = file_sha256(blob) if len(blob.name) == 64 else file_checksum(blob, blob.name)
-    return found == blob.name or report_damage(blob)
-
-
-@functools.cache  # once
-def report_damage(blob):
-    print(f"{blob} is damaged, its content has another checksum: it is not used")
+    return found == blob.name or print_once(f"{blob} is damaged, its content has another checksum: it is not used")
 
 
 def cache_folder(repository, dataset):
