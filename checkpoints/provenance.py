@@ -15,7 +15,7 @@ import torch
 
 from checkpoints import safetensors
 from runtime import distributed
-from runtime.cli import BadInput
+from runtime.cli import BadInput, first_few
 from runtime.files import read_json, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -95,7 +95,7 @@ def read_made_by(path, provenance):
     what += [f"{key} {before!r}, not {after!r}" for key, (before, after) in settings.items()]
     reasons = [f"with other settings ({', '.join(what)})"] if what else []
     if code:
-        reasons.append(f"by other code ({summary(code)})")
+        reasons.append(f"by other code ({first_few(code)})")
     if reasons:
         raise BadInput(f"{path} was made {' and '.join(reasons)}")
     return tensors, metadata
@@ -104,12 +104,6 @@ def read_made_by(path, provenance):
 def differences(old, new):
     """{key: (value in `old`, value in `new`)} of the keys whose values differ."""
     return {key: (old.get(key), new.get(key)) for key in sorted(old | new) if old.get(key) != new.get(key)}
-
-
-def summary(names):
-    """The first of many names, for a message."""
-    names = list(names)
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def is_up_to_date(path, provenance, overwrite, elsewhere="another --output"):

@@ -30,7 +30,7 @@ from experiments.runs import (
 )
 from freelb import ADVERSARIES
 from runtime import cli, files
-from runtime.cli import BadInput, option
+from runtime.cli import BadInput, first_few, option
 from runtime.device import DEFAULT_MODEL, MODEL_HELP, describe, pick_device
 
 PAPER = json.loads((Path(__file__).parent / "paper.json").read_text("utf8"))
@@ -113,7 +113,7 @@ def make_runs(options, table, cells):
             outdated |= provenance.differences(run["code"], current)
             recorded += [key] if run["code"] == current else []
     if outdated and not options.overwrite:
-        files_changed = provenance.summary(outdated)
+        files_changed = first_few(outdated)
         raise BadInput(f"{path} has runs of other code ({files_changed}): use --overwrite, or another --results")
     missing = [key for key in keys if key not in recorded]
     if options.dry_run:

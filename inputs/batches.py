@@ -7,7 +7,6 @@ disk.
 import array
 import hashlib
 import itertools
-import os
 from typing import NamedTuple
 
 import numpy as np
@@ -200,34 +199,29 @@ class Blocks:
     """A corpus as blocks of tokens: one stream, with [SEP] after each document, split into [CLS] ... [SEP].
 
     documents: an iterable of texts, read once. size: theirs in bytes, for the progress bar. key: identifies the corpus.
-    The stream is in the cache, as int32, and only the requested blocks are read: a corpus may be larger than memory.
+    The stream is in the cache, as int32, and memory-mapped: a corpus may be larger than memory.
     The last tokens, fewer than a block, are left out. Raises BadInput if there are too few tokens for one block.
     """
 
     def __init__(self, tokenizer, documents, size, key, block, device="cpu"):
         self.tokenizer, self.block, self.device = tokenizer, block, device
         key = cache_key(tokenizer.digest, key)
-        self.file, self.tokens, self.sha256 = cache.get(  # the file stays open: the cache may be cleared meanwhile
+        self.tokens, self.sha256 = cache.get(
             cache.folder() / "tokens" / f"{key}.int32",
-            lambda path: open_tokens(path, key),
+            lambda path: read_tokens(path, key),
             lambda path: write_tokens(path, key, token_stream(tokenizer, documents, size)),
         )
         if len(self) == 0:
-            raise BadInput(f"the corpus has {self.tokens} tokens, not enough for one block of {block}")
-
-    def __del__(self):
-        if hasattr(self, "file"):
-            self.file.close()
+            raise BadInput(f"the corpus has {len(self.tokens)} tokens, not enough for one block of {block}")
 
     def __len__(self):
-        return self.tokens // (self.block - 2)
+        return len(self.tokens) // (self.block - 2)
 
     def rows(self, chosen):
         """The blocks numbered `chosen`, (B, block) int64."""
+        length = self.block - 2
         ids = np.full((len(chosen), self.block), self.tokenizer.cls, dtype=np.int64)
-        for row, number in zip(ids, chosen.tolist()):
-            self.file.seek(CHECKSUM + 4 * number * (self.block - 2))
-            row[1:-1] = np.fromfile(self.file, np.int32, self.block - 2)
+        ids[:, 1:-1] = self.tokens[length * chosen.numpy()[:, None] + np.arange(length)]
         ids[:, -1] = self.tokenizer.sep
         return torch.from_numpy(ids)
 
@@ -242,11 +236,8 @@ class Blocks:
 
     def frequencies(self, size):
         """How often each of `size` tokens occurs, (size,)."""
-        counts = torch.zeros(size, dtype=torch.int64)
-        self.file.seek(CHECKSUM)
-        while len(ids := np.fromfile(self.file, np.int32, 2**20)):
-            counts += torch.bincount(torch.from_numpy(ids).long(), minlength=size)
-        return counts
+        parts = (self.tokens[start : start + 2**20] for start in range(0, len(self.tokens), 2**20))
+        return torch.from_numpy(sum(np.bincount(part, minlength=size) for part in parts))
 
 
 def write_tokens(path, key, chunks):
@@ -261,14 +252,13 @@ def write_tokens(path, key, chunks):
         file.write(hashlib.sha256(f"{key} {digest.hexdigest()}".encode()).digest())
 
 
-def open_tokens(path, key):
-    """(open file, number of tokens, their sha256) of a file by `write_tokens`. Raises BadInput if it is damaged."""
+def read_tokens(path, key):
+    """(memory-mapped tokens, their sha256) of a file by `write_tokens`. Raises BadInput if it is damaged."""
     tokens_sha256 = sha256(path, CHECKSUM)
-    file = open(path, "rb")
-    if file.read(CHECKSUM) != hashlib.sha256(f"{key} {tokens_sha256}".encode()).digest():
-        file.close()
-        raise BadInput(f"{path} is damaged")
-    return file, (os.path.getsize(path) - CHECKSUM) // 4, tokens_sha256
+    with open(path, "rb") as file:
+        if file.read(CHECKSUM) != hashlib.sha256(f"{key} {tokens_sha256}".encode()).digest():
+            raise BadInput(f"{path} is damaged")
+    return np.memmap(path, np.int32, "r", CHECKSUM), tokens_sha256
 
 
 def token_stream(tokenizer, documents, size):

@@ -4,8 +4,8 @@ from collections import Counter
 
 import numpy as np
 
-from inputs.tables import first_few, read_table, table_files
-from runtime.cli import BadInput
+from inputs.tables import read_table, table_files
+from runtime.cli import BadInput, first_few
 
 
 def custom_splits(path, text_columns, label_column, drop_labels):

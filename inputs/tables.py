@@ -14,7 +14,7 @@ import charset_normalizer
 import pyarrow
 import pyarrow.parquet
 
-from runtime.cli import BadInput
+from runtime.cli import BadInput, first_few
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".json")
 SPLITS = {name: "validation" for name in ("validation", "val", "valid", "dev")} | {"train": "train", "test": "test"}
@@ -25,13 +25,6 @@ BYTE_ORDER_MARKS = {  # UTF-32 first: its mark begins with that of UTF-16
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
-
-
-def first_few(values, count=10):
-    """The first texts of many as one, each cut to 40 characters."""
-    values = list(values)
-    shown = [value if len(value) <= 40 else f"{value[:37]}..." for value in values[:count]]
-    return ", ".join(shown) + (f", ... ({len(values):,} in all)" if len(values) > count else "")
 
 
 def table_files(path):
