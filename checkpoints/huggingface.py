@@ -21,7 +21,7 @@ from checkpoints import cache
 from checkpoints.families import FAMILIES
 from checkpoints.safetensors import MappedTensors, read_safetensors
 from checkpoints.tensorflow1 import read_tensorflow
-from runtime.cli import BadInput, one_line
+from runtime.cli import BadInput, first_few, one_line
 from runtime.files import atomic_write, read_json, sha256, write_json
 
 SUPPORTED = {"hidden_act": ("gelu",), "position_embedding_type": ("absolute",), "is_decoder": (False, None)}
@@ -118,7 +118,6 @@ OTHER_FORMATS = {
     b"\x89HDF": "an HDF5 file of Keras",
     b"version https://git-lfs": "the pointer of a Git LFS file: `git lfs pull` fetches it",
     b"<": "a web page",
-    b"\x1f\x8b": "a gzip archive, to be unpacked",
 }
 
 
@@ -407,8 +406,6 @@ def load_report(model):
     """
     initialized = [name for name in model.initialized if name != "mlm_head"]
     unused = sorted({name.rpartition(".")[0] or name for name in model.unused})
-    if len(unused) > 6:
-        unused[6:] = [f"{len(unused) - 6} more"]
     kept = ["classifier"] if model.classifier is not None and "classifier" not in initialized else []
     lines = {"newly initialized": initialized, "not used": unused, "kept as published": kept}
-    return [f"{what}: {', '.join(names)}" for what, names in lines.items() if names]
+    return [f"{what}: {first_few(names, 6)}" for what, names in lines.items() if names]

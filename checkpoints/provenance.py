@@ -11,8 +11,6 @@ import platform
 from datetime import datetime
 from pathlib import Path
 
-import torch
-
 from checkpoints import safetensors
 from runtime import distributed
 from runtime.cli import BadInput, first_few
@@ -162,25 +160,23 @@ class Checkpoint:
         return dict(tensors), metadata
 
     def load(self, optimizer, **modules):
-        """Put the saved state, if there is one, into the optimizer and the modules. Returns its other tensors."""
+        """Put the saved state, if there is one, into the optimizer and the modules. Returns all its tensors."""
         if not self.tensors:
             return {}
-        parts = {"optimizer": {}}
-        for name, tensor in self.tensors.items():
-            part, _, key = name.partition(".")
-            parts.setdefault(part, {})[key] = tensor
-        self.tensors = {}  # a copy of each is kept: Windows cannot replace the file while it is mapped
+        saved = {name: tensor.clone() for name, tensor in self.tensors.items()}
+        self.tensors = {}  # Windows cannot replace the file while it is mapped
+
+        def part(prefix):
+            return {name.removeprefix(prefix): saved[name] for name in saved if name.startswith(prefix)}
+
         for name, module in modules.items():
-            load_module(module, parts.pop(name, {}), self.path)
-        saved, expected, states = parts.pop("optimizer"), {}, {}
-        for number, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"]):
-            if f"{number}.step" in saved:  # otherwise it has had no gradient
-                keys = [f"{number}.{key}" for key in ("step", "exp_avg", "exp_avg_sq")]
-                states[number] = {key.partition(".")[2]: saved[key].clone() for key in keys if key in saved}
-                expected |= dict(zip(keys, (torch.zeros(()), parameter, parameter)))
-        check_tensors(self.path, saved, expected)
+            load_module(module, part(f"{name}."), self.path)
+        states = {}
+        for name, tensor in part("optimizer.").items():
+            number, _, key = name.partition(".")
+            states.setdefault(int(number), {})[key] = tensor
         optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
-        return {f"{part}.{key}": tensor.clone() for part, of in parts.items() for key, tensor in of.items()}
+        return saved
 
     def save(self, optimizer, modules, tensors={}, metadata={}):
         """Write the state of the optimizer and of the modules {name: module}, and whatever else a rerun needs."""

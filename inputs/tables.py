@@ -3,7 +3,6 @@
 A custom file is read completely, or refused with the number of the line that is wrong.
 """
 
-import codecs
 import csv
 import io
 import json
@@ -13,18 +12,13 @@ from collections import Counter
 import charset_normalizer
 import pyarrow
 import pyarrow.parquet
+from charset_normalizer.utils import identify_sig_or_bom
 
 from runtime.cli import BadInput, first_few
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".json")
 SPLITS = {name: "validation" for name in ("validation", "val", "valid", "dev")} | {"train": "train", "test": "test"}
 UTF8 = "utf-8-sig"  # with or without a byte-order mark
-BYTE_ORDER_MARKS = {  # UTF-32 first: its mark begins with that of UTF-16
-    codecs.BOM_UTF32_LE: "utf-32",
-    codecs.BOM_UTF32_BE: "utf-32",
-    codecs.BOM_UTF16_LE: "utf-16",
-    codecs.BOM_UTF16_BE: "utf-16",
-}
 
 
 def table_files(path):
@@ -161,7 +155,8 @@ def read_parquet(path, *columns):
 
 def marked_encoding(raw):
     """The encoding that the byte-order mark of a file's first bytes says; UTF-8 without one."""
-    return next((encoding for mark, encoding in BYTE_ORDER_MARKS.items() if raw.startswith(mark)), UTF8)
+    encoding, _ = identify_sig_or_bom(raw)
+    return UTF8 if encoding in (None, "utf_8") else encoding
 
 
 def guess(raw):
