@@ -50,10 +50,8 @@ class NotOnHub(BadInput):
 def fetch(repository, name, revision="main", dataset=False):
     """Path of the file `name` of the repository OWNER/NAME, from the cache or else from the hub.
 
-    An interrupted download resumes, also in another run. A file is in the cache only if its checksum is the hub's. If
-    two processes need the same repository, one fetches and the other waits.
-    Raises NotOnHub if the repository has no such file, and BadInput if the file cannot be fetched: no network, offline
-    mode, no permission, or a response that is not the file.
+    An interrupted download resumes, also in another run. Of two processes one fetches and the other waits. Raises
+    NotOnHub if the repository has no such file, BadInput if it cannot be fetched.
     """
     folder = cache_folder(repository, dataset)
     path = in_cache(folder, name, revision)
@@ -62,8 +60,8 @@ def fetch(repository, name, revision="main", dataset=False):
     what = f"{name} of {repository}"
     if offline():
         raise BadInput(f"{what} is not in the cache {folder}, and HF_HUB_OFFLINE forbids fetching it")
-    path = f"{repository}/resolve/{urllib.parse.quote(revision, safe='')}/{urllib.parse.quote(name)}"
-    url = f"{endpoint()}/{'datasets/' if dataset else ''}{path}"
+    place = f"{'datasets/' if dataset else ''}{repository}/resolve"
+    url = f"{endpoint()}/{place}/{urllib.parse.quote(revision, safe='')}/{urllib.parse.quote(name)}"
     folder.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(folder / ".fetching"):
         return in_cache(folder, name, revision) or download(url, what, folder, name, revision)
@@ -82,7 +80,7 @@ WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.b
 def fetch_model(repository, revision="main", alias=None):
     """Folder with a model's configuration, vocabulary and weights, all of one commit.
 
-    alias: another name under which the hub's libraries may have cached the model. Raises BadInput as `fetch` does.
+    alias: another name under which the hub's libraries may have cached the model.
     """
     for name in (repository, alias or repository):
         config = in_cache(cache_folder(name, False), "config.json", revision)
@@ -142,8 +140,7 @@ def in_cache(folder, name, revision):
 def download(url, what, folder, name, revision):
     """Fetch `url` into the cache. Returns the path of the file in its snapshot.
 
-    urllib3 retries failed connections and busy servers. The loop here retries what is wrong with a response: a body
-    that breaks off, a wrong checksum, a location that has expired.
+    urllib3 retries failed connections and busy servers, the loop here what is wrong with a response.
     """
     more = {"status_forcelist": RETRY_STATUSES, "raise_on_status": False, "retry_after_max": MAX_RETRY_AFTER}
     retry = urllib3.Retry(ATTEMPTS - 1, backoff_factor=BACKOFF, **more)
@@ -268,8 +265,7 @@ def explain(error):
 def link_snapshot(folder, commit, name, blob, revision, is_new):
     """Path of the commit's snapshot of a file, a link to its blob; `revision` then refers to the commit.
 
-    On a file system without links the blob itself is moved there, or copied if it is not new and another snapshot may
-    use it, as the hub's own library does.
+    Without links the blob is moved there, or copied if another snapshot may use it, as the hub's own library does.
     """
     path = folder / "snapshots" / commit / name
     if not path.is_file():

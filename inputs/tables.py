@@ -24,8 +24,7 @@ UTF8 = "utf-8-sig"  # with or without a byte-order mark
 def table_files(path):
     """{split: file} of a folder with train.csv, test.csv and optionally validation.csv (or .tsv, .jsonl, .json).
 
-    The validation file may also be called val, valid or dev, and every name may be a plural. Prints which tables are
-    not used. Raises BadInput if train or test is missing, or if a split has two files.
+    See SPLITS for other names; every name may be a plural. Prints which tables are not used.
     """
     files, unused = {}, []
     for file in sorted(path.iterdir()):
@@ -45,11 +44,7 @@ def table_files(path):
 
 
 def read_table(path, text_columns, label_column):
-    """[(line, tuple of texts, label as text)] of a CSV, TSV or JSON-lines file with these columns.
-
-    Raises BadInput, with the line's number, for bytes that are not UTF-8, a line with too many or too few fields, and a
-    row without a text or a label. Prints how many repeated headers are left out, and how many texts are empty.
-    """
+    """[(line, tuple of texts, label as text)] of a CSV, TSV or JSON-lines file with these columns."""
     raw, suffix = path.read_bytes(), path.suffix.lower()
     encoding = marked_encoding(raw)
     try:

@@ -22,10 +22,8 @@ class Tokenizer:
     """WordPiece or byte-level BPE: texts <-> token ids, the same as those of transformers.
 
     path: a model folder, or a file of its weights. The vocabulary is the first found of tokenizer.json, vocab.json with
-    merges.txt (RoBERTa) and vocab.txt (BERT); tokenizer_config.json overrides parts of it.
-    `pad`, `cls`, `sep` and `mask` are the ids of the special tokens, and `size` is the number of tokens. `family` says
-    which special tokens the vocabulary has: klue/roberta-base is a RoBERTa with those of BERT.
-    Raises BadInput if there is no vocabulary, if it lacks a special token, or if its ids are not those of the model.
+    merges.txt (RoBERTa) and vocab.txt (BERT); tokenizer_config.json overrides parts of it. `pad`, `cls`, `sep` and
+    `mask` are ids. `family` is that of the special tokens: klue/roberta-base is a RoBERTa with those of BERT.
     """
 
     def __init__(self, path):
@@ -135,14 +133,11 @@ def longest_growth(normalizer):
 
 
 def add_tokens(library, added, settings):
-    """Add the tokens {id: its settings}, and the special tokens of tokenizer_config.json that are not among them.
-
-    Raises BadInput if the library gives a token another id than the files: the embedding would be another token's.
-    """
+    """Add the tokens {id: its settings}, and the special tokens of tokenizer_config.json that are not among them."""
     library.add_tokens([AddedToken(**added[number]) for number in sorted(added, key=int)])
     for number, token in added.items():
         found = library.token_to_id(token["content"])
-        if found != int(number):
+        if found != int(number):  # its embedding would be another token's
             raise BadInput(f"the added token {token['content']!r} has the id {number}, and would get {found}")
     special = [settings.get(f"{name}_token") for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
     special += settings.get("additional_special_tokens") or []
@@ -152,11 +147,8 @@ def add_tokens(library, added, settings):
 
 
 def word_piece(folder, settings):
-    """BERT's tokenizer from vocab.txt.
-
-    Google's archives have no tokenizer_config.json that says whether the vocabulary is cased. An uncased one has no
-    capital letter except in its special tokens, such as [CLS] and <S>.
-    """
+    """BERT's tokenizer from vocab.txt. Google's archives have no tokenizer_config.json that says whether it is cased: an
+    uncased vocabulary has no capital letter except in its special tokens, such as [CLS] and <S>."""
     vocabulary = WordPiece.read_file(str(folder / "vocab.txt"))
     uncased = all(token == token.lower() for token in vocabulary if token[:1] not in ("[", "<"))
     settings.setdefault("do_lower_case", uncased)
