@@ -37,20 +37,17 @@ def read_config(path, sizes):
     architecture = reprlib.repr(config.get("architectures"))  # old configurations have no model_type
     named = [of for of, family in FAMILIES.items() if re.search(f"'{family.name}(For|Model)", architecture)]
     model_type = config.setdefault("model_type", (named or ["bert"])[0])
-    family = FAMILIES.get(str(model_type))
-    if family is None:
-        families = " and ".join(map(repr, FAMILIES))
-        raise BadInput(f"{path} has model_type {reprlib.repr(model_type)}; bert.py runs {families}")
+    family = FAMILIES.get(str(model_type), FAMILIES["bert"])
     names = {published: ours for ours, published in family.config.items()}
     config = family.defaults | {names.get(name, name): value for name, value in config.items()}
-    for name, supported in SUPPORTED.items():
+    for name, supported in {"model_type": tuple(FAMILIES), **SUPPORTED}.items():
         if config.get(name, supported[0]) not in supported:
             value = reprlib.repr(config[name])
             raise BadInput(f"{path} has {name} {value}; bert.py runs {' and '.join(map(repr, supported))}")
     if config.get("classifier_dropout") not in (None, config.get("hidden_dropout_prob", 0.1)):
-        value = reprlib.repr(config["classifier_dropout"])
+        other = reprlib.repr(config["classifier_dropout"])
         print_once(
-            f"{path} has classifier_dropout {value}; bert.py uses hidden_dropout_prob before the classifier, too"
+            f"{path} has classifier_dropout {other}; bert.py uses hidden_dropout_prob before the classifier, too"
         )
     found = {name: config[name] for name in ("model_type", *sizes) if name in config}
     for name, kind in sizes.items():
@@ -125,7 +122,6 @@ def weight_files(path):
     """The files with the weights of a model; an index of several files comes first.
 
     path: a model folder, or one file of the weights; of TensorFlow's, also bert_model.ckpt, the stem of their names.
-    Raises BadInput if there is none, if a shard is missing, or if a folder has several of equal preference.
     """
     path = Path(path)
     if path.is_dir():
@@ -221,10 +217,7 @@ def relative_path(name, what):
 
 
 def unpack(archive):
-    """The folder of a zip archive like Google's uncased_L-12_H-768_A-12.zip, unpacked once into the cache.
-
-    Raises BadInput for an archive that is damaged, or has a path that leads out of the folder.
-    """
+    """The folder of a zip archive like Google's uncased_L-12_H-768_A-12.zip, unpacked once into the cache."""
 
     def extract(folder):
         shutil.rmtree(folder, ignore_errors=True)  # if it is damaged
@@ -252,30 +245,25 @@ def unpack(archive):
 
 
 def read_bin(path, is_zip):
-    """Mapped {name: tensor} of a PyTorch .bin: a zip archive, which is memory-mapped, or the older format.
-
-    Only tensors are unpickled. A pickle that would run code is refused, and none of it runs.
-    """
+    """Mapped {name: tensor} of a PyTorch .bin: a zip archive, which is memory-mapped, or the older format."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except pickle.UnpicklingError:
+    except pickle.UnpicklingError:  # nothing of it has run
         raise BadInput(f"{path} does not only hold tensors: damaged, or a pickle that would run code") from None
     except Exception as error:  # the unpickler raises many types of exception for a damaged file
         raise BadInput(f"{path} is not a valid PyTorch checkpoint: {one_line(error)}") from None
-    if not is_state(tensors):  # a training checkpoint, such as {"epoch", "model_state_dict", "optimizer_state_dict"}
-        entries = tensors if isinstance(tensors, dict) else {}
-        states = [value for value in entries.values() if is_state(value)]
-        if len(states) != 1:
-            names = reprlib.repr(list(entries))
-            raise BadInput(f"{path} does not hold named tensors: of its entries {names}, {len(states)} do")
-        tensors = states[0]
-    for name, tensor in tensors.items():
+    entries = tensors if isinstance(tensors, dict) else {}  # perhaps {"epoch", "model_state_dict", ...} of a training
+    states = [entries] if is_state(entries) else [value for value in entries.values() if is_state(value)]
+    if len(states) != 1:
+        names = reprlib.repr(list(entries))
+        raise BadInput(f"{path} does not hold named tensors: of its entries {names}, {len(states)} do")
+    for name, tensor in states[0].items():
         is_dense = isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided and tensor.device.type == "cpu"
         if not is_dense or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
             raise BadInput(f"{path}: {name} is not a valid tensor")
-    return MappedTensors(tensors)
+    return MappedTensors(states[0])
 
 
 def is_state(value):
@@ -292,8 +280,7 @@ LAYER = re.compile(r"(?<=\.layer\.)[0-9]{1,4}(?=\.)")
 def from_huggingface(tensors, model_type, layers, path):
     """Published tensors -> ({bert.py's name: float32 tensor}, [names of tensors that bert.py does not use]).
 
-    Query, key and value are concatenated. Raises BadInput for a tensor of the encoder that is missing, that is not
-    floating-point, or that the configuration has no place for, and for one with NaN or infinity. path: for the message.
+    Query, key and value are concatenated. path: for the messages.
     """
     family, found, unused = FAMILIES[model_type], {}, []
     names = family.encoder | {name.removeprefix(f"{model_type}."): ours for name, ours in family.heads.items()}
@@ -325,17 +312,14 @@ def from_huggingface(tensors, model_type, layers, path):
             raise BadInput(f"{path} has no tensor for {missing.args[0]}") from None
         except (RuntimeError, IndexError):
             raise BadInput(f"{path}: the tensors for {', '.join(parts)} have shapes that fit no model") from None
-    bias = found.pop("mlm_head.decoder.bias", None)  # equal to mlm_head.bias; many files have both
-    if bias is not None:
-        found.setdefault("mlm_head.bias", bias)
+    if "mlm_head.decoder.bias" in found:  # equal to mlm_head.bias; many files have both
+        found.setdefault("mlm_head.bias", found.pop("mlm_head.decoder.bias"))
     return found, unused
 
 
 def without_wrapper(tensors, model_type, path):
-    """The tensors by their names without the family's prefix and without a wrapper's, such as `module.` or `model.`.
-
-    The wrapper's prefix is what stands before the token embeddings. Raises BadInput if there are none, or several.
-    """
+    """The tensors by their names without the family's prefix and without a wrapper's, such as `module.` or `model.`,
+    which is what stands before the token embeddings."""
     anchor = f"{next(iter(FAMILIES[model_type].encoder))}.weight"
     wrappers = [name.removesuffix(anchor) for name in tensors if f".{name}".endswith(f".{anchor}")]
     if len(wrappers) != 1:
@@ -349,10 +333,7 @@ def without_wrapper(tensors, model_type, path):
 
 
 def layer_widths(tensors, config, path):
-    """(heads, neurons) of each layer, from the shapes of the tensors of `from_huggingface`.
-
-    Raises BadInput if they exceed the configuration's.
-    """
+    """(heads, neurons) of each layer, from the shapes of the tensors of `from_huggingface`."""
     heads, neurons = (
         tuple(
             tensors.get(f"layers.{i}.{part}.bias", torch.empty(0)).numel() // size
@@ -368,8 +349,7 @@ def layer_widths(tensors, config, path):
 def missing_modules(tensors, expected, path):
     """Names of the heads (mlm_head, pooler, classifier) that are not complete in the tensors of `from_huggingface`.
 
-    expected: {name: shape} of the model. Raises BadInput for a tensor of the encoder that is missing, and for any
-    tensor with a different shape.
+    expected: {name: shape} of the model. Raises BadInput for any other tensor that is missing, or has another shape.
     """
     for name, shape in expected.items():
         if name not in tensors and not name.startswith(("mlm_head.", "classifier.", "pooler.")):
@@ -399,10 +379,9 @@ def to_huggingface(state, model_type):
 
 
 def load_report(model):
-    """Lines for the user: which modules of a loaded Bert are newly initialized, and which tensors are not used, and
-    whether it has a classifier that was trained before, on classes that may have had another order.
+    """Lines for the user: which modules of a loaded Bert are new, unused, or a classifier that may be of another task.
 
-    The MLM head is left out: search.py fits it, and reports that.
+    Without the MLM head: search.py fits it, and reports that.
     """
     initialized = [name for name in model.initialized if name != "mlm_head"]
     unused = sorted({name.rpartition(".")[0] or name for name in model.unused})

@@ -77,13 +77,10 @@ def identity(provenance):
 def read_made_by(path, provenance):
     """({name: tensor}, metadata) of a file, without tensors for JSON.
 
-    Raises BadInput if the file is damaged, or was not made with this provenance: then the message says what differs.
+    Raises BadInput if the file was not made with this provenance: the message says what differs.
     """
-    tensors, metadata = {}, None
-    if str(path).endswith(".json"):
-        metadata = read_result(path)
-    else:
-        tensors, metadata = safetensors.read_with_metadata(path)
+    is_json = str(path).endswith(".json")
+    tensors, metadata = ({}, read_result(path)) if is_json else safetensors.read_with_metadata(path)
     if not isinstance(metadata.get("settings"), dict):
         raise BadInput(f"{path} has no provenance")
     old, new = identity(metadata), identity(provenance)
@@ -108,7 +105,7 @@ def is_up_to_date(path, provenance, overwrite, elsewhere="another --output"):
     """Whether the file at `path` was made by the same command and code, so that it need not be made again. Says so.
 
     `overwrite` removes it, unless it is the state of an unfinished run with `overwrite`, which the same command
-    resumes. Otherwise raises BadInput if it cannot be used, with `elsewhere` as an alternative to --overwrite.
+    resumes. elsewhere: the alternative to --overwrite, for the message.
     """
     if not os.path.exists(path):
         return False
@@ -142,8 +139,7 @@ def load_module(module, tensors, path):
 class Checkpoint:
     """The state of an unfinished run in one safetensors file. A rerun with the same provenance resumes from it.
 
-    tensors, metadata: what the file holds, in every process; both empty if there is no such file. Without a path
-    nothing is saved. Raises BadInput if another run's state is there and may not be overwritten.
+    tensors, metadata: what the file holds; both empty if there is no such file. Without a path nothing is saved.
     """
 
     def __init__(self, path=None, provenance={}, overwrite=False):

@@ -52,10 +52,9 @@ def map_file(path):
 
 
 def read_safetensors(path):
-    """(MappedTensors, {metadata}) of a safetensors file.
+    """(MappedTensors, {metadata}) of a safetensors file. Raises BadInput if it is malformed, or has another checksum.
 
-    Raises BadInput for a file that is not well-formed, and for one of this project's with another checksum. As in the
-    reference implementation, the tensors must fill the file without overlaps or holes.
+    As in the reference implementation, the tensors must fill the file without overlaps or holes.
     """
     if not os.path.isfile(path):
         raise BadInput(f"{path} is not there")
@@ -128,10 +127,7 @@ def write_safetensors(path, tensors, metadata):
 
 
 def read_with_metadata(path, *scripts):
-    """(tensors, metadata) of a file by `write_safetensors`. Raises BadInput if it is damaged or another program's.
-
-    scripts: names of scripts; a file that none of them wrote is an error, too.
-    """
+    """(tensors, metadata) of a file by `write_safetensors`, and by one of these scripts if any are named."""
     tensors, metadata = read_safetensors(path)
     if CHECKSUM not in metadata:
         raise BadInput(f"{path} was not written by this project, or by an earlier version: it has no checksum")

@@ -53,10 +53,8 @@ def read_splits(path, text_columns, label_column, drop_labels):
     for split, table in tables.items():
         for line, _, label in table:
             if label not in numbers:
-                remedy = "leave such rows out with --drop-labels, or give a file with labels"
-                raise BadInput(
-                    f"{files[split]} line {line} has label {label!r:.200}, which no training row has: {remedy}"
-                )
+                unknown = f"{files[split]} line {line} has label {label!r:.200}, which no training row has"
+                raise BadInput(f"{unknown}: leave such rows out with --drop-labels, or give a file with labels")
     return tuple(labels), {split: [(texts, numbers[label]) for _, texts, label in of] for split, of in tables.items()}
 
 
