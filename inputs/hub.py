@@ -1,8 +1,8 @@
 """Files from the Hugging Face hub: fetched once, verified, and kept in the cache of the hub's own libraries.
 
 The cache is $HF_HOME/hub: blobs/ named by checksum, snapshots/COMMIT/FILE linking to them, refs/ from a branch to its
-commit. Files fetched by transformers or datasets are used here, and the reverse. These variables are honoured:
-HF_ENDPOINT (a mirror), HF_HOME, HF_HUB_CACHE, HF_TOKEN, HF_HUB_OFFLINE.
+commit. Files fetched by transformers or datasets are used here, and the reverse. The variables HF_ENDPOINT (a mirror),
+HF_HOME, HF_HUB_CACHE and HF_HUB_OFFLINE are read by the library huggingface_hub, HF_TOKEN here.
 
 Not here: uploading, listing, Xet's chunks (the hub also serves every file by plain HTTPS).
 """
@@ -21,6 +21,7 @@ from pathlib import Path
 import filelock
 import requests
 import urllib3
+from huggingface_hub import constants
 
 from checkpoints.huggingface import file_sha256, print_once, relative_path, shards, weight_files
 from runtime.cli import BadInput, one_line, progress
@@ -58,18 +59,13 @@ def fetch(repository, name, revision="main", dataset=False):
     if path is not None:
         return path
     what = f"{name} of {repository}"
-    if offline():
+    if constants.HF_HUB_OFFLINE:
         raise BadInput(f"{what} is not in the cache {folder}, and HF_HUB_OFFLINE forbids fetching it")
     place = f"{'datasets/' if dataset else ''}{repository}/resolve"
-    url = f"{endpoint()}/{place}/{urllib.parse.quote(revision, safe='')}/{urllib.parse.quote(name)}"
+    url = f"{constants.ENDPOINT}/{place}/{urllib.parse.quote(revision, safe='')}/{urllib.parse.quote(name)}"
     folder.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(folder / ".fetching"):
         return in_cache(folder, name, revision) or download(url, what, folder, name, revision)
-
-
-def offline():
-    """Whether HF_HUB_OFFLINE forbids fetching."""
-    return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
 
 
 VOCABULARY = ("tokenizer.json", "vocab.txt", "vocab.json")
@@ -121,10 +117,7 @@ def is_intact(path):
 def cache_folder(repository, dataset):
     """Folder of a repository in the hub's cache."""
     relative_path(repository, "repository")
-    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "huggingface"
-    root = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE") or Path(home) / "hub"
-    root = Path(os.path.expandvars(root)).expanduser()
-    return root / f"{'datasets' if dataset else 'models'}--{repository.replace('/', '--')}"
+    return Path(constants.HF_HUB_CACHE) / f"{'datasets' if dataset else 'models'}--{repository.replace('/', '--')}"
 
 
 def in_cache(folder, name, revision):
@@ -167,7 +160,7 @@ def download(url, what, folder, name, revision):
                 reason, response = explain(error), getattr(error, "response", None)
                 if response is None or response.status_code in (407, *RETRY_STATUSES):  # urllib3 has made all attempts
                     break
-    host = endpoint().rpartition("//")[2].rpartition("@")[2]
+    host = constants.ENDPOINT.rpartition("//")[2].rpartition("@")[2]
     raise BadInput(f"cannot fetch {what} from {host}: {reason}")
 
 
@@ -287,11 +280,6 @@ def file_checksum(path, like):
         return sha256(path)
     content = path.read_bytes()
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-
-
-def endpoint():
-    """The hub's address, or that of a mirror."""
-    return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
 
 
 def authorization():

@@ -81,9 +81,8 @@ class Tokenizer:
 
 def read_library(folder):
     """The tokenizers library's object for the vocabulary in a model folder."""
-    library, whole = None, folder / "tokenizer.json"
+    whole, names = folder / "tokenizer.json", ("config.json", "tokenizer_config.json", "added_tokens.json")
     try:
-        names = ("config.json", "tokenizer_config.json", "added_tokens.json")
         config, settings, added = (read_json(path) if path.is_file() else {} for path in map(folder.joinpath, names))
         family = FAMILIES.get(config.get("model_type"), FAMILIES["bert"])
         default = TOKENIZERS[family.vocabulary][0]
@@ -92,21 +91,20 @@ def read_library(folder):
         if whole.is_file():
             library = tokenizers.Tokenizer.from_file(str(whole))
             added |= {token.pop("id"): token for token in read_json(whole).get("added_tokens", [])}
+        elif kind not in sum(TOKENIZERS.values(), ()):
+            raise BadInput(f"it is for a {kind}, which needs its tokenizer.json")
         elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
             library = byte_level_bpe(folder, settings)
         elif (folder / "vocab.txt").is_file():
             library = word_piece(folder, settings)
-        if library and (whole.is_file() or kind in sum(TOKENIZERS.values(), ())):
-            override(library, kind, settings)
-            add_tokens(library, settings.get("added_tokens_decoder", added), settings)
-            return library
-    except BadInput as error:
-        raise BadInput(f"the vocabulary in {folder} cannot be read: {error}") from None
+        else:
+            raise BadInput("it has no tokenizer.json, vocab.txt or vocab.json with merges.txt")
+        override(library, kind, settings)
+        add_tokens(library, settings.get("added_tokens_decoder", added), settings)
+        return library
     except Exception as error:  # the library raises bare Exception
-        raise BadInput(f"the vocabulary in {folder} cannot be read: {one_line(error)}") from None
-    if library:
-        raise BadInput(f"the vocabulary in {folder} is for a {kind}: without its tokenizer.json it cannot be read")
-    raise BadInput(f"{folder} has no vocabulary: tokenizer.json, vocab.txt or vocab.json with merges.txt")
+        reason = error if isinstance(error, BadInput) else one_line(error)
+        raise BadInput(f"the vocabulary in {folder} cannot be read: {reason}") from None
 
 
 def override(library, kind, settings):
