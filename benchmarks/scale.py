@@ -110,8 +110,8 @@ def measure_search(megabytes, options, folder):
     searching = time.perf_counter() - start
     return {
         "megabytes": megabytes,
-        "tokens": len(blocks.tokens),
-        "preparing": 1e6 * preparing / len(blocks.tokens),
+        "tokens": blocks.tokens,
+        "preparing": 1e6 * preparing / blocks.tokens,
         "searching": 1e6 * searching / (STEPS * options.batch_size * options.block),
         "memory": peak_memory(device) / 1e9,
     }

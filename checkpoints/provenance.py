@@ -156,11 +156,10 @@ class Checkpoint:
         return dict(tensors), metadata
 
     def load(self, optimizer, **modules):
-        """Put the saved state, if there is one, into the optimizer and the modules. Returns all its tensors."""
+        """Put the saved state, if there is one, into the optimizer and the modules. Returns its other tensors."""
         if not self.tensors:
             return {}
-        saved = {name: tensor.clone() for name, tensor in self.tensors.items()}
-        self.tensors = {}  # Windows cannot replace the file while it is mapped
+        saved, self.tensors = self.tensors, {}  # all is copied: Windows cannot replace the file while it is mapped
 
         def part(prefix):
             return {name.removeprefix(prefix): saved[name] for name in saved if name.startswith(prefix)}
@@ -170,9 +169,9 @@ class Checkpoint:
         states = {}
         for name, tensor in part("optimizer.").items():
             number, _, key = name.partition(".")
-            states.setdefault(int(number), {})[key] = tensor
+            states.setdefault(int(number), {})[key] = tensor.clone()
         optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
-        return saved
+        return {name: saved[name].clone() for name in saved if name.partition(".")[0] not in ("optimizer", *modules)}
 
     def save(self, optimizer, modules, tensors={}, metadata={}):
         """Write the state of the optimizer and of the modules {name: module}, and whatever else a rerun needs."""

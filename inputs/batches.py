@@ -3,6 +3,7 @@
 import array
 import hashlib
 import itertools
+import os
 from typing import NamedTuple
 
 import numpy as np
@@ -193,28 +194,33 @@ class Blocks:
     """A corpus as blocks of tokens: one stream, with [SEP] after each document, split into [CLS] ... [SEP].
 
     documents: an iterable of texts, read once. size: theirs in bytes, for the progress bar. key: identifies the corpus.
-    The stream is memory-mapped: a corpus may be larger than memory. Its last tokens, fewer than a block, are left out.
+    The stream stays on disk: a corpus may be larger than memory. Its last tokens, fewer than a block, are left out.
     """
 
     def __init__(self, tokenizer, documents, size, key, block, device="cpu"):
         self.tokenizer, self.block, self.device = tokenizer, block, device
         key = cache_key(tokenizer.digest, key)
-        self.tokens, self.sha256 = cache.get(
+        self.file, self.tokens, self.sha256 = cache.get(  # the file stays open: the cache may be cleared meanwhile
             cache.folder() / "tokens" / f"{key}.int32",
-            lambda path: read_tokens(path, key),
+            lambda path: open_tokens(path, key),
             lambda path: write_tokens(path, key, token_stream(tokenizer, documents, size)),
         )
         if len(self) == 0:
-            raise BadInput(f"the corpus has {len(self.tokens)} tokens, not enough for one block of {block}")
+            raise BadInput(f"the corpus has {self.tokens} tokens, not enough for one block of {block}")
+
+    def __del__(self):
+        if hasattr(self, "file"):
+            self.file.close()
 
     def __len__(self):
-        return len(self.tokens) // (self.block - 2)
+        return self.tokens // (self.block - 2)
 
     def rows(self, chosen):
         """The blocks numbered `chosen`, (B, block) int64."""
-        length = self.block - 2
         ids = np.full((len(chosen), self.block), self.tokenizer.cls, dtype=np.int64)
-        ids[:, 1:-1] = self.tokens[length * chosen.numpy()[:, None] + np.arange(length)]
+        for row, number in zip(ids, chosen.tolist()):
+            self.file.seek(CHECKSUM + 4 * number * (self.block - 2))
+            row[1:-1] = np.fromfile(self.file, np.int32, self.block - 2)
         ids[:, -1] = self.tokenizer.sep
         return torch.from_numpy(ids)
 
@@ -229,8 +235,11 @@ class Blocks:
 
     def frequencies(self, size):
         """How often each of `size` tokens occurs, (size,)."""
-        parts = (self.tokens[start : start + 2**20] for start in range(0, len(self.tokens), 2**20))
-        return torch.from_numpy(sum(np.bincount(part, minlength=size) for part in parts))
+        counts = torch.zeros(size, dtype=torch.int64)
+        self.file.seek(CHECKSUM)
+        while len(ids := np.fromfile(self.file, np.int32, 2**20)):
+            counts += torch.bincount(torch.from_numpy(ids).long(), minlength=size)
+        return counts
 
 
 def write_tokens(path, key, chunks):
@@ -245,13 +254,14 @@ def write_tokens(path, key, chunks):
         file.write(hashlib.sha256(f"{key} {digest.hexdigest()}".encode()).digest())
 
 
-def read_tokens(path, key):
-    """(memory-mapped tokens, their sha256) of a file by `write_tokens`. Raises BadInput if it is damaged."""
+def open_tokens(path, key):
+    """(open file, number of tokens, their sha256) of a file by `write_tokens`. Raises BadInput if it is damaged."""
     tokens_sha256 = sha256(path, CHECKSUM)
-    with open(path, "rb") as file:
-        if file.read(CHECKSUM) != hashlib.sha256(f"{key} {tokens_sha256}".encode()).digest():
-            raise BadInput(f"{path} is damaged")
-    return np.memmap(path, np.int32, "r", CHECKSUM), tokens_sha256
+    file = open(path, "rb")
+    if file.read(CHECKSUM) != hashlib.sha256(f"{key} {tokens_sha256}".encode()).digest():
+        file.close()
+        raise BadInput(f"{path} is damaged")
+    return file, (os.path.getsize(path) - CHECKSUM) // 4, tokens_sha256
 
 
 def token_stream(tokenizer, documents, size):
