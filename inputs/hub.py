@@ -151,12 +151,7 @@ def download(url, what, folder, name, revision):
                 return link_snapshot(folder, commit, name, blob, revision, is_new)
             except RetryableError as error:
                 reason = f"{error}, {ATTEMPTS} attempts; try again, or set HF_ENDPOINT"
-            except (
-                OSError,
-                ValueError,
-                OverflowError,
-                urllib3.exceptions.HTTPError,
-            ) as error:  # all that requests raises
+            except (OSError, ValueError, urllib3.exceptions.HTTPError) as error:  # all that requests raises
                 reason, response = explain(error), getattr(error, "response", None)
                 if response is None or response.status_code in (407, *RETRY_STATUSES):  # urllib3 has made all attempts
                     break
@@ -174,7 +169,7 @@ def receive(session, url, what, tmp_path, is_over):
     part = {"Range": f"bytes={start}-"} if start else {}
     with session.get(url, headers=part, timeout=TIMEOUT, stream=True) as response:
         headers = requests.structures.CaseInsensitiveDict()
-        for hop in (*response.history, response):
+        for hop in (response, *reversed(response.history)):  # what the hub itself says counts most
             headers.update(hop.headers)
         if "X-Linked-Etag" not in headers and response.status_code in (401, 403):
             raise BadInput(f"{what}: the hub refuses access ({response.status_code}); check the name and HF_TOKEN")
@@ -184,7 +179,7 @@ def receive(session, url, what, tmp_path, is_over):
             tmp_path.unlink()
             raise RetryableError("no such part of the file")
         response.raise_for_status()
-        checksum = headers.get("X-Linked-Etag", headers.get("ETag", "")).removeprefix("W/").strip('"')
+        checksum = headers.get("X-Linked-Etag", response.headers.get("ETag", "")).removeprefix("W/").strip('"')
         commit, linked = headers.get("X-Repo-Commit", ""), headers.get("X-Linked-Size", "")
         length, kind = response.headers.get("Content-Length", ""), response.headers.get("Content-Type")
         is_identified = re.fullmatch(CHECKSUM, checksum) and re.fullmatch(COMMIT, commit)

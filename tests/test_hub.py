@@ -1,6 +1,7 @@
 """inputs/hub.py against a small hub on this machine: faults, the cache, offline mode, the token, models by name."""
 
 import email.utils
+import hashlib
 import os
 import shutil
 import socketserver
@@ -251,6 +252,17 @@ def test_server_that_sends_more_than_it_declared_is_cut_off(raw_server, server, 
     with pytest.raises(BadInput, match="a wrong checksum, 5 attempts"):
         hub.fetch("owner/name", "a")
     assert len(largest) == hub.ATTEMPTS and max(largest) <= 5000 + hub.CHUNK
+
+
+def test_checksum_is_the_hubs_and_not_that_of_its_storage(raw_server, server, monkeypatch):
+    def answer(connection, request):
+        body, status = (b"good", "302 Found\r\nLocation: /cdn") if "/resolve/" in request else (b"evil", "200 OK")
+        headers = f"X-Linked-Etag: {hashlib.sha256(body).hexdigest()}\r\nX-Repo-Commit: {COMMIT}\r\nContent-Length: 4"
+        connection.sendall(f"HTTP/1.1 {status}\r\nConnection: close\r\n{headers}\r\n\r\n".encode() + body)
+
+    monkeypatch.setattr(hub.constants, "ENDPOINT", f"http://{raw_server(answer)}")
+    with pytest.raises(BadInput, match="a wrong checksum, 5 attempts"):
+        hub.fetch("owner/name", "a")
 
 
 PROXY_ANSWERS = {"https": "407 Proxy Authentication Required", "http": "407 Client Error"}
