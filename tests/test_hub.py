@@ -78,6 +78,7 @@ def test_cache_is_shared_with_huggingface_hub(server, monkeypatch, dataset):
         "owner/name", "large.bin", repo_type=kind, cache_dir=cache, local_files_only=True
     )
     assert Path(found).samefile(ours) and Path(found).read_bytes() == LARGE
+    monkeypatch.setattr(hub.constants, "ENDPOINT", hub.constants.HUGGINGFACE_CO_URL_TEMPLATE.partition("/{")[0])
     theirs = huggingface_hub.hf_hub_download(
         "owner/name", "other.bin", repo_type=kind, cache_dir=cache, endpoint=server.url
     )
