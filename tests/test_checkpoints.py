@@ -138,6 +138,10 @@ def malformed():
         "offsets not a pair": file({"a": entry | {"data_offsets": 8}}),
         "overlap": file({"a": entry, "b": entry}),
         "hole": file({"a": entry | {"data_offsets": [4, 12]}}, b"\0" * 12),
+        "sizes exchanged": file(
+            {"a": entry | {"shape": [1]}, "b": entry | {"data_offsets": [8, 12]}},
+            b"\0" * 12,
+        ),
         "bad metadata": file({"a": entry, "__metadata__": [1]}),
         "a pickle": b"\x80\x02c__builtin__\nprint\n(S'run'\ntR.",
     }
