@@ -28,10 +28,9 @@ from freelb import ADVERSARIES, freelb, initial_delta
 from inputs.batches import TokenizedSplit, rows_sha256
 from inputs.finetuned import correct_by_class, rare_class_metrics
 from inputs.splits import first_rows
-from inputs.tables import first_few
 from inputs.tokenizer import Tokenizer
 from runtime import cli, distributed, files, optim
-from runtime.cli import BadInput, option
+from runtime.cli import BadInput, first_few, option
 from runtime.device import DEFAULT_MODEL, MODEL_HELP, MachineOptions, autocast, precision_name
 from runtime.embeddings import restore_vocabulary, restrict_vocabulary
 from sharing.export import export, is_exported

@@ -10,6 +10,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
+from huggingface_hub import constants
+
 from checkpoints import cache
 from inputs import hub
 from runtime.cli import BadInput
@@ -73,7 +75,7 @@ def find_nltk_data(nltk):
             return bool(nltk.data.find(folder))
         return False
 
-    found, can_download = {}, not hub.offline()
+    found, can_download = {}, not constants.HF_HUB_OFFLINE
     for package, folder in NLTK_DATA.items():
         if can_download and not is_found(folder):
             can_download = False

@@ -14,9 +14,7 @@ SPECIAL_TOKENS = {
 }
 # transformers' tokenizers that read vocab.txt, or vocab.json with merges.txt, as inputs/tokenizer.py does
 TOKENIZERS = {
-    "bert": tuple(
-        f"{name}Tokenizer" for name in ("Bert", "DistilBert", "Electra", "ConvBert", "MobileBert", "LayoutLM")
-    ),
+    "bert": ("BertTokenizer", "DistilBertTokenizer", "ElectraTokenizer", "ConvBertTokenizer", "MobileBertTokenizer"),
     "roberta": ("RobertaTokenizer", "LongformerTokenizer", "BartTokenizer"),
 }
 # published name without the family's prefix -> name in bert.py; {} is the layer's number

@@ -21,14 +21,10 @@ from checkpoints import cache
 from checkpoints.families import FAMILIES
 from checkpoints.safetensors import MappedTensors, read_safetensors
 from checkpoints.tensorflow1 import read_tensorflow
-from runtime.cli import BadInput, one_line
+from runtime.cli import BadInput, first_few, one_line
 from runtime.files import atomic_write, read_json, sha256, write_json
 
-SUPPORTED = {
-    "hidden_act": ("gelu",),
-    "position_embedding_type": ("absolute",),
-    "is_decoder": (False, None),
-}
+SUPPORTED = {"hidden_act": ("gelu",), "position_embedding_type": ("absolute",), "is_decoder": (False, None)}
 LIMITS = {"num_hidden_layers": 2**10, "num_attention_heads": 2**10, "hidden_size": 2**16, "intermediate_size": 2**18}
 
 
@@ -41,20 +37,17 @@ def read_config(path, sizes):
     architecture = reprlib.repr(config.get("architectures"))  # old configurations have no model_type
     named = [of for of, family in FAMILIES.items() if re.search(f"'{family.name}(For|Model)", architecture)]
     model_type = config.setdefault("model_type", (named or ["bert"])[0])
-    family = FAMILIES.get(str(model_type))
-    if family is None:
-        families = " and ".join(map(repr, FAMILIES))
-        raise BadInput(f"{path} has model_type {reprlib.repr(model_type)}; bert.py runs {families}")
+    family = FAMILIES.get(str(model_type), FAMILIES["bert"])
     names = {published: ours for ours, published in family.config.items()}
     config = family.defaults | {names.get(name, name): value for name, value in config.items()}
-    for name, supported in SUPPORTED.items():
+    for name, supported in {"model_type": tuple(FAMILIES), **SUPPORTED}.items():
         if config.get(name, supported[0]) not in supported:
             value = reprlib.repr(config[name])
             raise BadInput(f"{path} has {name} {value}; bert.py runs {' and '.join(map(repr, supported))}")
     if config.get("classifier_dropout") not in (None, config.get("hidden_dropout_prob", 0.1)):
-        value = reprlib.repr(config["classifier_dropout"])
+        other = reprlib.repr(config["classifier_dropout"])
         print_once(
-            f"{path} has classifier_dropout {value}; bert.py uses hidden_dropout_prob before the classifier, too"
+            f"{path} has classifier_dropout {other}; bert.py uses hidden_dropout_prob before the classifier, too"
         )
     found = {name: config[name] for name in ("model_type", *sizes) if name in config}
     for name, kind in sizes.items():
@@ -122,16 +115,13 @@ OTHER_FORMATS = {
     b"\x89HDF": "an HDF5 file of Keras",
     b"version https://git-lfs": "the pointer of a Git LFS file: `git lfs pull` fetches it",
     b"<": "a web page",
-    b"\x1f\x8b": "a gzip archive, to be unpacked",
 }
-LARGEST_ARCHIVE = 2**34  # bytes unpacked, ten times the largest BERT
 
 
 def weight_files(path):
     """The files with the weights of a model; an index of several files comes first.
 
     path: a model folder, or one file of the weights; of TensorFlow's, also bert_model.ckpt, the stem of their names.
-    Raises BadInput if there is none, if a shard is missing, or if a folder has several of equal preference.
     """
     path = Path(path)
     if path.is_dir():
@@ -199,19 +189,17 @@ def read_file(path):
     if path.suffix == ".safetensors" or first[8:9] == b"{":  # its header
         return read_safetensors(path)[0]
     if first.startswith((b"PK\3\4", b"\x80")):  # zip, pickle
-        return read_bin(path)
+        return read_bin(path, is_zip=first.startswith(b"PK"))
     raise BadInput(f"{path} is neither a safetensors file nor a PyTorch checkpoint")
 
 
-@functools.cache
-def cached_sha256(path, status):
-    """The sha256 of a file, computed once as long as its `status`, (size, time of change), is the same."""
-    return sha256(path)
-
-
 def file_sha256(path):
+    """The sha256 of a file, computed once as long as its size and its time of change are the same."""
     status = os.stat(path)
-    return cached_sha256(path, (status.st_size, status.st_mtime_ns))
+    return cached_sha256(path, status.st_size, status.st_mtime_ns)
+
+
+cached_sha256 = functools.cache(lambda path, *status: sha256(path))
 
 
 def weights_sha256(path):
@@ -229,10 +217,7 @@ def relative_path(name, what):
 
 
 def unpack(archive):
-    """The folder of a zip archive like Google's uncased_L-12_H-768_A-12.zip, unpacked once into the cache.
-
-    Raises BadInput for an archive that is damaged or too large, or has a path that leads out of the folder.
-    """
+    """The folder of a zip archive like Google's uncased_L-12_H-768_A-12.zip, unpacked once into the cache."""
 
     def extract(folder):
         shutil.rmtree(folder, ignore_errors=True)  # if it is damaged
@@ -240,8 +225,6 @@ def unpack(archive):
             with zipfile.ZipFile(archive) as archived, atomic_write(folder) as tmp_path:
                 for name in archived.namelist():
                     relative_path(name, f"{archive}: file name")
-                if sum(member.file_size for member in archived.infolist()) > LARGEST_ARCHIVE:
-                    raise BadInput(f"{archive} claims to hold more than {LARGEST_ARCHIVE:,} bytes")
                 archived.extractall(tmp_path)
         except BadInput:
             raise
@@ -252,7 +235,7 @@ def unpack(archive):
         with zipfile.ZipFile(archive) as archived:
             for member in archived.infolist():
                 path = folder / member.filename
-                if not member.is_dir() and not (path.is_file() and crc32(path) == member.CRC):
+                if not member.is_dir() and not (path.is_file() and zlib.crc32(path.read_bytes()) == member.CRC):
                     raise BadInput(f"{path} is damaged")
         return folder
 
@@ -261,42 +244,26 @@ def unpack(archive):
     return min(configs, key=lambda path: (len(path.parts), path)).parent if configs else folder
 
 
-def crc32(path):
-    """The checksum of a file as zip archives store it."""
-    found = 0
-    with open(path, "rb") as file:
-        while chunk := file.read(2**20):
-            found = zlib.crc32(chunk, found)
-    return found
-
-
-def read_bin(path):
-    """Mapped {name: tensor} of a PyTorch .bin: a zip archive, which is memory-mapped, or the older format.
-
-    Only tensors are unpickled. A pickle that would run code is refused, and none of it runs.
-    """
-    with open(path, "rb") as file:
-        is_zip = file.read(4) == b"PK\x03\x04"
+def read_bin(path, is_zip):
+    """Mapped {name: tensor} of a PyTorch .bin: a zip archive, which is memory-mapped, or the older format."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except pickle.UnpicklingError:
+    except pickle.UnpicklingError:  # nothing of it has run
         raise BadInput(f"{path} does not only hold tensors: damaged, or a pickle that would run code") from None
     except Exception as error:  # the unpickler raises many types of exception for a damaged file
         raise BadInput(f"{path} is not a valid PyTorch checkpoint: {one_line(error)}") from None
-    if not is_state(tensors):  # a training checkpoint, such as {"epoch", "model_state_dict", "optimizer_state_dict"}
-        entries = tensors if isinstance(tensors, dict) else {}
-        states = [value for value in entries.values() if is_state(value)]
-        if len(states) != 1:
-            names = reprlib.repr(list(entries))
-            raise BadInput(f"{path} does not hold named tensors: of its entries {names}, {len(states)} do")
-        tensors = states[0]
-    for name, tensor in tensors.items():
+    entries = tensors if isinstance(tensors, dict) else {}  # perhaps {"epoch", "model_state_dict", ...} of a training
+    states = [entries] if is_state(entries) else [value for value in entries.values() if is_state(value)]
+    if len(states) != 1:
+        names = reprlib.repr(list(entries))
+        raise BadInput(f"{path} does not hold named tensors: of its entries {names}, {len(states)} do")
+    for name, tensor in states[0].items():
         is_dense = isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided and tensor.device.type == "cpu"
         if not is_dense or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
             raise BadInput(f"{path}: {name} is not a valid tensor")
-    return MappedTensors(tensors)
+    return MappedTensors(states[0])
 
 
 def is_state(value):
@@ -313,8 +280,7 @@ LAYER = re.compile(r"(?<=\.layer\.)[0-9]{1,4}(?=\.)")
 def from_huggingface(tensors, model_type, layers, path):
     """Published tensors -> ({bert.py's name: float32 tensor}, [names of tensors that bert.py does not use]).
 
-    Query, key and value are concatenated. Raises BadInput for a tensor of the encoder that is missing, that is not
-    floating-point, or that the configuration has no place for, and for one with NaN or infinity. path: for the message.
+    Query, key and value are concatenated. path: for the messages.
     """
     family, found, unused = FAMILIES[model_type], {}, []
     names = family.encoder | {name.removeprefix(f"{model_type}."): ours for name, ours in family.heads.items()}
@@ -338,29 +304,22 @@ def from_huggingface(tensors, model_type, layers, path):
             raise BadInput(f"{path} has a tensor {name}, for which its configuration has no place")
         else:
             unused.append(name)
-    published = published_names(model_type)
-    for i in range(layers):
-        for kind, dimensions in (("weight", 2), ("bias", 1)):
-            parts = [f"layers.{i}.{part}.{kind}" for part in PARTS]
-            for name in [*parts, f"layers.{i}.intermediate.{kind}"]:
-                shown = published[re.sub("[0-9]+", "{}", name.rpartition(".")[0])].format(i)
-                if name not in found:
-                    raise BadInput(f"{path} has no tensor {shown}.{kind}")
-                shape = tuple(found[name].shape)
-                if len(shape) != dimensions or name in parts and shape != found[parts[0]].shape:
-                    raise BadInput(f"{path}: {shown}.{kind} has shape {shape}, which fits no model")
-            found[f"layers.{i}.query_key_value.{kind}"] = torch.cat([found.pop(name) for name in parts])
-    bias = found.pop("mlm_head.decoder.bias", None)  # equal to mlm_head.bias; many files have both
-    if bias is not None:
-        found.setdefault("mlm_head.bias", bias)
+    for name in (f"layers.{i}.query_key_value.{kind}" for i in range(layers) for kind in ("weight", "bias")):
+        parts = [name.replace("query_key_value", part) for part in PARTS]
+        try:
+            found[name] = torch.stack([found.pop(part) for part in parts]).flatten(0, 1)
+        except KeyError as missing:
+            raise BadInput(f"{path} has no tensor for {missing.args[0]}") from None
+        except (RuntimeError, IndexError):
+            raise BadInput(f"{path}: the tensors for {', '.join(parts)} have shapes that fit no model") from None
+    if "mlm_head.decoder.bias" in found:  # equal to mlm_head.bias; many files have both
+        found.setdefault("mlm_head.bias", found.pop("mlm_head.decoder.bias"))
     return found, unused
 
 
 def without_wrapper(tensors, model_type, path):
-    """The tensors by their names without the family's prefix and without a wrapper's, such as `module.` or `model.`.
-
-    The wrapper's prefix is what stands before the token embeddings. Raises BadInput if there are none, or several.
-    """
+    """The tensors by their names without the family's prefix and without a wrapper's, such as `module.` or `model.`,
+    which is what stands before the token embeddings."""
     anchor = f"{next(iter(FAMILIES[model_type].encoder))}.weight"
     wrappers = [name.removesuffix(anchor) for name in tensors if f".{name}".endswith(f".{anchor}")]
     if len(wrappers) != 1:
@@ -373,21 +332,15 @@ def without_wrapper(tensors, model_type, path):
     return {name.removeprefix(wrapper).removeprefix(f"{model_type}."): tensor for name, tensor in tensors.items()}
 
 
-def published_names(model_type):
-    """{bert.py's name: published name}, without the last part, weight or bias."""
-    family = FAMILIES[model_type]
-    names = {ours: f"{model_type}.{name}" for name, ours in family.encoder.items()}
-    return names | {ours: name for name, ours in family.heads.items()}
-
-
 def layer_widths(tensors, config, path):
-    """(heads, neurons) of each layer, from the shapes of the tensors of `from_huggingface`.
-
-    Raises BadInput if they exceed the configuration's.
-    """
-    layers = range(config.num_hidden_layers)
-    heads = tuple(len(tensors[f"layers.{i}.query_key_value.bias"]) // (3 * config.head_size) for i in layers)
-    neurons = tuple(len(tensors[f"layers.{i}.intermediate.bias"]) for i in layers)
+    """(heads, neurons) of each layer, from the shapes of the tensors of `from_huggingface`."""
+    heads, neurons = (
+        tuple(
+            tensors.get(f"layers.{i}.{part}.bias", torch.empty(0)).numel() // size
+            for i in range(config.num_hidden_layers)
+        )
+        for part, size in (("query_key_value", 3 * config.head_size), ("intermediate", 1))
+    )
     if max(heads) > config.num_attention_heads or max(neurons) > config.intermediate_size:
         raise BadInput(f"{path} has layers wider than its configuration: {max(heads)} heads, {max(neurons)} neurons")
     return heads, neurons
@@ -396,8 +349,7 @@ def layer_widths(tensors, config, path):
 def missing_modules(tensors, expected, path):
     """Names of the heads (mlm_head, pooler, classifier) that are not complete in the tensors of `from_huggingface`.
 
-    expected: {name: shape} of the model. Raises BadInput for a tensor of the encoder that is missing, and for any
-    tensor with a different shape.
+    expected: {name: shape} of the model. Raises BadInput for any other tensor that is missing, or has another shape.
     """
     for name, shape in expected.items():
         if name not in tensors and not name.startswith(("mlm_head.", "classifier.", "pooler.")):
@@ -410,7 +362,9 @@ def missing_modules(tensors, expected, path):
 
 def to_huggingface(state, model_type):
     """{bert.py's name: tensor} -> {published name: tensor}, the inverse of `from_huggingface`."""
-    published, tensors = published_names(model_type), {}
+    family, tensors = FAMILIES[model_type], {}
+    published = {ours: f"{model_type}.{name}" for name, ours in family.encoder.items()}
+    published |= {ours: name for name, ours in family.heads.items()}
     for name, tensor in state.items():
         stem, _, kind = name.rpartition(".")
         number = re.search(r"\d+", stem)
@@ -425,15 +379,12 @@ def to_huggingface(state, model_type):
 
 
 def load_report(model):
-    """Lines for the user: which modules of a loaded Bert are newly initialized, and which tensors are not used, and
-    whether it has a classifier that was trained before, on classes that may have had another order.
+    """Lines for the user: which modules of a loaded Bert are new, unused, or a classifier that may be of another task.
 
-    The MLM head is left out: search.py fits it, and reports that.
+    Without the MLM head: search.py fits it, and reports that.
     """
     initialized = [name for name in model.initialized if name != "mlm_head"]
     unused = sorted({name.rpartition(".")[0] or name for name in model.unused})
-    if len(unused) > 6:
-        unused[6:] = [f"{len(unused) - 6} more"]
     kept = ["classifier"] if model.classifier is not None and "classifier" not in initialized else []
     lines = {"newly initialized": initialized, "not used": unused, "kept as published": kept}
-    return [f"{what}: {', '.join(names)}" for what, names in lines.items() if names]
+    return [f"{what}: {first_few(names, 6)}" for what, names in lines.items() if names]

@@ -5,16 +5,15 @@ import functools
 import hashlib
 import importlib.metadata
 import json
+import modulefinder
 import os
 import platform
 from datetime import datetime
 from pathlib import Path
 
-import torch
-
 from checkpoints import safetensors
 from runtime import distributed
-from runtime.cli import BadInput
+from runtime.cli import BadInput, first_few
 from runtime.files import read_json, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -24,42 +23,27 @@ NAMES = ("model", "corpus", "objective", "revision", "data_revision")  # their c
 def software(script):
     """The "code" and "versions" of a provenance: {file: digest} of the script at this path and of the project's files
     that it imports, directly or not; {package: version}."""
-    code, paths = {}, [Path(script).resolve()]
-    while paths:
-        path = paths.pop()
-        name = path.relative_to(ROOT).as_posix()
-        if name not in code:
-            status = path.stat()
-            code[name], imported = parse(path, (status.st_mtime_ns, status.st_size))
-            paths += imported
+    finder = modulefinder.ModuleFinder([str(ROOT)])
+    finder.run_script(str(script))
+    paths = sorted(Path(module.__file__).resolve() for module in finder.modules.values() if module.__file__)
+    code = {path.relative_to(ROOT).as_posix(): code_digest(path, path.stat().st_mtime_ns) for path in paths}
     return {"code": code, "versions": versions()}
+
+
+@functools.cache
+def code_digest(path, changed):
+    """The digest of a Python file without comments, docstrings and formatting. changed: the time of the last change."""
+    tree = ast.parse(path.read_bytes())
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
+            del node.body[0]
+    return hashlib.sha256(ast.unparse(tree).encode()).hexdigest()[:16]
 
 
 def versions():
     """The versions that can change a result: Python's and those of torch, tokenizers and numpy."""
     packages = {name: importlib.metadata.version(name) for name in ("torch", "tokenizers", "numpy")}
     return {"python": platform.python_version(), **packages}
-
-
-@functools.cache
-def parse(path, status):
-    """(digest of a Python file without comments, docstrings and formatting; the project's files that it imports).
-
-    status: changes with the file.
-    """
-    tree, names = ast.parse(path.read_bytes()), []
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.Import, ast.ImportFrom)):
-            level, module = getattr(node, "level", 0), getattr(node, "module", None)
-            package = path.relative_to(ROOT).parts[:-level] if level else ()  # of a relative import
-            package += tuple(module.split(".")) if module else ()
-            names += [(*package, *alias.name.split(".")) for alias in node.names]
-        elif isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
-            del node.body[0]
-    # a name may be a module, or something in one; importing a module runs the __init__.py of its packages
-    stems = {ROOT.joinpath(*name[:length]) for name in names for length in range(1, len(name) + 1)}
-    files = {file for stem in stems for file in (Path(f"{stem}.py"), stem / "__init__.py") if file.is_file()}
-    return hashlib.sha256(ast.unparse(tree).encode()).hexdigest()[:16], sorted(files)
 
 
 def write_result(path, value):
@@ -93,13 +77,10 @@ def identity(provenance):
 def read_made_by(path, provenance):
     """({name: tensor}, metadata) of a file, without tensors for JSON.
 
-    Raises BadInput if the file is damaged, or was not made with this provenance: then the message says what differs.
+    Raises BadInput if the file was not made with this provenance: the message says what differs.
     """
-    tensors, metadata = {}, None
-    if str(path).endswith(".json"):
-        metadata = read_result(path)
-    else:
-        tensors, metadata = safetensors.read_with_metadata(path)
+    is_json = str(path).endswith(".json")
+    tensors, metadata = ({}, read_result(path)) if is_json else safetensors.read_with_metadata(path)
     if not isinstance(metadata.get("settings"), dict):
         raise BadInput(f"{path} has no provenance")
     old, new = identity(metadata), identity(provenance)
@@ -109,7 +90,7 @@ def read_made_by(path, provenance):
     what += [f"{key} {before!r}, not {after!r}" for key, (before, after) in settings.items()]
     reasons = [f"with other settings ({', '.join(what)})"] if what else []
     if code:
-        reasons.append(f"by other code ({summary(code)})")
+        reasons.append(f"by other code ({first_few(code)})")
     if reasons:
         raise BadInput(f"{path} was made {' and '.join(reasons)}")
     return tensors, metadata
@@ -120,17 +101,11 @@ def differences(old, new):
     return {key: (old.get(key), new.get(key)) for key in sorted(old | new) if old.get(key) != new.get(key)}
 
 
-def summary(names):
-    """The first of many names, for a message."""
-    names = list(names)
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
 def is_up_to_date(path, provenance, overwrite, elsewhere="another --output"):
     """Whether the file at `path` was made by the same command and code, so that it need not be made again. Says so.
 
     `overwrite` removes it, unless it is the state of an unfinished run with `overwrite`, which the same command
-    resumes. Otherwise raises BadInput if it cannot be used, with `elsewhere` as an alternative to --overwrite.
+    resumes. elsewhere: the alternative to --overwrite, for the message.
     """
     if not os.path.exists(path):
         return False
@@ -164,8 +139,7 @@ def load_module(module, tensors, path):
 class Checkpoint:
     """The state of an unfinished run in one safetensors file. A rerun with the same provenance resumes from it.
 
-    tensors, metadata: what the file holds, in every process; both empty if there is no such file. Without a path
-    nothing is saved. Raises BadInput if another run's state is there and may not be overwritten.
+    tensors, metadata: what the file holds; both empty if there is no such file. Without a path nothing is saved.
     """
 
     def __init__(self, path=None, provenance={}, overwrite=False):
@@ -185,22 +159,19 @@ class Checkpoint:
         """Put the saved state, if there is one, into the optimizer and the modules. Returns its other tensors."""
         if not self.tensors:
             return {}
-        parts = {"optimizer": {}}
-        for name, tensor in self.tensors.items():
-            part, _, key = name.partition(".")
-            parts.setdefault(part, {})[key] = tensor
-        self.tensors = {}  # a copy of each is kept: Windows cannot replace the file while it is mapped
+        saved, self.tensors = self.tensors, {}  # all is copied: Windows cannot replace the file while it is mapped
+
+        def part(prefix):
+            return {name.removeprefix(prefix): saved[name] for name in saved if name.startswith(prefix)}
+
         for name, module in modules.items():
-            load_module(module, parts.pop(name, {}), self.path)
-        saved, expected, states = parts.pop("optimizer"), {}, {}
-        for number, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"]):
-            if f"{number}.step" in saved:  # otherwise it has had no gradient
-                keys = [f"{number}.{key}" for key in ("step", "exp_avg", "exp_avg_sq")]
-                states[number] = {key.partition(".")[2]: saved[key].clone() for key in keys if key in saved}
-                expected |= dict(zip(keys, (torch.zeros(()), parameter, parameter)))
-        check_tensors(self.path, saved, expected)
+            load_module(module, part(f"{name}."), self.path)
+        states = {}
+        for name, tensor in part("optimizer.").items():
+            number, _, key = name.partition(".")
+            states.setdefault(int(number), {})[key] = tensor.clone()
         optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
-        return {f"{part}.{key}": tensor.clone() for part, of in parts.items() for key, tensor in of.items()}
+        return {name: saved[name].clone() for name in saved if name.partition(".")[0] not in ("optimizer", *modules)}
 
     def save(self, optimizer, modules, tensors={}, metadata={}):
         """Write the state of the optimizer and of the modules {name: module}, and whatever else a rerun needs."""

@@ -18,8 +18,7 @@ from runtime.device import faster_ways, peak_memory
 class SearchRun:
     """The log and the checkpoints of Algorithm 1 (search.py), and the order of its examples.
 
-    trace: {name: [a tensor per mini-epoch]}: c_H, c_F, the two distances, the mean loss. Without a checkpoint nothing
-    is saved.
+    trace: {name: [a tensor per mini-epoch]}: c_H, c_F, the two distances, the mean loss.
     """
 
     def __init__(self, options, examples, checkpoint=None):
@@ -113,8 +112,7 @@ def effective_settings(options, not_settings):
 class FinetuneRun:
     """The log and the checkpoints of fine-tuning (finetune.py), and the model of the best epoch.
 
-    adversary: as an entry of ADVERSARIES. scores: the held-out accuracy of every epoch. seconds: of training. memory:
-    peak memory in bytes.
+    adversary: as an entry of ADVERSARIES. scores: the held-out accuracy of every epoch. memory: peak, in bytes.
     """
 
     def __init__(self, options, split, folder, provenance):

@@ -15,7 +15,7 @@ import sys
 
 import torch
 
-from runtime.cli import BadInput
+from runtime.cli import BadInput, one_line
 from runtime.files import atomic_write
 
 DTYPES = {
@@ -52,54 +52,41 @@ def map_file(path):
 
 
 def read_safetensors(path):
-    """(MappedTensors, {metadata}) of a safetensors file.
+    """(MappedTensors, {metadata}) of a safetensors file. Raises BadInput if it is malformed, or has another checksum.
 
-    Raises BadInput for a file that is not well-formed, and for one of this project's with another checksum. As in the
-    reference implementation, the tensors must fill the file without overlaps or holes.
+    As in the reference implementation, the tensors must fill the file without overlaps or holes.
     """
     if not os.path.isfile(path):
         raise BadInput(f"{path} is not there")
     with open(path, "rb") as file:  # once: another process may replace it meanwhile
-        tensors, metadata, start = parse(path, file)
+        try:
+            tensors, metadata, start = parse(file)
+        except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+            raise BadInput(f"{path} is not a valid safetensors file: {one_line(error)}") from None
         if CHECKSUM in metadata and metadata[CHECKSUM] != checksum(file, start, metadata[CHECKSUM]):
             raise BadInput(f"{path} is damaged, its checksum is another: restore a copy, or make it again")
     return tensors, metadata
 
 
-def parse(path, file):
-    """(MappedTensors, {metadata}, where the header ends) of the open file at `path`."""
-
-    def bad(reason):
-        return BadInput(f"{path} is not a valid safetensors file: {reason}")
-
-    size = os.fstat(file.fileno()).st_size
-    if size < 8:
-        raise bad(f"{size} bytes")
+def parse(file):
+    """(MappedTensors, {metadata}, where the header ends) of an open file. Many types of exception say that it is bad."""
     mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     start = 8 + int.from_bytes(mapped[:8], "little")
-    if start > size:
-        raise bad(f"its header claims {start - 8} of {size} bytes")
-    try:
-        header = json.loads(mapped[8:start])
-        metadata = dict(header.pop("__metadata__", {}))
-        entries = [(e["data_offsets"], name, DTYPES[e["dtype"]], e["shape"]) for name, e in header.items()]
-        entries.sort()
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise bad(f"header: {type(error).__name__} {error}") from None
+    header = json.loads(mapped[8:start])
+    metadata = dict(header.pop("__metadata__", {}))
+    entries = sorted((e["data_offsets"], name, DTYPES[e["dtype"]], e["shape"]) for name, e in header.items())
     tensors, offset = MappedTensors(), 0
     tensors.files.append(mapped)
     for offsets, name, dtype, shape in entries:
-        if not (isinstance(shape, list) and all(type(n) is int and 0 <= n < 2**63 for n in shape)):
-            raise bad(f"{name} has shape {shape}")
         count = math.prod(shape)
         end = offset + count * dtype.itemsize
-        if offsets != [offset, end] or start + end > size:
-            raise bad(f"{name} claims bytes {offsets}, not {[offset, end]}")
+        if offsets != [offset, end] or start + end > len(mapped):
+            raise ValueError(f"{name} claims bytes {offsets}, not {[offset, end]}")
         flat = torch.frombuffer(mapped, dtype=dtype, count=count, offset=start + offset) if count else torch.empty(0)
         tensors[name] = flat.to(dtype).view(shape)
         offset = end
-    if start + offset != size:
-        raise bad(f"{size - start - offset} bytes too many")
+    if start + offset != len(mapped):
+        raise ValueError(f"{len(mapped)} bytes, not {start + offset}")
     return tensors, metadata, start
 
 
@@ -140,10 +127,7 @@ def write_safetensors(path, tensors, metadata):
 
 
 def read_with_metadata(path, *scripts):
-    """(tensors, metadata) of a file by `write_safetensors`. Raises BadInput if it is damaged or another program's.
-
-    scripts: names of scripts; a file that none of them wrote is an error, too.
-    """
+    """(tensors, metadata) of a file by `write_safetensors`, and by one of these scripts if any are named."""
     tensors, metadata = read_safetensors(path)
     if CHECKSUM not in metadata:
         raise BadInput(f"{path} was not written by this project, or by an earlier version: it has no checksum")

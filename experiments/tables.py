@@ -31,7 +31,7 @@ from experiments.runs import (
 )
 from freelb import ADVERSARIES
 from runtime import cli, files
-from runtime.cli import BadInput, option
+from runtime.cli import BadInput, first_few, option
 from runtime.device import DEFAULT_MODEL, MODEL_HELP, describe, pick_device
 
 PAPER = json.loads((Path(__file__).parent / "paper.json").read_text("utf8"))
@@ -88,7 +88,7 @@ def make_table(table, description, methods, columns=COLUMNS, across=False, draws
     recorded = [key_of(run) for run in found if run["code"] == current]
     if len(recorded) < len(found) and not options.overwrite:
         changed = set().union(*(provenance.differences(run["code"], current) for run in found))
-        changed = provenance.summary(sorted(changed))
+        changed = first_few(sorted(changed))
         raise BadInput(f"{path} has runs of other code ({changed}): use --overwrite, or another --results")
     missing = [key for key in keys if key not in recorded]
     if options.dry_run:

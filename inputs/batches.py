@@ -1,8 +1,4 @@
-"""Texts into batches: rows of a task, blocks of a corpus, padding, masking.
-
-Token ids are stored as one flat int32 array with the rows' ends, in memory and in the cache. Those of a corpus stay on
-disk.
-"""
+"""Texts into batches: rows of a task, blocks of a corpus, padding, masking. Both are tokenized once, into the cache."""
 
 import array
 import hashlib
@@ -24,8 +20,7 @@ CHUNK = 1000  # texts tokenized at a time: the library's encodings take a hundre
 
 
 class Batch(NamedTuple):
-    """Rows of a task, padded to the longest of them. The masks are None where they would be constant, which saves
-    `Bert` their computation."""
+    """Rows of a task, padded to the longest of them. Constant masks are None, which saves `Bert` their computation."""
 
     ids: torch.Tensor  # (B, T) token ids
     attention_mask: torch.Tensor | None  # (B, T), True at tokens and False at padding; None: no padding
@@ -67,8 +62,7 @@ class MaskedBatch(NamedTuple):
 class TokenizedSplit:
     """The tokenized rows of a split: [CLS] text [SEP], or [CLS] text [SEP] second text [SEP].
 
-    rows: [(tuple of one or two texts, label number)]. Texts longer than max_length tokens are truncated;
-    `num_truncated` counts them. cached: whether the tokens are read from the cache, or written to it.
+    rows: [(tuple of one or two texts, label number)]. `num_truncated` counts those longer than max_length tokens.
     """
 
     def __init__(self, tokenizer, rows, max_length, device, cached=True):
@@ -180,10 +174,10 @@ def rows_sha256(tokenizer, max_length, *splits):
 
 
 def length_sorted_batches(lengths, batch_size, generator):
-    """Arrays of the numbers of batch_size rows of similar length, in an order that depends on the generator only.
+    """Arrays of the numbers of batch_size rows of similar length, for little padding.
 
-    Rows are shuffled, then sorted by length within pools of 50 batches, and then the batches are shuffled. So there is
-    little padding, and the batches differ from epoch to epoch. Without a generator, all rows are sorted by length.
+    Rows are shuffled, then sorted by length within pools of 50 batches, and then the batches are shuffled. Without a
+    generator, all rows are sorted by length.
     """
     lengths = np.asarray(lengths)
     if generator is None:
@@ -200,8 +194,7 @@ class Blocks:
     """A corpus as blocks of tokens: one stream, with [SEP] after each document, split into [CLS] ... [SEP].
 
     documents: an iterable of texts, read once. size: theirs in bytes, for the progress bar. key: identifies the corpus.
-    The stream is in the cache, as int32, and only the requested blocks are read: a corpus may be larger than memory.
-    The last tokens, fewer than a block, are left out. Raises BadInput if there are too few tokens for one block.
+    The stream stays on disk: a corpus may be larger than memory. Its last tokens, fewer than a block, are left out.
     """
 
     def __init__(self, tokenizer, documents, size, key, block, device="cpu"):
@@ -290,8 +283,7 @@ def token_stream(tokenizer, documents, size):
 def mask_tokens(ids, tokenizer, share=0.15):
     """BERT's masking (Devlin et al. 2019, section 3.1) of ids (B, T). Draws from torch's random numbers.
 
-    Of the tokens that are not special, `share` are to be predicted. Of these, 80 % become [MASK], 10 % become a random
-    token and 10 % stay. Returns a `MaskedBatch`.
+    Of the tokens that are not special, `share` are to be predicted: 80 % of these become [MASK], 10 % a random token.
     """
     special = torch.tensor([tokenizer.cls, tokenizer.sep, tokenizer.pad, tokenizer.mask])
     draws = torch.rand(ids.shape).masked_fill_(torch.isin(ids, special), 2).flatten()

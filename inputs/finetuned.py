@@ -1,7 +1,7 @@
 """Load a model that finetune.py wrote, and check that it belongs to the rows at hand. Its accuracy on each class."""
 
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import islice
 
 import torch
@@ -19,15 +19,13 @@ from runtime.device import autocast
 def load_finetuned(folder, task, splits, options, device):
     """(model, tokenizer, tokens to which a text is truncated, metadata) of the fine-tuned model in `folder`.
 
-    splits: the rows of options.task. Raises BadInput if the model was fine-tuned on other rows: its accuracy would not
-    be theirs, and its training rows could be their test rows. A custom file may have changed, or have a namesake.
+    splits: the rows of options.task. Raises BadInput if the model was fine-tuned on other rows, of a file that has
+    changed or has a namesake: its training rows could be these test rows.
     """
     model, tokenizer = Bert.load(folder).to(device), Tokenizer(folder)
     metadata = safetensors.read_with_metadata(folder / "model.safetensors", "finetune.py")[1]
-    config = {
-        key: value for key, value in asdict(model.config).items() if key not in ("num_labels", "heads", "neurons")
-    }
-    if not config.items() <= metadata.get("config", config).items():
+    config = asdict(replace(model.config, num_labels=0, heads=None, neurons=None))
+    if config != metadata.get("config", config) | {"num_labels": 0, "heads": None, "neurons": None}:
         raise BadInput(f"{folder}/config.json is not that of model.safetensors: fine-tune again with --overwrite")
     max_length = min(metadata["settings"]["max_length"] or task.max_length, model.config.max_length)
     count = min(metadata["settings"]["train_rows"] or math.inf, len(splits["train"]))
@@ -40,10 +38,7 @@ def load_finetuned(folder, task, splits, options, device):
 
 @torch.inference_mode()
 def correct_by_class(model, split, batch_size, dtype):
-    """(classes,): how many rows of each class the model classifies correctly, without dropout.
-
-    The processes share the batches.
-    """
+    """(classes,): how many rows of each class the model classifies correctly. The processes share the batches."""
     model.eval()
     correct = torch.zeros(model.config.num_labels, device=split.device)
     bar = progress(len(split.labels), description="classify", unit="row")

@@ -4,15 +4,12 @@ from collections import Counter
 
 import numpy as np
 
-from inputs.tables import first_few, read_table, table_files
-from runtime.cli import BadInput
+from inputs.tables import read_table, table_files
+from runtime.cli import BadInput, first_few
 
 
 def custom_splits(path, text_columns, label_column, drop_labels):
-    """(names of the classes, {"train", "validation", "test": rows}, what the test rows are) of a custom task.
-
-    Prints which classes have no held-out or test rows.
-    """
+    """(names of the classes, {"train", "validation", "test": rows}, what the test rows are) of a custom task."""
     labels, splits = read_splits(path, text_columns, label_column, drop_labels)
     note = "the test rows are its test file"
     if "test" not in splits:
@@ -34,8 +31,7 @@ def custom_splits(path, text_columns, label_column, drop_labels):
 def read_splits(path, text_columns, label_column, drop_labels):
     """(names of the classes, {split: [(texts, number of the class)]}) of a table file, or a folder of them.
 
-    The classes are the labels of the training rows, sorted, numbers by value; they are printed. Rows with one of
-    drop_labels are left out.
+    The classes are the labels of the training rows, sorted, numbers by value; they are printed.
     """
     files = table_files(path) if path.is_dir() else {"train": path}
     tables = {split: read_table(file, text_columns, label_column) for split, file in files.items()}
@@ -57,10 +53,8 @@ def read_splits(path, text_columns, label_column, drop_labels):
     for split, table in tables.items():
         for line, _, label in table:
             if label not in numbers:
-                remedy = "leave such rows out with --drop-labels, or give a file with labels"
-                raise BadInput(
-                    f"{files[split]} line {line} has label {label!r:.200}, which no training row has: {remedy}"
-                )
+                unknown = f"{files[split]} line {line} has label {label!r:.200}, which no training row has"
+                raise BadInput(f"{unknown}: leave such rows out with --drop-labels, or give a file with labels")
     return tuple(labels), {split: [(texts, numbers[label]) for _, texts, label in of] for split, of in tables.items()}
 
 

@@ -3,7 +3,6 @@
 A custom file is read completely, or refused with the number of the line that is wrong.
 """
 
-import codecs
 import csv
 import io
 import json
@@ -13,32 +12,19 @@ from collections import Counter
 import charset_normalizer
 import pyarrow
 import pyarrow.parquet
+from charset_normalizer.utils import identify_sig_or_bom
 
-from runtime.cli import BadInput
+from runtime.cli import BadInput, first_few
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".json")
 SPLITS = {name: "validation" for name in ("validation", "val", "valid", "dev")} | {"train": "train", "test": "test"}
 UTF8 = "utf-8-sig"  # with or without a byte-order mark
-BYTE_ORDER_MARKS = {  # UTF-32 first: its mark begins with that of UTF-16
-    codecs.BOM_UTF32_LE: "utf-32",
-    codecs.BOM_UTF32_BE: "utf-32",
-    codecs.BOM_UTF16_LE: "utf-16",
-    codecs.BOM_UTF16_BE: "utf-16",
-}
-
-
-def first_few(values, count=10):
-    """The first texts of many as one, each cut to 40 characters."""
-    values = list(values)
-    shown = [value if len(value) <= 40 else f"{value[:37]}..." for value in values[:count]]
-    return ", ".join(shown) + (f", ... ({len(values):,} in all)" if len(values) > count else "")
 
 
 def table_files(path):
     """{split: file} of a folder with train.csv, test.csv and optionally validation.csv (or .tsv, .jsonl, .json).
 
-    The validation file may also be called val, valid or dev, and every name may be a plural. Prints which tables are
-    not used. Raises BadInput if train or test is missing, or if a split has two files.
+    See SPLITS for other names; every name may be a plural. Prints which tables are not used.
     """
     files, unused = {}, []
     for file in sorted(path.iterdir()):
@@ -58,11 +44,7 @@ def table_files(path):
 
 
 def read_table(path, text_columns, label_column):
-    """[(line, tuple of texts, label as text)] of a CSV, TSV or JSON-lines file with these columns.
-
-    Raises BadInput, with the line's number, for bytes that are not UTF-8, a line with too many or too few fields, and a
-    row without a text or a label. Prints how many repeated headers are left out, and how many texts are empty.
-    """
+    """[(line, tuple of texts, label as text)] of a CSV, TSV or JSON-lines file with these columns."""
     raw, suffix = path.read_bytes(), path.suffix.lower()
     encoding = marked_encoding(raw)
     try:
@@ -168,7 +150,8 @@ def read_parquet(path, *columns):
 
 def marked_encoding(raw):
     """The encoding that the byte-order mark of a file's first bytes says; UTF-8 without one."""
-    return next((encoding for mark, encoding in BYTE_ORDER_MARKS.items() if raw.startswith(mark)), UTF8)
+    encoding, _ = identify_sig_or_bom(raw)
+    return UTF8 if encoding in (None, "utf_8") else encoding
 
 
 def guess(raw):

@@ -22,10 +22,8 @@ class Tokenizer:
     """WordPiece or byte-level BPE: texts <-> token ids, the same as those of transformers.
 
     path: a model folder, or a file of its weights. The vocabulary is the first found of tokenizer.json, vocab.json with
-    merges.txt (RoBERTa) and vocab.txt (BERT); tokenizer_config.json overrides parts of it.
-    `pad`, `cls`, `sep` and `mask` are the ids of the special tokens, and `size` is the number of tokens. `family` says
-    which special tokens the vocabulary has: klue/roberta-base is a RoBERTa with those of BERT.
-    Raises BadInput if there is no vocabulary, if it lacks a special token, or if its ids are not those of the model.
+    merges.txt (RoBERTa) and vocab.txt (BERT); tokenizer_config.json overrides parts of it. `pad`, `cls`, `sep` and
+    `mask` are ids. `family` is that of the special tokens: klue/roberta-base is a RoBERTa with those of BERT.
     """
 
     def __init__(self, path):
@@ -83,9 +81,8 @@ class Tokenizer:
 
 def read_library(folder):
     """The tokenizers library's object for the vocabulary in a model folder."""
-    library, whole = None, folder / "tokenizer.json"
+    whole, names = folder / "tokenizer.json", ("config.json", "tokenizer_config.json", "added_tokens.json")
     try:
-        names = ("config.json", "tokenizer_config.json", "added_tokens.json")
         config, settings, added = (read_json(path) if path.is_file() else {} for path in map(folder.joinpath, names))
         family = FAMILIES.get(config.get("model_type"), FAMILIES["bert"])
         default = TOKENIZERS[family.vocabulary][0]
@@ -94,21 +91,20 @@ def read_library(folder):
         if whole.is_file():
             library = tokenizers.Tokenizer.from_file(str(whole))
             added |= {token.pop("id"): token for token in read_json(whole).get("added_tokens", [])}
+        elif kind not in sum(TOKENIZERS.values(), ()):
+            raise BadInput(f"it is for a {kind}, which needs its tokenizer.json")
         elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
             library = byte_level_bpe(folder, settings)
         elif (folder / "vocab.txt").is_file():
             library = word_piece(folder, settings)
-        if library and (whole.is_file() or kind in sum(TOKENIZERS.values(), ())):
-            override(library, kind, settings)
-            add_tokens(library, settings.get("added_tokens_decoder", added), settings)
-            return library
-    except BadInput as error:
-        raise BadInput(f"the vocabulary in {folder} cannot be read: {error}") from None
+        else:
+            raise BadInput("it has no tokenizer.json, vocab.txt or vocab.json with merges.txt")
+        override(library, kind, settings)
+        add_tokens(library, settings.get("added_tokens_decoder", added), settings)
+        return library
     except Exception as error:  # the library raises bare Exception
-        raise BadInput(f"the vocabulary in {folder} cannot be read: {one_line(error)}") from None
-    if library:
-        raise BadInput(f"the vocabulary in {folder} is for a {kind}: without its tokenizer.json it cannot be read")
-    raise BadInput(f"{folder} has no vocabulary: tokenizer.json, vocab.txt or vocab.json with merges.txt")
+        reason = error if isinstance(error, BadInput) else one_line(error)
+        raise BadInput(f"the vocabulary in {folder} cannot be read: {reason}") from None
 
 
 def override(library, kind, settings):
@@ -135,14 +131,11 @@ def longest_growth(normalizer):
 
 
 def add_tokens(library, added, settings):
-    """Add the tokens {id: its settings}, and the special tokens of tokenizer_config.json that are not among them.
-
-    Raises BadInput if the library gives a token another id than the files: the embedding would be another token's.
-    """
+    """Add the tokens {id: its settings}, and the special tokens of tokenizer_config.json that are not among them."""
     library.add_tokens([AddedToken(**added[number]) for number in sorted(added, key=int)])
     for number, token in added.items():
         found = library.token_to_id(token["content"])
-        if found != int(number):
+        if found != int(number):  # its embedding would be another token's
             raise BadInput(f"the added token {token['content']!r} has the id {number}, and would get {found}")
     special = [settings.get(f"{name}_token") for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
     special += settings.get("additional_special_tokens") or []
@@ -152,11 +145,8 @@ def add_tokens(library, added, settings):
 
 
 def word_piece(folder, settings):
-    """BERT's tokenizer from vocab.txt.
-
-    Google's archives have no tokenizer_config.json that says whether the vocabulary is cased. An uncased one has no
-    capital letter except in its special tokens, such as [CLS] and <S>.
-    """
+    """BERT's tokenizer from vocab.txt. Google's archives have no tokenizer_config.json that says whether it is cased: an
+    uncased vocabulary has no capital letter except in its special tokens, such as [CLS] and <S>."""
     vocabulary = WordPiece.read_file(str(folder / "vocab.txt"))
     uncased = all(token == token.lower() for token in vocabulary if token[:1] not in ("[", "<"))
     settings.setdefault("do_lower_case", uncased)

@@ -35,6 +35,13 @@ def one_line(error):
     return f"{type(error).__name__} {str(error).strip()}".strip().splitlines()[0][:200]
 
 
+def first_few(values, count=10):
+    """The first texts of many as one, each cut to 40 characters."""
+    values = list(values)
+    shown = [value if len(value) <= 40 else f"{value[:37]}..." for value in values[:count]]
+    return ", ".join(shown) + (f", ... ({len(values):,} in all)" if len(values) > count else "")
+
+
 def run(main):
     """Run a script's main(). Every error ends in one line. ORTICKET_DEBUG=1 shows the traceback as well."""
     sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # None: closed

@@ -17,12 +17,12 @@ import torch
 
 import data
 from checkpoints import safetensors
-from checkpoints.provenance import differences, summary
+from checkpoints.provenance import differences
 from checkpoints.tickets import read_coefficients
 from gates import draw_masks
 from inputs import hub
 from runtime import cli, files
-from runtime.cli import BadInput, option
+from runtime.cli import BadInput, first_few, option
 from sharing.plots import plot_survival, survival_shares
 
 NAME = "coefficients.safetensors"
@@ -68,7 +68,7 @@ def pack(paths):
         what = differences(common["settings"], metadata["settings"]) or differences(common, metadata)
         if what:
             raise BadInput(
-                f"{path} and {paths[0]} differ in {summary(what)}: give searches that differ in the seed alone"
+                f"{path} and {paths[0]} differ in {first_few(what)}: give searches that differ in the seed alone"
             )
         mini_epochs = len(safetensors.read_safetensors(path)[0].get("trace.loss", ()))
         searches[seed] = head, ffn, mini_epochs, stopped_early

@@ -47,7 +47,8 @@ def own_caches(tmp_path_factory):
     ):
         for name in ("HF_HUB_CACHE", "HF_ENDPOINT", "HF_TOKEN"):
             os.environ.pop(name, None)
-        yield
+        with unittest.mock.patch.multiple(hub.constants, HF_HUB_CACHE=f"{cache}/hf/hub", HF_HUB_OFFLINE=True):
+            yield
 
 
 @pytest.fixture(autouse=True)
@@ -268,6 +269,9 @@ def server(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", url)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setattr(hub.constants, "ENDPOINT", url)
+    monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path / "hf" / "hub"))
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(hub, "TIMEOUT", (1, 0.3))
     monkeypatch.setattr(hub.time, "sleep", serving.hub.waits.append)
     yield serving.hub

@@ -645,7 +645,7 @@ def test_nltk_downloads_have_the_timeout_of_the_hub_and_stop_after_one_failure(t
 
     monkeypatch.setattr(nltk, "download", download)
     monkeypatch.setattr(nltk.data, "path", [str(tmp_path)])
-    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
     assert library.find_nltk_data(nltk) == dict.fromkeys(library.NLTK_DATA, reachable is True)
     assert asked == [(package, hub.TIMEOUT[1]) for package in list(library.NLTK_DATA)[: 3 if reachable is True else 1]]
 

@@ -228,7 +228,10 @@ def test_overwriting_restarts_and_removes_the_old_result(tiny, corpus, tmp_path,
     assert call(search, *command) == 2 and state.exists()
     state.write_bytes(b"")
     assert call(search, *command, "--seed", "1") == 2
-    assert "not a valid safetensors file: 0 bytes: use --overwrite or another --output" in capsys.readouterr().err
+    assert (
+        "not a valid safetensors file: ValueError cannot mmap an empty file: use --overwrite or another --output"
+        in capsys.readouterr().err
+    )
     assert call(search, *command, "--seed", "1", "--overwrite") == 0 and done.exists() and not state.exists()
 
 
