@@ -27,13 +27,18 @@ from runtime.cli import BadInput, one_line
 MAGIC = 0xDB4775248B80FB57
 DTYPES = {1: torch.float32, 2: torch.float64, 3: torch.int32, 9: torch.int64, 14: torch.bfloat16, 19: torch.float16}
 KINDS = ("/kernel", "/bias", "/gamma", "/beta", "_embeddings", "output_weights", "output_bias")  # names of weights
+CRC_TABLE = []
+for remainder in range(256):
+    for _ in range(8):
+        remainder = remainder >> 1 ^ 0x82F63B78 * (remainder & 1)
+    CRC_TABLE.append(remainder)
 
 
 def read_tensorflow(index):
     """MappedTensors of a checkpoint, given its .index, by the names of the same model in PyTorch.
 
-    An optimizer's variables are left out. Checksums are not verified: for the values that would take minutes in Python.
-    Raises BadInput for a checkpoint that is not well-formed.
+    An optimizer's variables are left out. The checksums of the index are verified, those of the values are not: that
+    would take minutes in Python. Raises BadInput for a checkpoint that is damaged or incomplete.
     """
     tensors, stem = MappedTensors(), str(index).removesuffix(".index")
     try:
@@ -80,9 +85,9 @@ def table(data):
 
 def block(data, offset, length):
     """{key: value} of one block."""
-    content = data[offset : offset + length]
-    if len(data) < offset + length + 5 or data[offset + length]:
-        raise ValueError(f"no uncompressed block at {offset}")
+    content, compression, crc = (data[offset:][:n] for n in (length, length + 1, length + 5))
+    if len(crc) < 5 or crc32c(compression) != int.from_bytes(crc[-4:], "little") or compression[-1]:
+        raise ValueError(f"no uncompressed block with its checksum at {offset}")
     entries, key, at = {}, b"", 0
     while at < length - 4 - 4 * int.from_bytes(content[-4:], "little"):
         (kept, new, size), at = varints(content, at, 3)
@@ -122,3 +127,12 @@ def protobuf(data):
             value, at = data[at : at + size], at + size
         fields.setdefault(number, []).append(value)
     return fields
+
+
+def crc32c(data):
+    """The CRC-32C of `data`, masked as LevelDB stores it."""
+    crc = 0xFFFFFFFF
+    for byte in data:
+        crc = CRC_TABLE[(crc ^ byte) & 255] ^ crc >> 8
+    crc ^= 0xFFFFFFFF
+    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from checkpoints.tensorflow1 import MAGIC
+from checkpoints.tensorflow1 import MAGIC, crc32c
 
 
 def write_tensorflow(prefix, tensors):
@@ -19,7 +19,8 @@ def write_tensorflow(prefix, tensors):
 
     def block(entries):
         body = b"".join(varint(0) + varint(len(key)) + varint(len(value)) + key + value for key, value in entries)
-        return body + bytes(4) + (1).to_bytes(4, "little") + bytes(1) + bytes(4)  # without a checksum
+        body += bytes(4) + (1).to_bytes(4, "little") + bytes(1)
+        return body + crc32c(body).to_bytes(4, "little")
 
     entries, offset = [], 0
     with open(f"{prefix}.data-00000-of-00001", "wb") as file:
