@@ -19,7 +19,7 @@ from bert import Bert, Config
 from checkpoints import safetensors as our_safetensors
 from checkpoints.tickets import read_coefficients
 from gates import draw_mask, hamming
-from inputs import mlm_head
+from inputs import hub, mlm_head
 from inputs.batches import TokenizedSplit
 from inputs.tokenizer import Tokenizer
 from runtime import files
@@ -241,7 +241,7 @@ def test_coefficients_are_fetched_from_a_repository_on_the_hub(server, tiny, sea
     expected = drawn(tiny, tmp_path / "file", "--coefficients", path)
     for number, name in enumerate(("owner/name", f"owner/second@{COMMIT}", "owner/name")):
         if number == 2:  # it is cached
-            monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+            monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
         found = drawn(tiny, tmp_path / f"hub{number}", "--coefficients", name)
         assert all(torch.equal(found[0][key], expected[0][key]) for key in ("head", "ffn"))
         assert found[1]["coefficients_sha256"] == files.sha256(path)
@@ -253,7 +253,7 @@ def test_coefficients_are_fetched_from_a_repository_on_the_hub(server, tiny, sea
     assert call(draw, "--model", tiny, "--coefficients", tmp_path, "--output", tmp_path) == 2
     assert f"there is no {tmp_path}: give a file, a folder with coefficients.safetensors" in capsys.readouterr().err
     server.files["coefficients.safetensors"] = path.read_bytes().replace(b"head", b"hat!", 1)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
     assert call(draw, "--model", tiny, "--coefficients", "owner/another", "--output", tmp_path) == 2
     assert "is damaged, its checksum is another" in capsys.readouterr().err
 
