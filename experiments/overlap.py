@@ -1,6 +1,6 @@
 """How far do searches agree? The share of the pruned heads and neurons that two tickets have in common.
 
-    python -m experiments.overlap runs/a/minilm/coefficients.safetensors runs/b/minilm/coefficients.safetensors
+python -m experiments.overlap runs/a/minilm/coefficients.safetensors runs/b/minilm/coefficients.safetensors
 """
 
 from dataclasses import dataclass
