@@ -3,6 +3,7 @@
 import ast
 import functools
 import hashlib
+import importlib.machinery
 import importlib.metadata
 import json
 import modulefinder
@@ -20,10 +21,20 @@ ROOT = Path(__file__).resolve().parents[1]
 NAMES = ("model", "corpus", "objective", "revision", "data_revision")  # their content is identified by a sha256
 
 
+class ModuleFinder(modulefinder.ModuleFinder):
+    """Finds the project's modules. A folder without __init__.py, such as one of tables named csv, is none."""
+
+    def find_module(self, name, path, parent=None):
+        spec = importlib.machinery.PathFinder.find_spec(name, path or self.path)
+        if spec and spec.origin is None:
+            raise ImportError(name)
+        return super().find_module(name, path, parent)
+
+
 def software(script):
     """The "code" and "versions" of a provenance: {file: digest} of the script at this path and of the project's files
     that it imports, directly or not; {package: version}."""
-    finder = modulefinder.ModuleFinder([str(ROOT)])
+    finder = ModuleFinder([str(ROOT)])
     finder.run_script(str(script))
     paths = sorted(Path(module.__file__).resolve() for module in finder.modules.values() if module.__file__)
     code = {path.relative_to(ROOT).as_posix(): code_digest(path, path.stat().st_mtime_ns) for path in paths}

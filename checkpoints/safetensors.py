@@ -57,7 +57,7 @@ def read_safetensors(path):
     As in the reference implementation, the tensors must fill the file without overlaps or holes.
     """
     if not os.path.isfile(path):
-        raise BadInput(f"{path} is not there")
+        raise BadInput(f"there is no file {path}")
     with open(path, "rb") as file:  # once: another process may replace it meanwhile
         try:
             tensors, metadata, start = parse(file)

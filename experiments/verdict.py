@@ -12,6 +12,7 @@ import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
+import attack
 from checkpoints.provenance import read_result
 from experiments.tables import PAPER, cell, difference, load_runs, markdown_table, shown
 from runtime import cli, files
@@ -30,6 +31,9 @@ PAIRS = (
 METHODS = ("Vanilla", "FreeLB", "ORTicket", "Vanilla ticket", "Random ticket")
 COLUMN = "textfooler Aua%"
 COLUMNS = ("Clean%", COLUMN, "textfooler Suc%", "textfooler #Query")
+COMMAND = (
+    "python -m experiments.table1 --tasks sst2 --seeds 7 --attacks textfooler --results experiments/results/verdict"
+)
 
 
 @dataclass
@@ -63,11 +67,14 @@ def verdict(runs, losses):
     """(the text of docs/results.md, the row of README.md). runs: of a table. losses: {start: MLM loss}."""
     groups = {}  # (start, least cosine of a substitute): {method: runs}
     for run in runs:
-        key = run["settings"]["model"], float(run["overrides"]["attack"]["min_cosine"])
+        cosine = run["overrides"].get("attack", {}).get("min_cosine", attack.Options.min_cosine)
+        key = Path(run["settings"]["model"]).name, float(cosine)
         groups.setdefault(key, {}).setdefault(run["method"], []).append(run)
-    groups = {
-        key: groups[key] for key in sorted(groups, key=lambda key: (key[0], -len(groups[key]["Vanilla"]), key[1]))
-    }
+    complete = [key for key, methods in groups.items() if {"Vanilla", "ORTicket"} <= methods.keys()]
+    if not complete:
+        raise BadInput(f"the table has no runs of Vanilla and ORTicket: {COMMAND} makes them")
+    complete.sort(key=lambda key: (key[0], -len(groups[key]["Vanilla"]), key[1]))
+    groups = {key: groups[key] for key in complete}
     starts = {}  # the attack with most seeds comes first, and is the one that counts
     for (start, cosine), methods in groups.items():
         starts.setdefault(start, {})[cosine] = methods
@@ -101,9 +108,11 @@ def asked():
 def described(starts, losses):
     runs = [run for attacks in starts.values() for methods in attacks.values() for run in methods["Vanilla"]]
     settings, seeds = runs[0]["settings"], max(run["seed"] for run in runs) + 1
-    texts = [f"{name(start)} (MLM loss on held-out text {losses[start]:.2f})" for start in starts]
+    known = {start: f" (MLM loss on held-out text {loss:.2f})" for start, loss in losses.items()}
+    texts = [name(start) + known.get(start, "") for start in starts]
+    rows = f"{settings['train_rows']:,}" if settings["train_rows"] else "all"
     return (
-        f"**Run.** SST-2, {settings['train_rows']:,} training rows, {settings['epochs']} epochs, TextFooler on "
+        f"**Run.** SST-2, {rows} training rows, {settings['epochs']} epochs, TextFooler on "
         f"{settings['n']} sentences, the same for all; up to {seeds} seeds, each with a search and a random ticket of "
         f"its own. Start: {' and '.join(texts)}."
     )
@@ -134,10 +143,9 @@ def price(starts):
 
 def only_bert_base():
     return (
-        "**Open.** The paper's model is BERT-base, which was never trained here. Two commands would tell: `python -m "
-        "experiments.table1 --tasks sst2 --model bert-base-uncased --seeds 7 --attacks textfooler` makes the table, "
-        "and `python -m experiments.verdict` writes these lines from it. The hours: [speed.md]"
-        "(speed.md#cost-of-the-papers-experiments)."
+        "**Open.** The paper's model is BERT-base, which was never trained here. Two commands would tell: "
+        f"`{COMMAND} --model bert-base-uncased` adds its runs to the table, and `python -m experiments.verdict` writes "
+        "these lines from it. The hours: [speed.md](speed.md#cost-of-the-papers-experiments)."
     )
 
 

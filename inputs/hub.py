@@ -176,7 +176,7 @@ def receive(session, url, what, tmp_path, is_over):
         if "X-Linked-Etag" not in headers and response.status_code == 404:
             raise NotOnHub(f"the hub has no {what} ({url})")
         if response.status_code == 416:
-            tmp_path.unlink()
+            tmp_path.unlink(missing_ok=True)
             raise RetryableError("no such part of the file")
         response.raise_for_status()
         checksum = headers.get("X-Linked-Etag", response.headers.get("ETag", "")).removeprefix("W/").strip('"')
@@ -278,7 +278,7 @@ def file_checksum(path, like):
 
 
 def authorization():
-    """The header with HF_TOKEN, if it is set. requests does not send it to another host, or without TLS."""
+    """The header with HF_TOKEN, if it is set. requests drops it where a redirect leads to another host, or out of TLS."""
     token = os.environ.get("HF_TOKEN", "").strip()
     if not re.fullmatch("[!-~]*", token):
         raise BadInput("HF_TOKEN has characters that no header can carry: copy it again from the hub's settings")

@@ -227,7 +227,7 @@ class progress:
 
     def show(self, is_due=False):
         """Update the bar, or print a line if `is_due` or if the last one is long ago."""
-        now, seconds = time.monotonic(), self.rate * (self.total - self.n)
+        now, seconds = time.monotonic(), self.rate * max(0, self.total - self.n)
         if RANK or now - self.shown < 0.1:
             return
         left = f"{self.rate * self.size:.3g} s each, {duration(seconds)}"

@@ -1,1 +1,1 @@
-"""What leaves the project: exports to transformers, plots."""
+"""What leaves the project: published coefficients and MLM heads, exports to transformers, plots."""

@@ -1,4 +1,4 @@
-"""The figures that search.py and draw.py write beside their results."""
+"""The figures that search.py, draw.py and sharing.publish write beside their results, and Figure 1."""
 
 import math
 

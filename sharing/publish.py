@@ -46,13 +46,15 @@ def main():
     settings, seeds = metadata["settings"], metadata["seeds"]
     masks = [draw_masks(*each, settings["tau_head"], settings["tau_ffn"]) for each in zip(*tensors.values())]
     plot_survival({settings["model"]: survival_shares(masks)}, len(seeds), path.with_suffix(".png"))
-    print(f"{len(seeds)} searches of {settings['model']}: {path}, {path.with_suffix('.png')}")
+    print(
+        f"searches of {settings['model']} with seeds {', '.join(map(str, seeds))}: {path}, {path.with_suffix('.png')}"
+    )
     print(f"to publish them: hf upload OWNER/NAME {path} {NAME}")
 
 
 def pack(paths):
-    """({name: tensor}, metadata) of several searches, in the order of their seeds. Of paths of this
-    machine, to the model and the corpus, the last name is kept.
+    """({name: tensor}, metadata) of several searches, in the order of their seeds. Of paths of this machine, to the
+    model, the corpus and the task, the last name is kept.
 
     Raises BadInput if they differ in more than the seed.
     """
@@ -75,9 +77,10 @@ def pack(paths):
     seeds = sorted(searches)
     heads, ffns, mini_epochs, stopped_early = zip(*(searches[seed] for seed in seeds))
     settings = common["settings"]
-    if Path(settings["model"]).is_absolute():
-        settings["model"] = str(files.model_folder("", settings["model"]))
-    settings["corpus"] = Path(settings["corpus"]).name
+    model = Path(settings["model"])
+    if model.is_absolute() or model.exists():
+        settings["model"] = str(files.model_folder("", model))
+    settings |= {name: Path(settings[name]).name for name in ("corpus", "objective")}
     own = {"script": "publish.py", "seeds": seeds, "mini_epochs": mini_epochs, "stopped_early": stopped_early}
     return {"head": torch.stack(heads), "ffn": torch.stack(ffns)}, common | own
 
@@ -114,7 +117,7 @@ def find_coefficients(options, folder):
             raise BadInput(f"--coefficients {given} is no file or folder, nor on the hub: {error}") from None
         return path, f"{repository}@{path.parent.name}"
     if given:
-        raise BadInput(f"there is no {given}: give a file, a folder with {NAME}, or OWNER/NAME on the hub")
+        raise BadInput(f"--coefficients {given}: give a file, a folder with {NAME}, or OWNER/NAME on the hub")
     published = data.PUBLISHED / f"{Path(options.model).name}-bbc.safetensors"
     searched = [*folder.glob("coefficients*"), *folder.glob("search*.safetensors")]  # also one that is unfinished
     if searched or options.model not in data.BUNDLED or not published.is_file():

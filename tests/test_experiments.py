@@ -39,6 +39,7 @@ from experiments import (
 )
 from freelb import ADVERSARIES
 from runtime import cli, files
+from runtime.cli import BadInput
 from tests.conftest import LETTERS, call, saved
 
 PAPER_TEXT = Path(__file__).resolve().parents[2] / "shared" / "paper" / "orticket.txt"
@@ -481,6 +482,23 @@ def test_the_verdict_says_what_the_interval_says(verdict_runs, counts, expected)
     assert expected in row
     assert f"| ORTicket | 4 | 90.0 ± 0.0 | {np.mean(counts):.1f} ± {np.std(counts, ddof=1):.1f} |" in text
     assert "20.0% fewer parameters" in text and "is 29.7, the full" in text
+
+
+def test_the_verdict_takes_runs_of_other_models_and_of_the_default_attack(verdict_runs):
+    """As `verdict.COMMAND --model bert-base-uncased` makes them, beside those from a folder."""
+    found = verdict_runs(Vanilla=(10, 11), ORTicket=(12, 13))
+    for run in found[::2]:  # of one seed
+        run["settings"] |= {"model": "bert-base-uncased", "train_rows": None}
+        run["overrides"] = {}
+    for run in found[1::2]:
+        run["settings"] |= {"model": "runs/minilm-mlm"}
+    text, row = verdict.verdict(found, {"minilm": 6.6, "minilm-mlm": 3.6})
+    assert "SST-2, all training rows" in text and "bert-base-uncased, substitutes of cosine 0.5 or more" in text
+    assert "MiniLM trained further on MLM (MLM loss on held-out text 3.60)" in text
+    assert "from bert-base-uncased, not known: +2.0; from MiniLM trained further on MLM, not known: +2.0" in row
+    for incomplete in ([], verdict_runs(Vanilla=(10, 11))):
+        with pytest.raises(BadInput, match="no runs of Vanilla and ORTicket: python -m experiments.table1 "):
+            verdict.verdict(incomplete, {})
 
 
 def test_the_verdict_compares_only_seeds_of_both(verdict_runs):

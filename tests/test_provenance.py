@@ -106,6 +106,8 @@ def test_the_digest_of_code_ignores_comments_docstrings_and_formatting(source):
     before = software(source / "search.py")["code"]
     for name in before:
         edit_text(source / name)
+    for name in ("csv", "data", "torch"):  # folders of a user, with files that are no code
+        (source / name).mkdir()
     assert software(source / "search.py")["code"] == before
     edit_function(source / "gates.py", "update")
     assert {name for name, digest in software(source / "search.py")["code"].items() if digest != before[name]} == {

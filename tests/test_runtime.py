@@ -163,6 +163,17 @@ def test_a_short_loop_without_a_terminal_prints_nothing(monkeypatch, capsys):
     assert [line.split(",")[0] for line in lines][-1] == "loop: 90 of 100 steps" and len(lines) == 8
 
 
+def test_a_loop_longer_than_announced_goes_on(monkeypatch, capsys):
+    """Processes that share batches count some rows twice, and a server may send more than it declared."""
+    now = [0.0]
+    monkeypatch.setattr(cli.time, "monotonic", lambda: now[0])
+    bar = cli.progress(5, description="loop")
+    for _ in range(3):
+        now[0] += 10
+        bar.update(4)
+    assert "loop: 8 of 5 steps, 2.5 s each, 0 s left" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_dropout_is_unbiased_and_drops_its_share(dtype):
     x, dropout = torch.ones(1001, 999, dtype=dtype), Dropout(0.1).train()

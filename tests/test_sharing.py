@@ -209,6 +209,16 @@ def test_searches_that_differ_in_more_than_the_seed_are_not_packed(searched, tmp
     assert (tmp_path / "one.safetensors").read_bytes() == before
 
 
+def test_no_path_of_this_machine_is_published(searched, tmp_path, monkeypatch):
+    tensors, metadata = our_safetensors.read_with_metadata(searched / "coefficients-seed0.safetensors")
+    (tmp_path / "models" / "tiny").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    local = {"model": "models/tiny", "objective": "/home/me/mine.csv", "corpus": "/home/me/mine.txt"}
+    our_safetensors.write_safetensors("one.safetensors", tensors, metadata | {"settings": metadata["settings"] | local})
+    settings = publish.pack(["one.safetensors"])[1]["settings"]
+    assert [settings[name] for name in local] == ["tiny", "mine.csv", "mine.txt"]
+
+
 def test_a_packed_file_with_other_shapes_or_seeds_is_refused(tiny, searched, tmp_path, capsys):
     packed = tmp_path / "packed.safetensors"
     assert call(publish, *searched.glob("coefficients-*.safetensors"), "--output", packed) == 0
@@ -251,7 +261,7 @@ def test_coefficients_are_fetched_from_a_repository_on_the_hub(server, tiny, sea
     assert call(draw, "--model", tiny, "--coefficients", "owner/other", "--output", tmp_path) == 2
     assert "--coefficients owner/other is no file or folder, nor on the hub: " in capsys.readouterr().err
     assert call(draw, "--model", tiny, "--coefficients", tmp_path, "--output", tmp_path) == 2
-    assert f"there is no {tmp_path}: give a file, a folder with coefficients.safetensors" in capsys.readouterr().err
+    assert f"--coefficients {tmp_path}: give a file, a folder with coefficients.safetensors" in capsys.readouterr().err
     server.files["coefficients.safetensors"] = path.read_bytes().replace(b"head", b"hat!", 1)
     monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
     assert call(draw, "--model", tiny, "--coefficients", "owner/another", "--output", tmp_path) == 2
