@@ -1,8 +1,8 @@
 """Models, tasks and corpora by name.
 
 Bundled with requirements.txt, without a network: the model `minilm`, the tasks `bbc` (BBC News), `rt` (Rotten Tomatoes
-sentences) and `imdb-bundled` (the 25,000 training reviews of IMDb), the corpora `bbc-small` (two articles of five),
-`bbc` and `imdb`. These tasks have no published test split: a fixed tenth, the same for every seed, is held out.
+sentences) and `imdb-bundled` (the 25,000 training reviews of IMDb), the corpora `bbc`, `bbc-small` (two of every five
+articles) and `imdb`. These tasks have no published test split: a fixed tenth, the same for every seed, is held out.
 From the Hugging Face hub: the paper's tasks sst2, qnli, qqp, imdb and agnews, its corpus wikitext-2-raw-v1, and models.
 Custom: a CSV, TSV or JSON-lines file as a task, a text file as a corpus.
 """

@@ -67,7 +67,7 @@ class Options(data.TaskOptions, MachineOptions):
     lambda_head: float = option(None, "lambda_H of eq. 5 [1e-4]", at_least=0, group="optimization")
     lambda_ffn: float = option(None, "lambda_F of eq. 5 [1e-4]", at_least=0, group="optimization")
     epochs: int = option(1, "passes over the corpus, at most", at_least=1, group="optimization")
-    batch_size: int = option(None, f"examples a step [32; {BATCH_SIZE} of bbc-small]", at_least=1, group="optimization")
+    batch_size: int = option(None, f"examples per step [32; bbc-small: {BATCH_SIZE}]", at_least=1, group="optimization")
     learning_rate: float = option(2e-5, "eta_0, of theta and c (AdamW)", above=0, group="optimization")
     learning_rate_c: float = option(None, "that of c, if not eta_0; 0: c stays 1", at_least=0, group="optimization")
     warmup: float = option(0.1, "fraction of the steps with warm-up", at_least=0, below=1, group="optimization")

@@ -34,8 +34,11 @@ def publish(name, figures, lines, save):
 
 
 def read(name):
-    """The figures that `publish` saved."""
-    return files.read_json(RESULTS / f"{name}.json")
+    """The figures that `publish` saved. Raises BadInput if there are none."""
+    path = RESULTS / f"{name}.json"
+    if not path.is_file():
+        raise BadInput(f"there is no {path}: python -m benchmarks.bench {name.partition('-')[0]} --save makes it")
+    return files.read_json(path)
 
 
 def run_process(command, name):

@@ -40,7 +40,7 @@ ATTACKS = ("textfooler", "textbugger", "bertattack")
 SETTINGS = ("model", "train_rows", "epochs", "batch_size", "learning_rate")  # of all runs of a table
 KEY = ("task", "method", "seed", "settings", "overrides")  # what tells a run from another
 QUICK = {"model": "minilm", "tasks": ("rt",), "train_rows": 2000, "epochs": 3, "n": 100, "attacks": ("textfooler",)}
-QUICK |= {"search": ("corpus=bbc",), "robustt": ("epochs=2",)}
+QUICK |= {"search": ("corpus=bbc-small",), "robustt": ("epochs=2",)}
 REFERENCES = ("Vanilla", "Random ticket")  # to which all methods are compared
 
 

@@ -140,7 +140,7 @@ def download(url, what, folder, name, revision):
     tmp_path = folder / "blobs" / f"{hashlib.sha256(f'{revision}/{name}'.encode()).hexdigest()}.incomplete"
     tmp_path.parent.mkdir(parents=True, exist_ok=True)
     with requests.Session() as session:
-        session.headers.update({"Accept-Encoding": "identity"} | authorization())
+        session.headers["Accept-Encoding"], session.auth = "identity", authorization()
         for scheme in ("https://", "http://"):
             session.mount(scheme, requests.adapters.HTTPAdapter(max_retries=retry))
         for attempt in range(ATTEMPTS):
@@ -192,6 +192,8 @@ def receive(session, url, what, tmp_path, is_over):
         size = int(linked or start + int(length or LARGEST_UNDECLARED))
         if length and int(length) != size - start:
             raise RetryableError(f"{length} bytes of {kind}, not the file")
+        if is_over.is_set():  # another attempt may write to the file
+            raise RetryableError("no headers in time")
         with open(tmp_path, "ab" if start else "wb") as file, progress(size, start, what, "B") as bar:
             with contextlib.suppress(requests.RequestException):
                 for chunk in response.iter_content(CHUNK):
@@ -278,8 +280,14 @@ def file_checksum(path, like):
 
 
 def authorization():
-    """The header with HF_TOKEN, if it is set. requests drops it where a redirect leads to another host, or out of TLS."""
+    """Adds HF_TOKEN to a request; None without one, so that ~/.netrc counts. requests drops the token where a redirect
+    leads to another host."""
     token = os.environ.get("HF_TOKEN", "").strip()
     if not re.fullmatch("[!-~]*", token):
         raise BadInput("HF_TOKEN has characters that no header can carry: copy it again from the hub's settings")
-    return {"Authorization": f"Bearer {token}"} if token else {}
+
+    def add_token(request):
+        request.headers["Authorization"] = f"Bearer {token}"
+        return request
+
+    return add_token if token else None
