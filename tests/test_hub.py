@@ -105,6 +105,16 @@ def test_token_is_sent_to_the_hub_only(server, monkeypatch):
     assert sent == {"/owne": "Bearer hf_secret", "/cdn/": None}
 
 
+@pytest.mark.parametrize("token, sent", [("hf_secret", "Bearer hf_secret"), ("", "Basic bWU6cGFzcw==")])
+def test_hf_token_counts_before_netrc(server, monkeypatch, tmp_path, token, sent):
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password pass\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("HF_TOKEN", token)
+    server.files["small.txt"] = b"text"
+    hub.fetch("owner/name", "small.txt")
+    assert {headers.get("Authorization") for *_, headers in server.seen} == {sent}
+
+
 def test_long_retry_after_is_not_waited_for(server):
     server.files["large.bin"], server.faults = LARGE, ["503"] * 99
     server.retry_after = email.utils.formatdate(time.time() + 600, usegmt=True)
