@@ -117,8 +117,9 @@ def plot_survival(shares, searches, path):
         image = ax.imshow(share.numpy(), cmap="viridis", vmin=0, vmax=1, aspect="auto", origin="lower")
         ax.set_title(f"{model}, {name}" if name == "heads" else name, fontsize=9, parse_math=False)
         ax.set(xlabel="head" if name == "heads" else "all neurons", ylabel="layer")
-        for set_ticks, count in zip((ax.set_yticks, ax.set_xticks), share.shape):
-            set_ticks(range(count), range(1, count + 1))
+        ax.set_yticks(range(len(share)), range(1, len(share) + 1))
+        heads = share.shape[1] if name == "heads" else 0
+        ax.set_xticks(range(heads), range(1, heads + 1))
         for (layer, column), value in np.ndenumerate(share.numpy()):
             color = "white" if value < 0.6 else "black"
             ax.text(column, layer, f"{value:.0%}", ha="center", va="center", fontsize=6, color=color)
