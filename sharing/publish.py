@@ -121,8 +121,10 @@ def find_coefficients(options, folder):
     published = data.PUBLISHED / f"{Path(options.model).name}-bbc.safetensors"
     searched = [*folder.glob("coefficients*"), *folder.glob("search*.safetensors")]  # also one that is unfinished
     if searched or options.model not in data.BUNDLED or not published.is_file():
-        command = f"python search.py{cli.flags(options, 'model', 'output')}"
-        raise BadInput(f"there is no {folder / NAME}: run {command} first")
+        others = [path for path in searched if path.name.startswith("coefficients-")]  # of --seeds or an --objective
+        remedy = f"run python search.py{cli.flags(options, 'model', 'output')} first"
+        remedy = f"give --coefficients {min(others)}, or {remedy}" if others else remedy
+        raise BadInput(f"there is no {folder / NAME}: {remedy}")
     return published, f"the published coefficients of {options.model} on BBC News"
 
 

@@ -284,11 +284,13 @@ def test_without_a_search_the_published_coefficients_of_minilm_are_used(searched
     assert torch.equal(masks["ffn"], draw_mask(tensors["ffn"][0], 0.2))
     assert made_by["coefficients_provenance"]["source"] == "the published coefficients of minilm on BBC News"
     assert made_by["coefficients_sha256"] == files.sha256(published)
-    for unfinished in ("search.state.safetensors", "coefficients-seed1.safetensors"):
-        (folder / unfinished).write_text("")
+    other = folder / "coefficients-seed1.safetensors"
+    for unfinished, remedy in ((folder / "search.state.safetensors", ""), (other, f"give --coefficients {other}, or ")):
+        unfinished.write_text("")
         assert call(draw, *flags) == 2
-        assert f"there is no {folder / 'coefficients.safetensors'}: run python search.py" in capsys.readouterr().err
-        (folder / unfinished).unlink()
+        lacking = f"there is no {folder / 'coefficients.safetensors'}"
+        assert f"{lacking}: {remedy}run python search.py" in capsys.readouterr().err
+        unfinished.unlink()
     assert call(draw, "--model", "bert-base-uncased", "--output", tmp_path / "runs") == 2
     assert "bert-base-uncased/coefficients.safetensors: run python search.py" in capsys.readouterr().err
     our_safetensors.write_safetensors(published, tensors, metadata | {"model_sha256": "0" * 64})
