@@ -179,3 +179,8 @@ def test_steps_stop_scaling_where_the_gradients_take_longer_than_the_computing()
         assert row["computing"] == pytest.approx(1e15 / n / (cost.SHARE * cost.PEAKS["H100"]))
         assert row["10 Gbit/s"] == pytest.approx(1000 * 2 * (n - 1) / n * gradients / 1.25e9)
     assert found["step, n = 8",]["speedup NVLink 4"] > 1 > found["step, n = 8",]["speedup 10 Gbit/s"]
+
+
+def test_the_cost_counts_with_the_full_models_fastest_precision():
+    rows = {"its ticket in bf16": 9, "orticket in bf16": 2, "orticket in fp32": 4, "with FreeLB in bf16": 8}
+    assert cost.fastest({name: {"flops": rate, "seconds": 2} for name, rate in rows.items()}) == 2
