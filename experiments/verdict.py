@@ -19,7 +19,7 @@ from runtime import cli, files
 from runtime.cli import BadInput, option
 
 ROOT = Path(__file__).resolve().parents[1]
-BEGIN, END = "<!-- written by python -m experiments.verdict -->", "<!-- end of the verdict -->"
+BEGIN, END = "<!-- verdict -->", "<!-- end of the verdict -->"
 ROW = "**The paper's robustness gain**"  # of README.md
 PAIRS = (
     ("ORTicket", "Vanilla"),

@@ -538,3 +538,22 @@ def test_overlap_is_the_share_of_what_one_ticket_prunes_that_the_other_prunes_to
     monkeypatch.setattr(overlap, "read_coefficients", lambda path: scores[int(path)])
     assert call(overlap, "0", "1", "--tau-head", "0.5", "--tau-ffn", "0.2") == 0
     assert "| 1 | 100.0% / 100.0% | 50.0% / 100.0% |" in capsys.readouterr().out
+
+
+def test_the_verdict_is_written_into_the_documents_and_nothing_else_of_them_changes(
+    verdict_runs, tmp_path, monkeypatch
+):
+    documents = [Path("README.md"), Path("docs/results.md")]
+    before = [(verdict.ROOT / path).read_text("utf8") for path in documents]
+    for path, text in zip(documents, before):
+        files.write_text(tmp_path / path, text)
+    results = tmp_path / "results"
+    write_result(results / "mlm.json", {"loss_before": 6.6, "loss_after": 3.6})
+    write_result(results / "verdict" / "table1.json", {"runs": verdict_runs(Vanilla=(1, 2, 1), ORTicket=(9, 8, 9))})
+    monkeypatch.setattr(verdict, "ROOT", tmp_path)
+    assert call(verdict, "--results", results) == 0
+    after = [(tmp_path / path).read_text("utf8") for path in documents]
+    readme, page = (set(new.splitlines()) - set(old.splitlines()) for new, old in zip(after, before))
+    assert len(readme) == 1 and "the ticket is more robust: +7.3" in readme.pop()
+    assert any(line.startswith("- **From MiniLM as published.**") for line in page)
+    assert after[1].partition(verdict.END)[2] == before[1].partition(verdict.END)[2]
