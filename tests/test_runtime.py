@@ -246,7 +246,11 @@ BAD = {
     "unknown precision": (finetune, ["--precision", "fp8"], "invalid choice: 'fp8'"),
     "unknown task": (finetune, ["--task", "mnli"], "unknown task 'mnli'"),
     "task without ratio": (draw, ["--task", "mine"], "unknown task 'mine'"),
-    "no coefficients": (draw, ["--output", "{tmp}/new"], "coefficients.safetensors: run python search.py"),
+    "no coefficients": (
+        draw,
+        ["--output", "{tmp}/new", "--model", "bert-base-uncased"],
+        "coefficients.safetensors: run python search.py --model bert-base-uncased",
+    ),
     "no ticket": (finetune, ["--output", "{tmp}/new"], "ticket.safetensors: run python draw.py --task rt"),
     "a folder that is a file": (search, ["--output", "{tmp}/file"], "cannot write"),
     "too many heads": (draw, ["--tau-head", "0.99", "--output", "{tmp}", "--model", "tiny"], "choose at most 2/3"),
@@ -291,7 +295,7 @@ def test_bad_input_gets_one_line_and_exit_code_2(case, tmp_path, capsys, monkeyp
     (tmp_path / "empty").mkdir()
     metadata = {
         "script": "search.py",
-        "settings": {"model": "tiny"},
+        "settings": {"model": "tiny", "seed": 0},
         "config": {"num_hidden_layers": 2, "num_attention_heads": 3, "hidden_size": 24, "intermediate_size": 40},
         "model_sha256": "",
         "corpus_sha256": "",
