@@ -159,10 +159,10 @@ def test_quick_version_sets_what_is_not_given(scripts, tmp_path):
     flags = ["--quick", "--methods", "ORTicket", "RobustT", "--output", tmp_path, "--results", tmp_path]
     assert call(table1, *flags) == 0
     given = dict(scripts)
-    assert given["search"]["corpus"] == "bbc" and given["baselines.robustt"]["epochs"] == "2"
+    assert given["search"]["corpus"] == "bbc-small" and given["baselines.robustt"]["epochs"] == "2"
     assert (given["finetune"]["task"], given["finetune"]["epochs"], given["attack"]["n"]) == ("rt", 3, 100)
     assert call(table1, *flags[:1], "--methods", "Random ticket", *flags[4:]) == 0
-    assert {flags["corpus"] for name, flags in scripts if name == "search"} == {"bbc"}  # nothing from a network
+    assert {flags["corpus"] for name, flags in scripts if name == "search"} == {"bbc-small"}  # nothing from a network
     assert not any(run["overrides"] for run in tables.load_runs(tmp_path / "table1.json")[2:])
     assert call(table1, *flags, "--epochs", 10, "--seeds", 2) == 0  # given, though it is the default without --quick
     assert {flags["epochs"] for name, flags in scripts[-6:] if name == "finetune"} == {10}
