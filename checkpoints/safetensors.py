@@ -69,7 +69,7 @@ def read_safetensors(path):
 
 
 def parse(file):
-    """(MappedTensors, {metadata}, where the header ends) of an open file. Many types of exception say that it is bad."""
+    """(MappedTensors, {metadata}, where the header ends) of an open file. Several exceptions say that it is bad."""
     mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     start = 8 + int.from_bytes(mapped[:8], "little")
     header = json.loads(mapped[8:start])

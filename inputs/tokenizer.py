@@ -145,8 +145,8 @@ def add_tokens(library, added, settings):
 
 
 def word_piece(folder, settings):
-    """BERT's tokenizer from vocab.txt. Google's archives have no tokenizer_config.json that says whether it is cased: an
-    uncased vocabulary has no capital letter except in its special tokens, such as [CLS] and <S>."""
+    """BERT's tokenizer from vocab.txt. Google's archives do not say whether it is cased: an uncased vocabulary has no
+    capital letter except in its special tokens, such as [CLS] and <S>."""
     vocabulary = WordPiece.read_file(str(folder / "vocab.txt"))
     uncased = all(token == token.lower() for token in vocabulary if token[:1] not in ("[", "<"))
     settings.setdefault("do_lower_case", uncased)

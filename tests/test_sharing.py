@@ -213,7 +213,7 @@ def test_no_path_of_this_machine_is_published(searched, tmp_path, monkeypatch):
     tensors, metadata = our_safetensors.read_with_metadata(searched / "coefficients-seed0.safetensors")
     (tmp_path / "models" / "tiny").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    local = {"model": "models/tiny", "objective": "/home/me/mine.csv", "corpus": "/home/me/mine.txt"}
+    local = {"model": "models/tiny", "objective": "/elsewhere/mine.csv", "corpus": "/elsewhere/mine.txt"}
     our_safetensors.write_safetensors("one.safetensors", tensors, metadata | {"settings": metadata["settings"] | local})
     settings = publish.pack(["one.safetensors"])[1]["settings"]
     assert [settings[name] for name in local] == ["tiny", "mine.csv", "mine.txt"]
