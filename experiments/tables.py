@@ -264,17 +264,16 @@ def markdown_table(heads, rows):
     return "\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def held(runs, task, attack):
-    """{seed: array (sentences,), 1 where the model held against the attack}. A sentence whose attack ended in an error
-    counts as not held."""
-    outcomes = {run["seed"]: unpack(run["outcomes"][attack]) for run in runs if run["task"] == task}
-    return {seed: np.array([outcome == "1" for outcome in of]) for seed, of in outcomes.items()}
+def held(run, attack):
+    """Array (sentences,), 1 where the model held against the attack. A sentence whose attack ended in an error counts
+    as not held."""
+    return np.array([outcome == "1" for outcome in unpack(run["outcomes"][attack])])
 
 
 def difference(runs, reference, task, attack):
     """`compare` of the runs of two methods, over the seeds that both have. Of one seed, which says nothing of others,
     only the difference; {} without any."""
-    ours, theirs = held(runs, task, attack), held(reference, task, attack)
+    ours, theirs = ({run["seed"]: held(run, attack) for run in of if run["task"] == task} for of in (runs, reference))
     seeds = sorted(ours.keys() & theirs.keys())
     if len(seeds) > 1:
         return compare([ours[seed] for seed in seeds], [theirs[seed] for seed in seeds])

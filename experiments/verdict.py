@@ -3,8 +3,9 @@
     python -m experiments.verdict
 
 It reads the runs of `python -m experiments.table1 --results experiments/results/verdict`: seeds of Vanilla, FreeLB,
-ORTicket, the vanilla ticket and the random ticket, from one or several starts, under attacks of several strengths. The
-text stands between two marks in docs/results.md; in README.md it is one row of the table of the state.
+ORTicket, the vanilla ticket and the random ticket, from one or several starts, under attacks of several strengths. Runs
+with `--finetune ticket-seed=N` are more random tickets, for the upper bound. The text stands between two marks in
+docs/results.md; in README.md it is one row of the table of the state.
 """
 
 import re
@@ -12,9 +13,13 @@ import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+from scipy import stats
+
 import attack
 from checkpoints.provenance import read_result
-from experiments.tables import PAPER, cell, difference, load_runs, markdown_table, shown
+from experiments.runs import overrides_text
+from experiments.tables import PAPER, cell, difference, held, load_runs, markdown_table, shown
 from runtime import cli, files
 from runtime.cli import BadInput, option
 
@@ -65,11 +70,20 @@ def mlm_losses(results):
 
 def verdict(runs, losses):
     """(the text of docs/results.md, the row of README.md). runs: of a table. losses: {start: MLM loss}."""
-    groups = {}  # (start, least cosine of a substitute): {method: runs}
+    groups, tickets = {}, {}  # {(start, least cosine of a substitute): {method: runs}}, and more random tickets
     for run in runs:
         cosine = run["overrides"].get("attack", {}).get("min_cosine", attack.Options.min_cosine)
-        key = Path(run["settings"]["model"]).name, float(cosine)
-        groups.setdefault(key, {}).setdefault(run["method"], []).append(run)
+        key, training = (Path(run["settings"]["model"]).name, float(cosine)), run["overrides"].get("finetune", {})
+        methods = (tickets if "ticket_seed" in training else groups).setdefault(key, {})
+        methods.setdefault(run["method"], []).append(run)
+    for (start, cosine), methods in groups.items():
+        for method, of in methods.items():
+            if len({run["seed"] for run in of}) < len(of):
+                overrides = " and ".join(sorted({overrides_text(run["overrides"]) or ", no options" for run in of}))
+                raise BadInput(
+                    f"the table has several runs of {method} from {start} at cosine {cosine:g} with one seed{overrides}: "
+                    "give --results a folder with runs of one kind"
+                )
     complete = [key for key, methods in groups.items() if {"Vanilla", "ORTicket"} <= methods.keys()]
     if not complete:
         raise BadInput(f"the table has no runs of Vanilla and ORTicket: {COMMAND} makes them")
@@ -85,6 +99,8 @@ def verdict(runs, losses):
         lines.append(f"**From {name(start)}.** Points of accuracy under attack: {listed(results)}.")
         rows.append(f"from {name(start)}, {claim(results[PAIRS[0]])}: {with_p(results[PAIRS[0]])}")
         others = {other: compared(attacks[other], *PAIRS[0]) for other in attacks}
+        if bounds := upper_bound(methods, tickets.get((start, cosine), {})):
+            lines.append(bounds)
         if len(others) > 1:
             each = ", ".join(f"{shown(result)} at {other:g}" for other, result in sorted(others.items(), reverse=True))
             lines.append(f"**With synonyms down to another cosine**, ORTicket - Vanilla is {each}.")
@@ -129,6 +145,33 @@ def claim(result):
 
 def listed(results):
     return "; ".join(f"{ours} - {reference} {with_p(results[ours, reference])}" for ours, reference in results)
+
+
+def upper_bound(methods, more):
+    """Could any ticket do it? The best of the random tickets: chosen on one half of the sentences, it is compared with
+    the mean of Vanilla on the other, and the reverse. Beside it the best of Vanilla's own runs, chosen in the same way.
+    "" for fewer than two tickets."""
+    tickets = [held(run, "textfooler") for run in (*methods.get("Random ticket", []), *more.get("Random ticket", []))]
+    full = [held(run, "textfooler") for run in methods["Vanilla"]]
+    if len(tickets) < 2:
+        return ""
+    best, control = (shown(best_of(models, np.mean(full, 0))) for models in (tickets, full))
+    return (
+        f"**The best of {len(tickets)} random tickets**, chosen on one half of the sentences and measured on the other, "
+        f"has {best} points against Vanilla's mean; the best of Vanilla's own {len(full)} runs, chosen so, {control}."
+    )
+
+
+def best_of(models, reference):
+    """models: arrays (sentences,) of 0 and 1. reference: (sentences,). The model that is best on the even sentences is
+    compared on the odd ones, and the reverse. Returns the mean difference in points, and half of its 95 % interval over
+    the sentences (Student's t)."""
+    differences = np.empty(len(reference))
+    for half in (0, 1):
+        best = max(models, key=lambda of: of[half::2].mean())
+        differences[1 - half :: 2] = 100 * (best - reference)[1 - half :: 2]
+    interval = stats.t.ppf(0.975, len(differences) - 1) * stats.sem(differences)
+    return {"difference": differences.mean(), "interval": interval}
 
 
 def price(starts):

@@ -509,6 +509,27 @@ def test_the_verdict_compares_only_seeds_of_both(verdict_runs):
     assert verdict.compared(methods, "ORTicket", "Random ticket") == {}
 
 
+def test_the_best_ticket_is_chosen_on_other_sentences_than_it_is_measured_on(verdict_runs):
+    halves = [np.arange(100) % 2 == half for half in (0, 1)]  # each model holds on the half that it is chosen by
+    assert verdict.best_of(halves, np.full(100, 0.5))["difference"] == -50
+    noise = np.random.Generator(np.random.PCG64(0)).random((20, 100_000)) < 0.1  # 20 models, none better
+    result = verdict.best_of(list(noise), noise.mean(0))
+    assert abs(result["difference"]) < result["interval"] < 0.3
+    better = np.vstack([noise, np.random.Generator(np.random.PCG64(1)).random((1, 100_000)) < 0.15])
+    assert abs(verdict.best_of(list(better), noise.mean(0))["difference"] - 5) < 0.3
+
+
+def test_the_verdict_takes_random_tickets_of_other_seeds_for_the_upper_bound_alone(verdict_runs):
+    found = verdict_runs(Vanilla=(10, 11), ORTicket=(12, 13), **{"Random ticket": (5, 7)})
+    for number in range(3):
+        (run,) = verdict_runs(**{"Random ticket": (20 + number,)})
+        found.append(run | {"overrides": run["overrides"] | {"finetune": {"ticket_seed": str(number)}}})
+    text, _ = verdict.verdict(found, {"minilm": 6.6})
+    assert "**The best of 5 random tickets**" in text and "| Random ticket | 2 | 90.0 ± 0.0 | 6.0 ± 1.4 |" in text
+    with pytest.raises(BadInput, match="several runs of Random ticket from minilm at cosine 0.5 with one seed"):
+        verdict.verdict(found + verdict_runs(**{"Random ticket": (5,)}), {"minilm": 6.6})
+
+
 def test_mlm_training_lowers_the_loss_on_texts_that_are_held_out(tmp_path, monkeypatch):
     saved(tmp_path / "model", max_position_embeddings=160)
     rows = [((f"{LETTERS[i % 26]} b a\nb a b {i} " * 40,), 0) for i in range(300)]
