@@ -75,8 +75,17 @@ def main():
             safetensors.write_safetensors(ticket, {"head": head_mask, "ffn": ffn_mask}, provenance)
         plot_ticket(head, ffn, head_mask, ffn_mask, title, plot)
     print(title)
+    warn_of_ties(head, head_mask, "heads")
+    warn_of_ties(ffn, ffn_mask, "neurons")
     report(head_mask, ffn_mask, Config(**metadata["config"] | {"num_labels": classes}))
     print(f"ticket: {ticket}, heat map: {plot}")
+
+
+def warn_of_ties(coefficients, mask, name):
+    """Print a line if more than 1 % have the largest pruned coefficient and are kept, as after a search in which c
+    stayed 1: `search.py --learning-rate-c 0`."""
+    if not mask.all() and (ties := int((coefficients[mask] == coefficients[~mask].max()).sum())) > 0.01 * mask.numel():
+        print(f"{ties:,} of the kept {name} have the same coefficient as a pruned one: the earlier ones were pruned")
 
 
 def report(head_mask, ffn_mask, config):

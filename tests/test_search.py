@@ -10,6 +10,7 @@ import torch.nn.functional as F
 import transformers
 
 import data
+import draw
 import gates
 import search
 from bert import Bert, Config
@@ -245,3 +246,13 @@ def test_a_search_with_other_settings_replaces_nothing(tiny, corpus, tmp_path, c
     assert path.read_bytes() == before
     assert call(search, *command, "--seed", "1", "--overwrite") == 0
     assert path.read_bytes() != before
+
+
+def test_a_draw_that_only_the_position_decides_is_told(capsys):
+    c = torch.ones(2, 3)
+    draw.warn_of_ties(c, gates.draw_mask(c, 1 / 3), "heads")
+    assert capsys.readouterr().out.startswith("4 of the kept heads have the same coefficient as a pruned one")
+    c[0, :2] = 0.5
+    draw.warn_of_ties(c, gates.draw_mask(c, 1 / 3), "heads")
+    draw.warn_of_ties(c, gates.draw_mask(c, 0), "heads")
+    assert capsys.readouterr().out == ""
