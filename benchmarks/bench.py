@@ -1,7 +1,3 @@
-"""Speed, side by side with transformers and TextAttack."""
-
-import runtime.start  # noqa: F401 # isort: skip
-
 """Speed compared with Hugging Face transformers and TextAttack, on the same work in the same run.
 
     python -m benchmarks.bench search                  one FreeLB step on masked language modelling

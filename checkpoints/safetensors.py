@@ -45,12 +45,6 @@ class MappedTensors(dict):
             file.madvise(mmap.MADV_DONTNEED)
 
 
-def map_file(path):
-    """The bytes of a file as a private memory mapping."""
-    with open(path, "rb") as file:
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-
-
 def read_safetensors(path):
     """(MappedTensors, {metadata}) of a safetensors file. Raises BadInput if it is malformed, or has another checksum.
 

@@ -16,12 +16,13 @@ are protocol buffers, BundleEntryProto {1: dtype, 2: shape {2: dimension {1: siz
 """
 
 import math
+import mmap
 import os
 import re
 
 import torch
 
-from checkpoints.safetensors import MappedTensors, map_file
+from checkpoints.safetensors import MappedTensors
 from runtime.cli import BadInput, one_line
 
 MAGIC = 0xDB4775248B80FB57
@@ -49,7 +50,8 @@ def read_tensorflow(index):
         for path in (f"{stem}.data-{i:05}-of-{count:05}" for i in range(count)):
             if not os.path.isfile(path):
                 raise BadInput(f"{path} is missing: {index} needs it")
-            tensors.files.append(map_file(path))
+            with open(path, "rb") as file:
+                tensors.files.append(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
         for name, entry in variables.items():
             dtype = DTYPES.get(entry[1][0])
             if dtype is None or not name.endswith(KINDS):

@@ -89,6 +89,7 @@ def relevant_overrides(method, overrides):
         "finetune": {"vanilla": ("adv_", "alpha", "beta"), "infobert": ()}.get(method.method, ("alpha", "beta")),
         "attack": (),
     }
+    ignored["finetune"] += () if method.ticket == "random" else ("ticket_seed",)
     relevant = {
         script: {name: value for name, value in pairs.items() if not name.startswith(ignored[script])}
         for script, pairs in overrides.items()

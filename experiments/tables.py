@@ -17,7 +17,7 @@ import data
 from attacks.recipes import RECIPES
 from checkpoints import provenance
 from checkpoints.provenance import read_result, write_result
-from experiments.compare import compare
+from experiments.compare import VISIBLE, compare
 from experiments.runs import (
     METHODS,
     PAPER_TASKS,
@@ -141,7 +141,7 @@ def list_missing(missing, runs):
         total, unknown = total + (hours or 0), unknown + (hours is None)
         shown = "an unknown time" if hours is None else f"about {hours:.2f} h"
         print(f"{key['task']}: {key['method']}{overrides_text(key['overrides'])}, seed {key['seed']}: {shown}")
-    rest = f", and {unknown} runs of which this machine has made none alike" if unknown else ""
+    rest = f", and {unknown} runs unlike any that this machine has made" if unknown else ""
     print(f"{len(missing)} runs are missing: about {total:.1f} hours{rest}")
 
 
@@ -195,8 +195,7 @@ def markdown(table, runs, columns=COLUMNS, across=False):
         for task, attack in itertools.product(tasks, attacks):
             text += differences(task, attack, rows)
         if errors := sum(run["figures"][f"{attack} errors"] for run in group for attack in attacks):
-            text += f"\n{errors} attacks ended in an error. No mean counts them; "
-            text += "the differences count them as successful.\n"
+            text += f"\n{errors} attacks ended in an error. No mean and no difference counts their sentences.\n"
     return text
 
 
@@ -265,19 +264,18 @@ def markdown_table(heads, rows):
 
 
 def held(run, attack):
-    """Array (sentences,), 1 where the model held against the attack. A sentence whose attack ended in an error counts
-    as not held."""
-    return np.array([outcome == "1" for outcome in unpack(run["outcomes"][attack])])
+    """Array (sentences,): 1 where the model held against the attack, 0 where it did not, NaN for an error."""
+    return np.array([{"1": 1, "?": np.nan}.get(outcome, 0) for outcome in unpack(run["outcomes"][attack])])
 
 
 def difference(runs, reference, task, attack):
-    """`compare` of the runs of two methods, over the seeds that both have. Of one seed, which says nothing of others,
-    only the difference; {} without any."""
+    """`compare` of the runs of two methods, over the seeds that both have, and the sentences without an error. {}
+    without any."""
     ours, theirs = ({run["seed"]: held(run, attack) for run in of if run["task"] == task} for of in (runs, reference))
     seeds = sorted(ours.keys() & theirs.keys())
-    if len(seeds) > 1:
-        return compare([ours[seed] for seed in seeds], [theirs[seed] for seed in seeds])
-    return {"difference": 100 * (ours[seed].mean() - theirs[seed].mean()) for seed in seeds}
+    both = np.array([[of[seed] for seed in seeds] for of in (ours, theirs)])  # (2, seeds, sentences)
+    both = both[..., ~np.isnan(both).any((0, 1))] if seeds else both
+    return compare(*both) if both.size else {}
 
 
 def shown(result):
@@ -286,21 +284,28 @@ def shown(result):
     return f"{text} ± {result['interval']:.1f}" if "interval" in result else text
 
 
+def with_p(result):
+    """ "-1.2 ± 2.3 (p = 0.250)" """
+    return shown(result) + (f" ({p_text(result)})" if "p" in result else "")
+
+
+def p_text(result):
+    return "p < 0.001" if result["p"] < 0.001 else f"p = {result['p']:.3f}"
+
+
 def differences(task, attack, rows):
-    """The differences in Aua% between each row and the reference rows, as Markdown."""
+    """The differences in Aua% between each row and the reference rows under the same attack, as Markdown."""
     lines = []
     for label, runs in rows.items():
-        line, needed = [label], "-"
-        for reference in REFERENCES:
-            result = difference(runs, rows.get(reference, []), task, attack) if label != reference else {}
-            line += [shown(result), f"{result['p']:.3f}" if "p" in result else "-"]
-            needed = str(result["seeds_needed"] or "more sentences") if "p" in result else needed
-        lines.append([*line, needed])
+        same_attack = overrides_text({name: of for name, of in runs[0]["overrides"].items() if name == "attack"})
+        others = [reference + same_attack for reference in REFERENCES]
+        results = [difference(runs, rows.get(other, []), task, attack) if label != other else {} for other in others]
+        needed = [result["seeds_needed"] for result in results if "p" in result]
+        needed = ("not with these sentences" if None in needed else str(max(needed))) if needed else "-"
+        lines.append([label, *map(with_p, results), needed])
     if all(set(line[1:]) == {"-"} for line in lines):
         return ""
-    heads = [name for reference in REFERENCES for name in (f"- {reference}", "p")]
-    text = (
-        f"\nDifferences in Aua% on {task} under {attack}, with their 95 % interval over seeds and sentences, and the "
-    )
-    text += "p of a permutation test over both. The last column: the seeds that would show a difference of 3 points.\n"
-    return text + markdown_table(["", *heads, "seeds for 3 points"], lines)
+    heads = [f"minus {name}" for name in REFERENCES]
+    text = f"\nDifferences in Aua% on {task} under {attack}, with their 95 % interval over seeds and sentences, and p. The "
+    text += f"last column: roughly how many seeds would show {VISIBLE:g} points with a power of 80 %.\n"
+    return text + markdown_table(["", *heads, f"seeds for {VISIBLE:g} points"], lines)

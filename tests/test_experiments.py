@@ -183,7 +183,7 @@ def test_dry_run_lists_missing_runs_with_their_hours_and_makes_none(scripts, tmp
     assert out.count("FreeLB, seed 0: about 1.25 h") == 1  # the mean of the runs with these settings
     assert "4 runs are missing: about 5.0 hours" in out
     assert make_table(tmp_path, "--model", "elsewhere", "--dry-run", "--methods", "PGD") == 0
-    assert "1 runs are missing: about 0.0 hours, and 1 runs of which" in capsys.readouterr().out
+    assert "1 runs are missing: about 0.0 hours, and 1 runs unlike any" in capsys.readouterr().out
 
 
 def test_table_shows_means_deviations_and_the_papers_numbers(scripts, tmp_path, capsys):
@@ -204,7 +204,7 @@ def test_differences_are_paired_by_seed_and_sentence(scripts, tmp_path, capsys):
     assert make_table(tmp_path, "--seeds", 3, "--methods", "Vanilla", "ORTicket", "Random ticket") == 0
     out = capsys.readouterr().out
     line = next(line for line in out.splitlines() if line.startswith("| ORTicket | +"))
-    assert line.startswith("| ORTicket | +1.0 ± ") and "| +0.0 ± 0.0 | 1.000 |" in line
+    assert line.startswith("| ORTicket | +1.0 ± ") and "| +0.0 ± " in line and "(p = 1.000)" in line
 
 
 def test_table2_is_relative_to_freelb_with_and_without_the_search(scripts, tmp_path, capsys):
@@ -328,7 +328,7 @@ def test_runs_count_once_and_attack_errors_are_reported(scripts, tmp_path, capsy
     seen = len(scripts)
     assert make_table(tmp_path, "--methods", "PGD", "--seeds", "5") == 0
     assert len(scripts) - seen == 2 * 5 + 1  # the attack with an error is tried once more
-    assert "\n3 attacks ended in an error. No mean counts them" in capsys.readouterr().out
+    assert "\n3 attacks ended in an error. No mean and no difference" in capsys.readouterr().out
 
 
 def test_interrupted_table_keeps_its_finished_runs(scripts, tmp_path, monkeypatch):
@@ -458,11 +458,12 @@ def verdict_runs():
         for method, counts in held.items():
             for seed, count in enumerate(counts):
                 figures = {"Clean%": 90, "M parameters": 20 if method == "ORTicket" else 25, "textfooler Aua%": count}
-                figures |= {"textfooler Suc%": 100 - count, "textfooler #Query": 50}
+                figures |= {"textfooler Suc%": 100 - count, "textfooler #Query": 50, "GB": 1, "tokens_per_second": 9}
                 settings = {"model": "minilm", "train_rows": 5000, "epochs": 3, "n": 100}
                 run = {"task": "sst2", "method": method, "seed": seed, "settings": settings, "figures": figures}
                 run["overrides"] = {"attack": {"min_cosine": "0.5"}}
                 run["outcomes"] = {"textfooler": runs.pack("1" * count + "0" * (100 - count))}
+                run["resources"] = {}
                 every.append(run)
         return every
 
@@ -472,15 +473,20 @@ def verdict_runs():
 @pytest.mark.parametrize(
     "counts, expected",
     [
-        ((30, 31, 29, 30), "the ticket is more robust: +20.0"),
-        ((1, 0, 1, 0), "the ticket is less robust: -9.5"),
-        ((9, 11, 10, 10), "no difference beyond chance: +0.0"),
+        ((30, 31, 29, 30, 30, 30, 31), "**the ticket is more robust**"),
+        ((1, 0, 1, 0, 1, 1, 1), "**the ticket is less robust**; a gain as large as the paper's, 21.7, is excluded"),
+        ((9, 11, 10, 10, 9, 11, 11), "**no difference is shown**; a gain as large as the paper's, 21.7, is excluded"),
+        ((30, 31, 29), "**no difference is shown**"),  # a permutation of three seeds gives no p below 0.25
+        ((90, 10, 90, 10, 90, 10, 90), "**no difference is shown**"),  # which excludes nothing
     ],
 )
-def test_the_verdict_says_what_the_interval_says(verdict_runs, counts, expected):
-    text, row = verdict.verdict(verdict_runs(Vanilla=(10, 10, 10, 10), ORTicket=counts), {"minilm": 6.6})
-    assert expected in row
-    assert f"| ORTicket | 4 | 90.0 ± 0.0 | {np.mean(counts):.1f} ± {np.std(counts, ddof=1):.1f} |" in text
+def test_the_verdict_says_what_the_interval_and_the_test_say(verdict_runs, counts, expected):
+    found = verdict_runs(Vanilla=(10, 10, 11, 10, 10, 10, 10), ORTicket=counts)
+    text, row, summary = verdict.verdict(found, {"minilm": 6.6})
+    result = verdict.with_p(tables.difference(found[7:], found[:7], "sst2", "textfooler"))
+    assert row.endswith(f"{result} points of Aua%, +0.0 ± 0.0 of Clean%: {expected}")
+    line = f"| ORTicket | {len(counts)} | 90.0 ± 0.0 | {np.mean(counts):.1f} ± {np.std(counts, ddof=1):.1f} |"
+    assert line in text and line in summary
     assert "20.0% fewer parameters" in text and "is 29.7, the full" in text
 
 
@@ -492,42 +498,64 @@ def test_the_verdict_takes_runs_of_other_models_and_of_the_default_attack(verdic
         run["overrides"] = {}
     for run in found[1::2]:
         run["settings"] |= {"model": "runs/minilm-mlm"}
-    text, row = verdict.verdict(found, {"minilm": 6.6, "minilm-mlm": 3.6})
-    assert "SST-2, all training rows" in text and "bert-base-uncased, substitutes of cosine 0.5 or more" in text
-    assert "MiniLM trained further on MLM (MLM loss on held-out text 3.60)" in text
-    assert "from bert-base-uncased, not known: +2.0; from MiniLM trained further on MLM, not known: +2.0" in row
+    text, row, summary = verdict.verdict(found, {"minilm": 6.6, "minilm-mlm": 3.6})
+    assert "**From bert-base-uncased** (1 seed, each with a search and a random ticket of its own; all training" in text
+    assert "**From MiniLM trained further on MLM** (MLM loss on held-out text 3.60; 1 seed" in text
+    assert "not been trained here" not in text and "| MiniLM trained further on MLM: ORTicket | 1 |" in summary
+    assert "from bert-base-uncased +2.0 points of Aua%, of one seed; from MiniLM trained further on MLM +2.0" in row
     for incomplete in ([], verdict_runs(Vanilla=(10, 11))):
-        with pytest.raises(BadInput, match="no runs of Vanilla and ORTicket: python -m experiments.table1 "):
+        with pytest.raises(BadInput, match="no runs of Vanilla and ORTicket on sst2: python -m experiments.table1 "):
             verdict.verdict(incomplete, {})
 
 
-def test_the_verdict_compares_only_seeds_of_both(verdict_runs):
-    methods = {}
-    for run in verdict_runs(Vanilla=(10, 90), ORTicket=(20,)):
-        methods.setdefault(run["method"], []).append(run)
-    assert verdict.with_p(verdict.compared(methods, "ORTicket", "Vanilla")) == "+10.0"
-    assert verdict.compared(methods, "ORTicket", "Random ticket") == {}
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("settings", {"model": "minilm", "train_rows": 5000, "epochs": 3, "n": 50}),
+        ("overrides", {"attack": {"min_cosine": "0.5", "sample_seed": "1"}}),
+        ("overrides", {"attack": {"min_cosine": "0.5"}, "search": {"corpus": "bbc"}}),
+        ("resources", {"encoder": "another"}),
+    ],
+)
+def test_the_verdict_refuses_runs_that_cannot_be_compared(verdict_runs, name, value):
+    found = verdict_runs(Vanilla=(10, 11), ORTicket=(12, 13))
+    verdict.verdict(found, {})
+    differing = next(iter(value.keys() - {"attack"}), "attack") if name == "overrides" else name
+    with pytest.raises(BadInput, match=f"runs of ORTicket from minilm at cosine 0.5 differ in {differing}: keep one"):
+        verdict.verdict([*found[:-1], found[-1] | {name: value}], {})
 
 
-def test_the_best_ticket_is_chosen_on_other_sentences_than_it_is_measured_on(verdict_runs):
+def test_differences_leave_out_other_seeds_and_sentences_with_an_error(verdict_runs):
+    full, (ticket,) = verdict_runs(Vanilla=(10, 90)), verdict_runs(ORTicket=(20,))
+    assert tables.difference([ticket], full, "sst2", "textfooler") == {"difference": 10}
+    ticket["outcomes"] = {"textfooler": runs.pack("1" * 20 + "?" * 80)}
+    assert tables.difference([ticket], full, "sst2", "textfooler") == {"difference": 50}
+    ticket["outcomes"] = {"textfooler": runs.pack("?" * 100)}
+    assert tables.difference([ticket], full, "sst2", "textfooler") == {}
+    assert tables.difference([], full, "sst2", "textfooler") == {}
+
+
+def test_the_best_ticket_is_chosen_on_other_sentences_than_it_is_measured_on():
     halves = [np.arange(100) % 2 == half for half in (0, 1)]  # each model holds on the half that it is chosen by
-    assert verdict.best_of(halves, np.full(100, 0.5))["difference"] == -50
-    noise = np.random.Generator(np.random.PCG64(0)).random((20, 100_000)) < 0.1  # 20 models, none better
-    result = verdict.best_of(list(noise), noise.mean(0))
-    assert abs(result["difference"]) < result["interval"] < 0.3
-    better = np.vstack([noise, np.random.Generator(np.random.PCG64(1)).random((1, 100_000)) < 0.15])
-    assert abs(verdict.best_of(list(better), noise.mean(0))["difference"] - 5) < 0.3
+    assert verdict.best_of(np.array(halves), np.full(100, 0.5))["difference"] == -50
+    generator, found = np.random.Generator(np.random.PCG64(0)), []
+    for _ in range(100):  # 7 models of equal chance
+        models = generator.random((7, 300)) < 0.2
+        found.append(verdict.best_of(models, np.full(300, 0.2), draws=100))
+    covered = [abs(result["difference"]) <= result["interval"] for result in found]
+    assert abs(np.mean([result["difference"] for result in found])) < 0.7 and np.mean(covered) >= 0.88
+    models = np.vstack([generator.random((20, 2000)) < 0.2, generator.random((1, 2000)) < 0.3])
+    assert abs(verdict.best_of(models, np.full(2000, 0.2))["difference"] - 10) < 2.5
 
 
-def test_the_verdict_takes_random_tickets_of_other_seeds_for_the_upper_bound_alone(verdict_runs):
+def test_the_verdict_takes_random_tickets_of_other_seeds_for_the_best_one_alone(verdict_runs):
     found = verdict_runs(Vanilla=(10, 11), ORTicket=(12, 13), **{"Random ticket": (5, 7)})
-    for number in range(3):
+    for number in (1, 2, 3):  # of ticket 1 there is a run without --finetune ticket-seed
         (run,) = verdict_runs(**{"Random ticket": (20 + number,)})
         found.append(run | {"overrides": run["overrides"] | {"finetune": {"ticket_seed": str(number)}}})
-    text, _ = verdict.verdict(found, {"minilm": 6.6})
-    assert "**The best of 5 random tickets**" in text and "| Random ticket | 2 | 90.0 ± 0.0 | 6.0 ± 1.4 |" in text
-    with pytest.raises(BadInput, match="several runs of Random ticket from minilm at cosine 0.5 with one seed"):
-        verdict.verdict(found + verdict_runs(**{"Random ticket": (5,)}), {"minilm": 6.6})
+    text, _, _ = verdict.verdict(found, {"minilm": 6.6})
+    assert "**The best random ticket**" in text and "; of 4 tickets +1" in text
+    assert "| Random ticket | 2 | 90.0 ± 0.0 | 6.0 ± 1.4 |" in text
 
 
 def test_mlm_training_lowers_the_loss_on_texts_that_are_held_out(tmp_path, monkeypatch):
@@ -574,7 +602,10 @@ def test_the_verdict_is_written_into_the_documents_and_nothing_else_of_them_chan
     monkeypatch.setattr(verdict, "ROOT", tmp_path)
     assert call(verdict, "--results", results) == 0
     after = [(tmp_path / path).read_text("utf8") for path in documents]
-    readme, page = (set(new.splitlines()) - set(old.splitlines()) for new, old in zip(after, before))
-    assert len(readme) == 1 and "the ticket is more robust: +7.3" in readme.pop()
-    assert any(line.startswith("- **From MiniLM as published.**") for line in page)
-    assert after[1].partition(verdict.END)[2] == before[1].partition(verdict.END)[2]
+    page = set(after[1].splitlines()) - set(before[1].splitlines())
+    assert any(line.startswith("- **From MiniLM as published** (") for line in page)
+    parts = [re.split(rf"{verdict.BEGIN}\n(?s:.*){verdict.END}", text) for text in (*before, *after)]
+    assert [len(part) for part in parts] == [2, 2, 2, 2] and parts[1] == parts[3]
+    lines = [line for part in parts[::2] for line in set(part[0].splitlines())]
+    (changed,) = [line for line in lines if lines.count(line) == 1 and "+7.3 ± " in line]
+    assert changed.startswith(f"| {verdict.ROW} |") and parts[0][1] == parts[2][1]
