@@ -3,12 +3,14 @@
 The options are those of table1.py. One ratio varies, the other stays at the task's. Writes figure2.md and a PNG a task.
 """
 
+import collections
 from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 from scipy import stats
 
+from experiments.runs import overrides_text
 from experiments.tables import described, grouped, make_table
 from runtime import cli
 from sharing.plots import new_figure, save_figure
@@ -21,25 +23,29 @@ def main():
     draws = [{ratio: value} for ratio, values in RATIOS.items() for value in values]
     defaults = {"tasks": ("sst2", "qnli", "agnews"), "attacks": ("textfooler",)}
     options, runs = make_table("figure2", __doc__, ROWS, draws=draws, **defaults)
+    numbers = collections.Counter()  # of the pictures of a task: one for all runs with the same settings
     for group in grouped(runs):
-        path = Path(options.results) / f"figure2-{group[0]['task']}.png"
+        task = group[0]["task"]
+        numbers[task] += 1
+        path = Path(options.results) / f"figure2-{task}{f'-{numbers[task]}' * (numbers[task] > 1)}.png"
         plot(group, path)
         print(f"{path}: {described(group)}")
 
 
 def plot(runs, path):
-    """Two panels, one for each ratio. The bars are 95 % intervals over the seeds (Student's t)."""
+    """Two panels, one for each ratio. The bars are 95 % intervals over the seeds (Student's t), if there are several."""
     settings, points = runs[0]["settings"], {}
     for run in runs:
         draw = run["overrides"].get("draw", {})
+        others = overrides_text({name: of for name, of in run["overrides"].items() if name != "draw"})
         for column in ("Clean%", *(f"{attack} Aua%" for attack in settings["attacks"].split())):
             for ratio in draw if len(draw) == 1 else ():
-                line = points.setdefault((ratio, f"{run['method']}, {column}"), {})
+                line = points.setdefault((ratio, f"{run['method']}, {column}{others}"), {})
                 line.setdefault(float(Fraction(draw[ratio])), []).append(run["figures"][column])
     figure, axes = new_figure(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
     for (ratio, label), line in points.items():
         x, numbers = zip(*sorted(line.items()))
-        bars = [stats.t.ppf(0.975, len(of) - 1) * stats.sem(of) if len(of) > 1 else 0 for of in numbers]
+        bars = [stats.t.ppf(0.975, len(of) - 1) * stats.sem(of) if len(of) > 1 else np.nan for of in numbers]
         ax = axes[list(RATIOS).index(ratio)]
         ax.errorbar(x, [np.mean(of) for of in numbers], bars, marker="o", capsize=3, label=label)
         ax.set(xlabel=f"pruning ratio of the {'heads' if ratio == 'tau_head' else 'neurons'}", ylim=(0, 100))

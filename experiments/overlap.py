@@ -34,6 +34,7 @@ def main():
         print(f"{number}: {path}")
     cells = [[" / ".join(f"{share:.1%}" for share in overlap(ours, other)) for other in tickets] for ours in tickets]
     print(markdown_table(["heads / neurons", *names], [[name, *row] for name, row in zip(names, cells)]), end="")
+    print(f"\nTwo random tickets would share about {options.tau_head:.0%} / {options.tau_ffn:.0%}.")
 
 
 def overlap(ticket, other):

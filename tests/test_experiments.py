@@ -265,6 +265,10 @@ def test_figure2_has_a_run_for_each_ratio(scripts, tmp_path):
     assert (tmp_path / "results" / "figure2-bbc.png").stat().st_size > 10_000
     seen = len(scripts)
     assert make_table(tmp_path, "--tasks", "bbc", "--seeds", 2, table=figure2) == 0 and len(scripts) == seen
+    first = (tmp_path / "results" / "figure2-bbc.png").read_bytes()
+    assert make_table(tmp_path, "--tasks", "bbc", "--epochs", 3, table=figure2) == 0  # a picture of its own
+    assert (tmp_path / "results" / "figure2-bbc.png").read_bytes() == first
+    assert (tmp_path / "results" / "figure2-bbc-2.png").read_bytes() != first
 
 
 def test_a_table_states_the_numbers_of_its_adversaries(scripts, tmp_path, capsys):
