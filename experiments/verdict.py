@@ -10,6 +10,7 @@ has a row of it in the table of the state, and a table between the same marks.
 
 import re
 import statistics
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,7 +37,7 @@ COMMAND = (
 )
 LEGEND = (
     "Means are ± the standard deviation over seeds. Differences are paired by seed and sentence, and ± half of their "
-    "95 % interval over both; p is explained in `experiments/compare.py`."
+    "95 % interval over both. p is the largest of three: Student's t, and permutations over the seeds and the sentences."
 )
 
 
@@ -88,12 +89,16 @@ def verdict(runs, losses):
     cosine, methods = next(iter(next(iter(starts.values())).items()))  # of the first start
     lines.append(price(methods))
     lines += [only_bert_base()] if "bert-base-uncased" not in starts else []
-    text = "".join(f"- {line}\n" for line in lines) + f"\n{LEGEND}\n"
+    text = "".join(f"{wrapped(line, '- ', '  ')}\n" for line in lines) + f"\n{wrapped(LEGEND)}\n"
     for start, attacks in starts.items():
         for least, of in attacks.items():
             text += f"\n{name(start)}, substitutes of cosine {least:g} or more:\n{table({start: {least: of}})}"
-    summary = f"SST-2, {setting(cosine, methods['ORTicket'][0])}. {LEGEND}\n{table(starts)}"
+    summary = wrapped(f"SST-2, {setting(cosine, methods['ORTicket'][0])}. {LEGEND}") + f"\n{table(starts)}"
     return text, f"ORTicket minus Vanilla under TextFooler on SST-2: {'; '.join(rows)}", summary
+
+
+def wrapped(text, first="", others=""):
+    return textwrap.fill(text, 120, initial_indent=first, subsequent_indent=others, break_on_hyphens=False)
 
 
 def grouped(runs):
@@ -147,9 +152,10 @@ def paper():
 
 def described(start, losses, cosine, methods):
     run, seeds = methods["ORTicket"][0], num_seeds(methods)
+    count = f"{seeds} seeds, each" if seeds > 1 else "1 seed,"
     loss = f"MLM loss on held-out text {losses[start]:.2f}; " if start in losses else ""
     return (
-        f"**From {name(start)}** ({loss}{seeds} seed{'s' * (seeds > 1)}, each with a search and a random ticket of its "
+        f"**From {name(start)}** ({loss}{count} with a search and a random ticket of its "
         f"own; {setting(cosine, run)}{overrides_text(run['overrides'])})."
     )
 

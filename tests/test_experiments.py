@@ -503,7 +503,7 @@ def test_the_verdict_takes_runs_of_other_models_and_of_the_default_attack(verdic
     for run in found[1::2]:
         run["settings"] |= {"model": "runs/minilm-mlm"}
     text, row, summary = verdict.verdict(found, {"minilm": 6.6, "minilm-mlm": 3.6})
-    assert "**From bert-base-uncased** (1 seed, each with a search and a random ticket of its own; all training" in text
+    assert "**From bert-base-uncased** (1 seed, with a search and a random ticket of its own; all training" in text
     assert "**From MiniLM trained further on MLM** (MLM loss on held-out text 3.60; 1 seed" in text
     assert "not been trained here" not in text and "| MiniLM trained further on MLM: ORTicket | 1 |" in summary
     assert "from bert-base-uncased +2.0 points of Aua%, of one seed; from MiniLM trained further on MLM +2.0" in row
