@@ -92,8 +92,9 @@ def verdict(runs, losses):
     text = "".join(f"{wrapped(line, '- ', '  ')}\n" for line in lines) + f"\n{wrapped(LEGEND)}\n"
     for start, attacks in starts.items():
         for least, of in attacks.items():
-            text += f"\n{name(start)}, substitutes of cosine {least:g} or more:\n{table({start: {least: of}})}"
-    summary = wrapped(f"SST-2, {setting(cosine, methods['ORTicket'][0])}. {LEGEND}") + f"\n{table(starts)}"
+            text += f"\n{name(start)}, substitutes of cosine {least:g} or more:\n{table(of)}"
+    summary = wrapped(f"SST-2, {setting(cosine, methods['ORTicket'][0])}. Means ± the standard deviation over seeds.")
+    summary += f"\n{small_table(starts)}"
     return text, f"ORTicket minus Vanilla under TextFooler on SST-2: {'; '.join(rows)}", summary
 
 
@@ -259,17 +260,25 @@ def name(start):
     return NAMES.get(start, start)
 
 
-def table(starts):
-    """One row for each start and method, under the attack that comes first."""
+def table(methods):
     rows = []
-    for start, attacks in starts.items():
-        methods = next(iter(attacks.values()))
-        for method in [method for method in METHODS if method in methods]:
-            cells = [cell("verdict", methods[method], "sst2", column) for column in COLUMNS]
-            against = [with_p(compared(methods, method, other)) for other in ("Vanilla", "Random ticket")]
-            label = method if len(starts) == 1 else f"{name(start)}: {method}"
-            rows.append([label, str(len(methods[method])), *cells, *against])
+    for method in [method for method in METHODS if method in methods]:
+        cells = [cell("verdict", methods[method], "sst2", column) for column in COLUMNS]
+        against = [with_p(compared(methods, method, other)) for other in ("Vanilla", "Random ticket")]
+        rows.append([method, str(len(methods[method])), *cells, *against])
     return markdown_table(["", "seeds", *COLUMNS, "Aua% minus Vanilla's", "minus the random ticket's"], rows)
+
+
+def small_table(starts):
+    """For README.md: the starts side by side, under the attack that comes first."""
+    first = {start: next(iter(attacks.values())) for start, attacks in starts.items()}
+    rows = {method: [method] for method in METHODS if any(method in methods for methods in first.values())}
+    for methods in first.values():
+        for method, row in rows.items():
+            row += [cell("verdict", methods.get(method, []), "sst2", column) for column in COLUMNS[:2]]
+            row.append(shown(compared(methods, method, "Vanilla")))
+    heads = [f"{name(start)}: {head}" for start in first for head in ("Clean%", "Aua%", "minus Vanilla's")]
+    return markdown_table(["", *heads], list(rows.values()))
 
 
 def compared(methods, ours, reference):

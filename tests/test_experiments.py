@@ -490,7 +490,8 @@ def test_the_verdict_says_what_the_interval_and_the_test_say(verdict_runs, count
     result = verdict.with_p(tables.difference(found[7:], found[:7], "sst2", "textfooler"))
     assert row.endswith(f"{result} points of Aua%, +0.0 ± 0.0 of Clean%: {expected}")
     line = f"| ORTicket | {len(counts)} | 90.0 ± 0.0 | {np.mean(counts):.1f} ± {np.std(counts, ddof=1):.1f} |"
-    assert line in text and line in summary
+    assert line in text
+    assert f"| ORTicket | 90.0 ± 0.0 | {np.mean(counts):.1f} ± {np.std(counts, ddof=1):.1f} | {result[:5]}" in summary
     assert "20.0% fewer parameters" in text and "is 29.7, the full" in text
 
 
@@ -505,7 +506,7 @@ def test_the_verdict_takes_runs_of_other_models_and_of_the_default_attack(verdic
     text, row, summary = verdict.verdict(found, {"minilm": 6.6, "minilm-mlm": 3.6})
     assert "**From bert-base-uncased** (1 seed, with a search and a random ticket of its own; all training" in text
     assert "**From MiniLM trained further on MLM** (MLM loss on held-out text 3.60; 1 seed" in text
-    assert "not been trained here" not in text and "| MiniLM trained further on MLM: ORTicket | 1 |" in summary
+    assert "not been trained here" not in text and "| ORTicket | 90.0 | 12.0 | +2.0 | 90.0 | 13.0 | +2.0 |" in summary
     assert "from bert-base-uncased +2.0 points of Aua%, of one seed; from MiniLM trained further on MLM +2.0" in row
     for incomplete in ([], verdict_runs(Vanilla=(10, 11))):
         with pytest.raises(BadInput, match="no runs of Vanilla and ORTicket on sst2: python -m experiments.table1 "):
