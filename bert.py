@@ -7,7 +7,7 @@ other families differ as `checkpoints/families.py` lists. ORTicket adds two thin
 
 Left out: decoding, cross attention, next-sentence prediction, relative positions, activations other than GELU.
 
-Shapes: B examples, T tokens, d hidden size, H heads of size s, N neurons, V vocabulary; H and N without what is pruned.
+Shapes: B examples, T tokens, d hidden size, H heads of size s, N neurons, V vocabulary. H and N count what a layer keeps; in masks and gates, those of the full model.
 """
 
 import os
@@ -124,7 +124,7 @@ class Layer(nn.Module):
         if x.device.type != "cpu" or (q.dtype == torch.float32 and not torch.is_grad_enabled()):
             p = self.attention_dropout.p if self.training else 0.0
             context = F.scaled_dot_product_attention(q, k, v, None if bias is None else bias.to(q.dtype), p)
-        else:  # elsewhere two plain products are faster than SDPA
+        else:  # on a CPU, two plain products are faster than SDPA in training and in bfloat16
             scores = (q * self.head_size**-0.5) @ k.transpose(2, 3)  # (B, H, T or 1, T)
             if bias is not None:
                 scores = scores + bias.to(scores.dtype)

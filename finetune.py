@@ -74,7 +74,7 @@ class Options(data.TaskOptions, MachineOptions):
     overwrite: bool = option(False, "make it anew; if interrupted, the same command resumes", group="output")
 
 
-# a run may resume with others
+# options that do not change the result: a run may resume with others
 NOT_SETTINGS = ("output", "overwrite", "export_hf", "device", "grad_accum_steps", "checkpointing")
 
 
@@ -131,7 +131,7 @@ def main():
 
 def finetune(options, model, weight_masks, splits, run, dtype):
     """Algorithm 2, lines 7 to 10, on model = m * theta_0. weight_masks: {name: mask of a weight}, for RobustT tickets.
-    run: FinetuneRun, which logs, saves and resumes. Leaves the weights of the best epoch in `model`."""
+    splits: {"train", "validation", "test": TokenizedSplit}. run: FinetuneRun, which logs, saves and resumes. Leaves the weights of the best epoch in `model`."""
     modules, infobert = {"model": model}, None
     if options.method == "infobert":
         modules["anchor"] = Anchor(model.config.hidden_size).to(splits["train"].device)
@@ -145,6 +145,7 @@ def finetune(options, model, weight_masks, splits, run, dtype):
         model.train()
         for step, batch in run.batches(epoch):
             optim.seed_step(options.seed, step)
+            # ordinary training is K = 1 with delta = 0
             loss, delta = 0.0, initial_delta(batch.token_mask, model.config.hidden_size, adv_init_mag, adv_max_norm)
             for rows in distributed.micro_batches(len(delta), options.grad_accum_steps):
                 part, extra_loss = batch.rows(rows), None
@@ -156,7 +157,7 @@ def finetune(options, model, weight_masks, splits, run, dtype):
                 if infobert:
                     loss_of, extra_loss = infobert.losses(*part, share)
                 adversary = adv_steps, adv_lr, adv_max_norm, extra_loss, only_last
-                with autocast(delta.device, dtype):  # ordinary training: K = 1 and delta = 0
+                with autocast(delta.device, dtype):
                     loss += freelb(loss_of, delta[rows], part.token_mask, *adversary)
             distributed.sum_gradients(parameters)
             for name, mask in weight_masks.items():  # no gradient, no weight decay: pruned weights stay 0

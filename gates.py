@@ -37,7 +37,7 @@ def draw_mask(coefficients, tau, at_least_one=False):
     """The mask (layers, N) bool that prunes the ceil(tau layers N) smallest coefficients (Algorithm 2, lines 1 to 5).
 
     The threshold is global, over all layers. Of equal coefficients the earlier one is pruned first. at_least_one: every
-    layer keeps its largest (section 2.3), the next smallest elsewhere goes; BadInput if tau leaves too few for that.
+    layer keeps its largest (section 2.3), and the next smallest is pruned instead; BadInput if tau leaves too few.
     """
     layers, n = coefficients.shape
     count = math.ceil(tau * layers * n - 1e-9)  # rounding must not prune one more: 0.1 * 3 * 10 is 3.0000000000000004
@@ -51,17 +51,17 @@ def draw_mask(coefficients, tau, at_least_one=False):
         coefficients = coefficients.scatter(1, best, math.inf)  # never among the smallest
     mask = torch.ones(layers * n, dtype=torch.bool)  # line 1: m <- 1
     smallest = coefficients.flatten().argsort(stable=True)[:count]  # c* is the last of these
-    mask[smallest] = False  # lines 2 to 5: m <- 0 where c <= c*
+    mask[smallest] = False  # lines 2 to 5: m <- 0 where c <= c*, except ties beyond the count
     return mask.view(layers, n)
 
 
 def draw_masks(head, ffn, tau_head, tau_ffn):
-    """The (head mask, FFN mask) of a ticket. Every layer keeps at least one head."""
+    """The (head mask (layers, heads), FFN mask (layers, neurons)) of a ticket. Every layer keeps at least one head."""
     return draw_mask(head, tau_head, at_least_one=True), draw_mask(ffn, tau_ffn)  # lines 3 and 4
 
 
 def hamming(mask, other):
-    """The normalized Hamming distance of two masks: the share of entries that differ, from 0 to 1."""
+    """The normalized Hamming distance of two masks of one shape: the share of entries that differ, from 0 to 1."""
     return (mask != other).float().mean().item()
 
 

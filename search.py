@@ -35,7 +35,7 @@ from runtime.cli import BadInput, option
 from runtime.device import DEFAULT_MODEL, MODEL_HELP, MachineOptions, autocast, precision_name
 from sharing.plots import plot_search
 
-BATCH_SIZE = 8  # of bbc-small: more steps from fewer tokens
+SMALL_BATCH = 8  # of bbc-small, so that few tokens make enough steps
 SEARCH_ADVERSARIES = tuple(name for name in ADVERSARIES if name != "infobert")  # which needs labels
 PRESETS = {  # earlyrobust: the numbers of its authors' scripts (Xi et al. 2022)
     "orticket": {"adversary": "freelb", "lambda_head": 1e-4, "lambda_ffn": 1e-4},
@@ -67,7 +67,7 @@ class Options(data.TaskOptions, MachineOptions):
     lambda_head: float = option(None, "lambda_H of eq. 5 [1e-4]", at_least=0, group="optimization")
     lambda_ffn: float = option(None, "lambda_F of eq. 5 [1e-4]", at_least=0, group="optimization")
     epochs: int = option(1, "passes over the corpus, at most", at_least=1, group="optimization")
-    batch_size: int = option(None, f"examples per step [32; bbc-small: {BATCH_SIZE}]", at_least=1, group="optimization")
+    batch_size: int = option(None, f"blocks per step [32; bbc-small: {SMALL_BATCH}]", at_least=1, group="optimization")
     learning_rate: float = option(2e-5, "eta_0, of theta and c (AdamW)", above=0, group="optimization")
     learning_rate_c: float = option(None, "that of c, if not eta_0; 0: c stays 1", at_least=0, group="optimization")
     warmup: float = option(0.1, "fraction of the steps with warm-up", at_least=0, below=1, group="optimization")
@@ -82,14 +82,14 @@ class Options(data.TaskOptions, MachineOptions):
     def __post_init__(self):
         """Options that are not given have the numbers of the preset, of the adversary and of the corpus."""
         is_small = (self.objective, self.corpus) == ("mlm", "bbc-small")
-        defaults = PRESETS[self.preset] | {"batch_size": BATCH_SIZE if is_small else 32}
+        defaults = PRESETS[self.preset] | {"batch_size": SMALL_BATCH if is_small else 32}
         numbers = ADVERSARIES[self.adversary or defaults["adversary"]]
         for name, value in (defaults | dict(zip(ADVERSARY_OPTIONS, numbers))).items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
 
 
-# a search may resume with others
+# options that do not change the result: a search may resume with others
 NOT_SETTINGS = ("output", "overwrite", "save_model", "seeds", "device", "grad_accum_steps", "checkpointing", "preset")
 
 

@@ -152,7 +152,7 @@ def bench(options, folder):
 def cost_in_hours(search, steps):
     """{machine: {work: hours}}."""
     searching, training = (fastest(report.read(what)) for what in ("search", "finetune"))
-    machines = {"2 cores, measured": (searching, training, 0.0)}
+    machines = {"2 cores": (searching, training, 0.0)}
     machines |= {f"one {name}": (SHARE * peak, SHARE * peak, LAUNCH) for name, peak in PEAKS.items()}
     attack = report.read("attack-textfooler-rt")["orticket in fp32"]
     per_query = attack["the model"] / attack["queries"]

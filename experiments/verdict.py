@@ -93,7 +93,7 @@ def verdict(runs, losses):
     for start, attacks in starts.items():
         for least, of in attacks.items():
             text += f"\n{name(start)}, substitutes of cosine {least:g} or more:\n{table(of)}"
-    summary = wrapped(f"SST-2, {setting(cosine, methods['ORTicket'][0])}. Means ± the standard deviation over seeds.")
+    summary = wrapped(f"SST-2, {setting(cosine, methods['ORTicket'][0])} ([docs/results.md](docs/results.md)).")
     summary += f"\n{small_table(starts)}"
     return text, f"ORTicket minus Vanilla under TextFooler on SST-2: {'; '.join(rows)}", summary
 

@@ -91,7 +91,7 @@ def test_a_search_of_minilm_takes_the_published_head_unless_another_is_asked_for
     for number, flags in enumerate(others):
         code, _, made_by = begun(monkeypatch, "--output", tmp_path / f"fitted{number}", *flags)
         assert code == 130 and len(fitted) == number + 1 and "mlm_head_sha256" not in made_by
-        wanted = mlm_head.SETTINGS | {"batch_size": 32 if path in flags else search.BATCH_SIZE}
+        wanted = mlm_head.SETTINGS | {"batch_size": 32 if path in flags else search.SMALL_BATCH}
         wanted["precision"] = made_by["settings"]["precision"]
         assert fitted[-1] == wanted and {name: made_by["settings"][name] for name in wanted} == wanted
 
@@ -137,7 +137,7 @@ def test_an_attack_takes_the_head_of_its_search_or_else_the_published_one(tmp_pa
 
 
 def test_the_default_batch_is_smaller_on_half_of_bbc_only():
-    assert search.Options().corpus == "bbc-small" and search.Options().batch_size == search.BATCH_SIZE
+    assert search.Options().corpus == "bbc-small" and search.Options().batch_size == search.SMALL_BATCH
     assert search.Options(batch_size=7).batch_size == 7
     others = {"corpus": "bbc"}, {"corpus": "wikitext-2-raw-v1"}, {"corpus": "mine.txt"}, {"objective": "rt"}
     assert [search.Options(**given).batch_size for given in others] == [32] * 4
