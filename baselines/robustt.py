@@ -130,14 +130,20 @@ def retrain_command(options, settings, ticket):
     return " ".join(["python finetune.py", *words])
 
 
+def add_gates(model, initial):
+    """Put gates on the weights of the encoder's and the pooler's products: ({name: module}, their Gates)."""
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    gated = {name: module for name, module in linear.items() if name.startswith("layers.") or name == "pooler"}
+    gates = nn.ModuleList(Gates(of.weight.shape, initial).to(of.weight.device) for of in gated.values())
+    for module, gate in zip(gated.values(), gates):
+        parametrize.register_parametrization(module, "weight", gate)  # w -> w z
+    return gated, gates
+
+
 def learn_scores(options, model, rows, checkpoint, dtype):
     """Learn the scores of all gates: {name of a weight: scores of its shape}."""
     torch.manual_seed(options.seed)
-    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    gated = {name: module for name, module in linear.items() if name.startswith("layers.") or name == "pooler"}
-    gates = nn.ModuleList(Gates(of.weight.shape, options.initial).to(of.weight.device) for of in gated.values())
-    for module, gate in zip(gated.values(), gates):
-        parametrize.register_parametrization(module, "weight", gate)  # w -> w z
+    gated, gates = add_gates(model, options.initial)
     lr = options.learning_rate
     optimizer = torch.optim.AdamW(gates.parameters(), lr, weight_decay=options.weight_decay, fused=True)
     steps_per_epoch = math.ceil(len(rows) / options.batch_size)

@@ -4,6 +4,7 @@ The work of a step (FLOPs, operators, memory) is counted on PyTorch's meta devic
 2 CPU cores are those that `bench search`, `finetune` and `attack` saved; those of GPUs are their makers', times SHARE.
 """
 
+import json
 import math
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -14,17 +15,20 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from baselines import robustt
 from benchmarks import report
 from benchmarks.training import freelb_step, full_size, search_loss
 from bert import Bert, Config
 from freelb import ADVERSARIES
 from gates import Coefficients
 from runtime import files
+from runtime.cli import BadInput
 
 SHARE = 0.35  # of a GPU's peak, assumed: 0.3 to 0.4 for large products and what is between them
 FULL_MODEL = ("orticket in bf16", "orticket in fp32")  # rows of the saved figures
 LAUNCH = 5e-6  # seconds, assumed, that Python and the driver take per operator on a GPU: what bounds a small step
-PEAKS = {"A100": 312e12, "H100": 989e12}  # FLOP/s in dense bfloat16
+PEAKS = {"A100": 312e12, "H100": 989e12}  # FLOP/s in dense bfloat16, for training
+PEAKS_FP32 = {"A100": 19.5e12, "H100": 67e12}  # in float32, which attacks are made in
 LINKS = {"NVLink 4": 450e9, "PCIe 4": 25e9, "100 Gbit/s": 12.5e9, "10 Gbit/s": 1.25e9}  # bytes/s in one direction
 BATCH, EPOCHS, BLOCK, MASKED = 32, 10, 128, 0.15
 CORPUS_TOKENS = 2_400_000  # of wikitext-2-raw-v1 in BERT's word pieces, assumed: 2,088,628 words
@@ -62,12 +66,12 @@ class Operators(TorchDispatchMode):
         return function(*arguments, **(keywords or {}))
 
 
-def count(config, tokens, adversary, masked=0):
+def count(config, tokens, adversary, masked=0, gated=False):
     """A step on BATCH x `tokens`: array (FLOPs, operators). adversary: as in ADVERSARIES; None: only a forward pass.
-    masked: tokens per example of masked language modelling, instead of classification."""
+    masked: tokens per example of masked language modelling, instead of classification. gated: with RobustT's gates."""
     no_generator = SimpleNamespace(get_rng_state=lambda: None, set_rng_state=lambda state: None)
     with torch.device("meta"), mock.patch.object(torch, "meta", no_generator, create=True):
-        loss_of, ids = loss_on_meta(config, tokens, masked)
+        loss_of, ids = loss_on_meta(config, tokens, masked, gated)
         with FlopCounterMode(display=False) as flops, Operators() as operators:
             if adversary is None:
                 with torch.no_grad():
@@ -77,9 +81,11 @@ def count(config, tokens, adversary, masked=0):
     return np.array([flops.get_total_flops(), operators.count], dtype=float)
 
 
-def loss_on_meta(config, tokens, masked):
+def loss_on_meta(config, tokens, masked, gated=False):
     """(loss_of(delta), ids) of a new model. Call with meta as the default device."""
     model, c = Bert(config, mlm=masked > 0), Coefficients(*full_size(config))
+    if gated:
+        robustt.add_gates(model, 0.9)
     ids = torch.zeros(BATCH, round(tokens), dtype=torch.long)
     positions = torch.zeros(round(masked * BATCH), dtype=torch.long)
     if masked:
@@ -110,10 +116,11 @@ def fine_tuning(task):
     infobert = freelb + 3 * forward  # its second loss needs the gradient at delta first
     widths = {"heads": (10,) * 12, "neurons": (round((1 - task.tau_ffn) * 3072),) * 12}
     ticket = count(Config(num_labels=2, **widths), task.tokens, ADVERSARIES["vanilla"])
-    robustt = 20 / EPOCHS * 5 / 3 * freelb + ticket  # learns masks for 20 epochs with K = 5, then trains a ticket
+    masks = count(BASE, task.tokens, ADVERSARIES["freelb-textdefender"], gated=True)
+    of_robustt = 20 / EPOCHS * masks + vanilla  # learns masks for 20 epochs, then trains with them
     steps = EPOCHS * math.ceil(task.rows / BATCH)
     works = {"Vanilla": vanilla, "PGD": pgd, "FreeLB": freelb, "InfoBERT": infobert}
-    return {name: steps * work for name, work in (works | {"RobustT": robustt, "ORTicket": ticket}).items()}
+    return {name: steps * work for name, work in (works | {"RobustT": of_robustt, "ORTicket": ticket}).items()}
 
 
 def count_queries(name):
@@ -151,21 +158,26 @@ def bench(options, folder):
 
 def cost_in_hours(search, steps):
     """{machine: {work: hours}}."""
-    searching, training = (fastest(report.read(what)) for what in ("search", "finetune"))
-    machines = {"2 cores": (searching, training, 0.0)}
-    machines |= {f"one {name}": (SHARE * peak, SHARE * peak, LAUNCH) for name, peak in PEAKS.items()}
-    attack = report.read("attack-textfooler-rt")["orticket in fp32"]
+    saved = [report.read(what) for what in ("search", "finetune", "attack-textfooler-rt")]
+    if len({json.dumps([of["machine"], of["versions"]]) for of in saved}) > 1:
+        raise BadInput(
+            "the saved figures are of several machines or versions: run bench search, finetune, attack --save"
+        )
+    searching, training = (fastest(of["figures"]) for of in saved[:2])
+    machines = {saved[0]["machine"]: (searching, training, 0.0, 0.0)}
+    machines |= {f"one {of}": (SHARE * PEAKS[of], SHARE * PEAKS[of], SHARE * PEAKS_FP32[of], LAUNCH) for of in PEAKS}
+    attack = saved[2]["figures"]["orticket in fp32"]
     per_query = attack["the model"] / attack["queries"]
     rest = attack["seconds"] / attack["queries"] - per_query  # on the CPU, everywhere
     minilm, tasks = count(MINILM, RT_TOKENS, None), {name: fine_tuning(task) for name, task in TASKS.items()}
     hours = {}
-    for machine, (searching, training, launch) in machines.items():
+    for machine, (searching, training, attacking, launch) in machines.items():
         row = {"search": steps * seconds(search, searching, launch), "attacks": 0.0}
         for name, works in tasks.items():
             for method, work in works.items():
                 row[method] = row.get(method, 0) + seconds(work, training, launch)
             forward = count(BASE, TASKS[name].test_tokens, None)
-            on_gpu = seconds(forward / [BATCH, QUERIES_PER_BATCH], training, launch)
+            on_gpu = seconds(forward / [BATCH, QUERIES_PER_BATCH], attacking, launch) if launch else 0.0
             of_query = on_gpu if launch else per_query * forward[0] / minilm[0]
             row["attacks"] += count_queries(name) * (of_query + rest)
         hours[machine,] = {name: value / 3600 for name, value in row.items()}

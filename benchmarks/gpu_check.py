@@ -8,10 +8,13 @@ Needs PyTorch, numpy, tokenizers and transformers. Each part is a process of its
 others. What fails fastest comes first. Writes gpu.json and gpu.md into --results.
 """
 
+import contextlib
 import importlib.util
 import json
+import math
 import os
 import random
+import signal
 import subprocess
 import sys
 import tempfile
@@ -89,11 +92,14 @@ def run_part(options, part, folder, left):
     env = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "ORTICKET_DEBUG": "1"}
     with open(path, "w") as out, open(f"{path}.err", "w") as err:
         command = [sys.executable, "-m", "benchmarks.gpu_check", *flags]
+        process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=out, stderr=err, start_new_session=True)
         try:
-            code = subprocess.run(command, cwd=ROOT, env=env, stdout=out, stderr=err, timeout=limit).returncode
+            code = process.wait(limit)
             failure = (f"exit code {code}", "FAILED") if code else None
         except subprocess.TimeoutExpired:
             failure = f"stopped after {limit:.0f} s", "FAILED" if limit == LIMIT else "left out"
+        finally:
+            stop(process)
     rows = [{"part": part, **json.loads(line)} for line in path.read_text("utf8").splitlines() if line[:1] == "{"]
     if failure:
         log = Path(f"{path}.err").read_text("utf8", "replace").strip().splitlines() or [""]
@@ -103,6 +109,16 @@ def run_part(options, part, folder, left):
         print("{part:10} {what:50} {result} {verdict}".format(**row), flush=True)
     print(f"{part:10} {time.monotonic() - start:.0f} s", flush=True)
     return rows
+
+
+def stop(process):
+    """End a process and those that it started, which would slow the next part."""
+    for number in (signal.SIGTERM, signal.SIGKILL) if os.name == "posix" else ():
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+            time.sleep(2)  # torchrun ends its own processes on SIGTERM
+    process.kill()
+    process.wait()
 
 
 def record(what, result, holds=None):
@@ -185,7 +201,7 @@ def check_equal(options, folder):
                     for key, value in expected.items()
                     if value.numel()
                 }
-                worst = max(errors, key=errors.get)
+                worst = max(errors, key=lambda key: (math.isnan(errors[key]), errors[key]))
                 shown = f"loss {errors['loss']:.1e}, logits {errors['logits']:.1e}, {worst} {errors[worst]:.1e}"
                 what = f"relative errors, {name}, K = {steps}, {str(dtype)[6:]}"
                 record(what, shown, None if bound is None else errors[worst] < bound)
@@ -245,6 +261,7 @@ def check_speed(options, folder, what, sides, batch_sizes):
     """Each side beside the first one, on BERT-base's sizes."""
     from benchmarks import training
 
+    tolerance = 0.02 if what == "search" else 2e-3  # a new classifier's loss is about ln 2 with any encoder
     task, rows, steps = str(folder / "task.csv"), 200 if options.small else 3200, 2 if options.small else 10
     for batch_size in (4,) if options.small else batch_sizes:
         given = {"block": 16 if options.small else 128, "batch_size": batch_size, "device": options.device}
@@ -258,7 +275,7 @@ def check_speed(options, folder, what, sides, batch_sizes):
             row = f"{1000 * figures['seconds']:.1f} ms, {figures['seconds'] / first['seconds']:.2f} times, "
             row += "{speed:,.0f} tokens/s, {of_peak:.0%} of peak, {memory:.1f} GB".format(**figures)
             row += f", classifying {1000 * figures['classify']:.1f} ms" if "classify" in figures else ""
-            is_same = "its ticket" in side or abs(figures["loss"] - first["loss"]) < 0.02
+            is_same = "its ticket" in side or abs(figures["loss"] - first["loss"]) < tolerance
             record(f"{what}, batches of {batch_size}: {side}", row, is_same)
 
 
@@ -282,7 +299,7 @@ def check_attack(options, folder):
         return record("TextFooler", "left out: TextAttack is not installed")
     flags = ["--model", folder / "minilm", "--task", folder / "task.csv", "--output", folder / "attack", "--device"]
     flags = [*map(str, flags), options.device if options.device == "cpu" else "cuda:0", "--ticket", "none"]
-    run = {"cwd": ROOT, "check": True, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    run = {"cwd": ROOT, "check": True, "stdout": subprocess.DEVNULL}
     subprocess.run([sys.executable, "finetune.py", *flags, "--epochs", "1", "--train-rows", "200"], **run)
     n = 4 if options.small else 64
     for processes in (1, 2 if options.small else 8):

@@ -19,22 +19,23 @@ def table(figures, columns):
     return [f"| {' | '.join(row)} |" for row in cells]
 
 
-def publish(name, figures, lines, save):
-    """Print the lines. save: also write RESULTS/NAME.json, and replace what PAGE has between the comments <!-- NAME -->
-    and <!-- end -->."""
+def publish(name, made, figures, lines, save):
+    """Print the lines. save: also write RESULTS/NAME.json, with how it was `made`, and replace what PAGE has between
+    the comments <!-- NAME --> and <!-- end -->."""
     print("\n".join(lines))
     if not save:
         return
+    rows = {" in ".join(case): row for case, row in figures.items()}
+    files.write_json(RESULTS / f"{name}.json", made | {"figures": rows})
     before, start, rest = PAGE.read_text("utf8").partition(f"<!-- {name} -->\n")
     _, end, after = rest.partition("<!-- end -->")
     if not end:
-        raise BadInput(f"{PAGE} has no <!-- {name} --> ... <!-- end --> for this table: run without --save")
-    files.write_json(RESULTS / f"{name}.json", {" in ".join(case): row for case, row in figures.items()})
+        raise BadInput(f"{PAGE} has no <!-- {name} --> ... <!-- end -->: the figures are in {RESULTS}/{name}.json only")
     files.write_text(PAGE, "".join([before, start, "\n".join(lines), "\n", end, after]))
 
 
 def read(name):
-    """The figures that `publish` saved. Raises BadInput if there are none."""
+    """What `publish` saved. Raises BadInput if there is none."""
     path = RESULTS / f"{name}.json"
     if not path.is_file():
         raise BadInput(f"there is no {path}: python -m benchmarks.bench {name.partition('-')[0]} --save makes it")

@@ -68,11 +68,12 @@ def measure_search(megabytes, options, folder):
     path.unlink()
     c = Coefficients(*full_size(model.config)).to(device)
     optimizer = torch.optim.AdamW([*model.parameters(), *c.parameters()], lr=2e-5, fused=True)
-    order = blocks.epoch(options.batch_size, 0, 0)
+    order, counted = blocks.epoch(options.batch_size, 0, 0), 0
     for step in range(2 * STEPS):
         if step == STEPS:
             start = time.perf_counter()
         ids, positions, labels = blocks.batch(order[step % len(order)])
+        counted += ids.numel() * (step >= STEPS)
         loss_of, dim = search_loss(model, c, ids, positions, labels), model.config.hidden_size
         with autocast(device, dtype):
             freelb_step(loss_of, torch.ones_like(ids), dim, ADVERSARIES["freelb"]).item()
@@ -82,6 +83,6 @@ def measure_search(megabytes, options, folder):
     return {
         "tokens": blocks.tokens,
         "preparing": 1e6 * preparing / blocks.tokens,
-        "searching": 1e6 * searching / (STEPS * options.batch_size * options.block),
+        "searching": 1e6 * searching / counted,
         "memory": peak_memory(device) / 1e9,
     }

@@ -44,7 +44,10 @@ def time_training(options, side, precision, folder):
     dtype = pick_precision(device, precision)
     tune_allocator()
     torch.manual_seed(0)
-    work = (search_work if is_search else finetune_work)(options, side, folder, device, dtype)
+    if is_search:
+        work = search_work(options, side, folder, device)
+    else:
+        work = finetune_work(options, side, folder, device, dtype)
     modules = torch.nn.ModuleList(work.modules)
     optimizer = torch.optim.AdamW(modules.parameters(), lr=2e-5, fused=True)
 
@@ -60,6 +63,7 @@ def time_training(options, side, precision, folder):
             torch.nn.utils.clip_grad_norm_(modules.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
+            torch.clear_autocast_cache()  # as at the end of autocast, which a training loop enters anew at every step
 
     figures = {"peak": matrix_rate(device, dtype, seconds_of)}
     with autocast(device, dtype):
@@ -85,7 +89,7 @@ def time_training(options, side, precision, folder):
         figures["of_peak"] = figures["flops"] / figures["seconds"] / figures["peak"]
         figures["speed"] = work.tokens / figures["seconds"]
         if options.profile:
-            figures["profile"] = profiled(epoch, seconds_of)
+            figures["profile"] = profiled(epoch, seconds_of, device)
     return figures
 
 
@@ -98,18 +102,19 @@ def matrix_rate(device, dtype, seconds_of):
         return 2 * size**3 / min(seconds_of(product)[0] for product in products for _ in range(8))
 
 
-def profiled(epoch, seconds_of):
+def profiled(epoch, seconds_of, device):
     """{group of GROUPS, or "the rest": seconds of an epoch}. The rest is Python, and operators of no group."""
 
     def draw_mask(*arguments):  # NumPy's part of it is no operator of PyTorch
         with torch.profiler.record_function("draw_mask"):
             return original(*arguments)
 
-    original, kind = Dropout.draw_mask, "device" if torch.cuda.is_available() else "cpu"
+    original, kind = Dropout.draw_mask, "device" if device.type == "cuda" else "cpu"
     with mock.patch.object(Dropout, "draw_mask", draw_mask), torch.profiler.profile() as profiler:
         total, _ = seconds_of(epoch)
     groups = dict.fromkeys((*GROUPS, "the rest"), 0.0)
-    for event in profiler.key_averages():
+    operators = [of for of in profiler.key_averages() if of.device_type == torch.autograd.DeviceType.CPU]
+    for event in operators:  # the time of a GPU's kernels counts at their operators
         group = next((name for name, pattern in GROUPS.items() if re.search(pattern, event.key)), "the rest")
         groups[group] += getattr(event, f"self_{kind}_time_total") / 1e6
     return groups | {"the rest": total - sum(groups[name] for name in GROUPS)}
@@ -132,7 +137,7 @@ def search_loss(model, c, ids, positions, labels):
     return lambda delta: model.mlm_loss(model(ids, positions=positions, gates=c.gates, delta=delta), labels)
 
 
-def search_work(options, side, folder, device, dtype):
+def search_work(options, side, folder, device):
     """A FreeLB step of either side on random words."""
     config = Config.read(folder)
     words = min(1000, config.vocab_size // 2), min(30000, config.vocab_size)

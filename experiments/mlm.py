@@ -36,6 +36,7 @@ class Options:
     seed: int = option(0, "random seed", at_least=0)
     output: str = option("runs", "folder for the model")
     results: str = option("experiments/results", "folder for the losses")
+    overwrite: bool = option(False, "train anew, in place of what is there")
 
 
 def main():
@@ -43,12 +44,15 @@ def main():
     output = files.output_folder(options.output, options.model)
     text, adapted = output / "mlm", output.with_name(f"{output.name}-mlm")
     write_text(text)
-    settings = {name: value for name, value in vars(options).items() if name not in ("output", "results")}
+    settings = {name: value for name, value in vars(options).items() if name not in ("output", "results", "overwrite")}
     # without an adversary and a penalty; c stays 1, so that the masks never change, which must not end the search
     ordinary = WITHOUT_ADVERSARY | {"lambda_head": 0, "lambda_ffn": 0, "learning_rate_c": 0, "patience": 10**9}
-    run_script("search", **settings, **ordinary, output=text, corpus=text / "train", save_model=adapted)
-    before, after = (held_out_loss(of, text / "held-out", options.output) for of in (options.model, str(adapted)))
-    result = {"settings": settings, "loss_before": before, "loss_after": after}
+    where = {"output": text, "corpus": text / "train", "save_model": adapted, "overwrite": options.overwrite}
+    run_script("search", **settings, **ordinary, **where)
+    # before: with the MLM head that the search began with
+    losses = [held_out_loss(of, text / "held-out", text) for of in (options.model, str(adapted))]
+    (before, of_before), (after, of_after) = losses
+    result = {"settings": settings, "loss_before": before, "loss_after": after, "model_sha256": [of_before, of_after]}
     write_result(Path(options.results) / "mlm.json", result)
     print(f"MLM loss on held-out text: {before:.3f} before, {after:.3f} after; {adapted}")
 
@@ -63,7 +67,8 @@ def write_text(folder):
 
 
 def held_out_loss(name, folder, output):
-    """The mean MLM loss of a model on the text in `folder`, in float32, with the same masks for every model."""
+    """(mean MLM loss of a model on the text in `folder`, in float32, with the same masks for every model; the model's
+    sha256)."""
     path, sha256 = data.find_model(name)
     tokenizer, device = Tokenizer(path), pick_device()
     model = Bert.load(path, mlm=True).to(device).eval()
@@ -75,7 +80,7 @@ def held_out_loss(name, folder, output):
         ids, positions, labels = blocks.batch(chosen)
         with torch.inference_mode():
             losses.append(model.mlm_loss(model(ids, positions=positions), labels).expand(len(labels)))
-    return torch.cat(losses).mean().item()
+    return torch.cat(losses).mean().item(), sha256
 
 
 if __name__ == "__main__":

@@ -67,6 +67,10 @@ def replace(path, pattern, text):
 def mlm_losses(results):
     """{start: its MLM loss on held-out text}, as experiments.mlm measured it."""
     losses = read_result(Path(results) / "mlm.json")
+    if losses["settings"]["model"] != "minilm":
+        raise BadInput(
+            f"{results}/mlm.json is of {losses['settings']['model']}: run python -m experiments.mlm --model minilm"
+        )
     return {"minilm": losses["loss_before"], "minilm-mlm": losses["loss_after"]}
 
 

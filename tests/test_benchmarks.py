@@ -2,11 +2,17 @@
 
 import importlib.util
 import json
+import math
+import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import transformers
 
 from benchmarks import bench, cost, gpu_check, report, training
@@ -145,12 +151,57 @@ def test_saved_tables_replace_their_place_in_the_page(tmp_path, monkeypatch):
     figures = {("orticket", "bf16"): {"seconds": 1.5}, ("eager", "bf16"): {"seconds": 12.25}}
     lines = report.table(figures, {"seconds": "{seconds:.2f}"})
     assert len({len(line) for line in lines}) == 1 and lines[3] == "| eager in bf16    |   12.25 |"
-    report.publish("search", figures, lines, save=True)
+    report.publish("search", {"machine": "this"}, figures, lines, save=True)
     page = report.PAGE.read_text()
     assert page.startswith("# Speed\n<!-- search -->\n|") and page.endswith("kept\n<!-- end -->\n")
-    assert "old" not in page and report.read("search") == {" in ".join(case): row for case, row in figures.items()}
+    assert "old" not in page and report.read("search")["machine"] == "this"
+    assert report.read("search")["figures"] == {" in ".join(case): row for case, row in figures.items()}
     with pytest.raises(BadInput, match="no <!-- scale -->"):
-        report.publish("scale", figures, lines, save=True)
+        report.publish("scale", {}, figures, lines, save=True)
+    assert report.read("scale")["figures"]  # hours of measuring are not lost
+
+
+@pytest.mark.parametrize("values", [(1.0, math.nan), (math.nan, 1.0), (1.0, 1.2), (1.0, math.inf)])
+def test_sides_that_differ_are_an_error(values):
+    bench.check_agreement((1.0, 1.05), 0.1)
+    with pytest.raises(BadInput, match="do not do the same work"):
+        bench.check_agreement(values, 0.1)
+
+
+def test_a_timed_step_in_bf16_uses_the_weights_of_the_step_before(small_task, monkeypatch):
+    """Autocast would keep the copies of the first step's weights for all steps that one context holds."""
+    monkeypatch.setattr(training, "matrix_rate", lambda *_: 1e9)
+    copies = []  # of one weight, as the products see it
+    linear = training.F.linear
+
+    def watched(x, weight, bias=None):
+        if weight.shape == (2, 24):  # the classifier's
+            copies.append(torch.mm(torch.eye(2), weight).float().clone())
+        return linear(x, weight, bias)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", watched)
+    folder, task = small_task
+    given = {"what": "finetune", "task": task, "rows": 50, "batch_size": 50, "device": "cpu"}
+    training.time_training(bench.Options(**given), "orticket", "bf16", folder)
+    assert len({tuple(copy.flatten().tolist()) for copy in copies}) >= 3
+
+
+@pytest.mark.skipif(os.name != "posix", reason="groups of processes")
+def test_a_part_of_gpu_check_that_is_stopped_leaves_no_process(tmp_path):
+    child = f"import subprocess, sys; print(subprocess.Popen([sys.executable, '-c', '{'import time; time.sleep(60)'}']).pid)"
+    command = [sys.executable, "-uc", f"{child}; import time; time.sleep(60)"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True)
+    grandchild = int(process.stdout.readline())
+    gpu_check.stop(process)
+    state = Path(f"/proc/{grandchild}/stat")
+    assert not state.exists() or state.read_text().split()[2] == "Z"
+
+
+def test_saved_rates_of_several_machines_give_no_cost(monkeypatch):
+    saved = {"machine": "a", "versions": {}, "figures": {}}
+    monkeypatch.setattr(report, "read", lambda what: saved | {"machine": what})
+    with pytest.raises(BadInput, match="of several machines or versions"):
+        cost.cost_in_hours(np.array([1.0, 1.0]), 1)
 
 
 def test_work_counted_without_computing_is_the_formula():
@@ -166,8 +217,10 @@ def test_work_counted_without_computing_is_the_formula():
     assert flops == all_tokens * per_layer * (layers - 1) + last + pooler and operators > 8 * layers
     trained, _ = cost.count(config, tokens, ADVERSARIES["vanilla"])
     assert 2.95 * flops < trained <= 3 * flops
-    freelb, _ = cost.count(config, tokens, ADVERSARIES["freelb"])
+    freelb, few = cost.count(config, tokens, ADVERSARIES["freelb"])
     assert freelb == pytest.approx(3 * trained, rel=0.02)
+    gated, many = cost.count(config, tokens, ADVERSARIES["freelb"], gated=True)
+    assert gated == pytest.approx(freelb, rel=0.02) and many > few + 3 * 10 * layers  # gates are no products
 
 
 def test_steps_stop_scaling_where_the_gradients_take_longer_than_the_computing():

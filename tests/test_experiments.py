@@ -247,15 +247,16 @@ def test_figure1_is_the_mean_of_the_masks_of_all_searches(tmp_path, monkeypatch)
 
     monkeypatch.setattr(runs, "run_script", run_script)
     monkeypatch.setattr(figure1, "read_coefficients", read)
-    flags = ["--models", "tiny", "--searches", 2, "--tau-head", 0.25, "--tau-ffn", 0.3]
+    flags = ["--models", "tiny", "--searches", 2, "--draw", "tau-head=1/4", "tau-ffn=0.3"]
     assert call(figure1, *flags, "--output", tmp_path, "--results", tmp_path, "--dry-run") == 0 and not found
     assert call(figure1, *flags, "--output", tmp_path, "--results", tmp_path) == 0
-    share = json.loads((tmp_path / "figure1.json").read_text())["tiny"]
+    share = json.loads((tmp_path / "figure1.json").read_text())["shares"]["tiny"]
     assert (tmp_path / "figure1.png").stat().st_size > 10_000
     kept = [ffn.flatten() > ffn.flatten().sort().values[5] for _, ffn in found.values()]  # 6 of 20 are pruned
     expected = torch.stack(kept).float().mean(0).view(2, 10).mean(1)
     torch.testing.assert_close(torch.tensor(share["neurons"])[:, 0], expected)
     assert sum(map(sum, share["heads"])) == 6  # 8 heads, less a quarter
+    assert call(figure1, "--models", "tiny", "--draw", "coefficients-seed=1") == 2
 
 
 def test_figure2_has_a_run_for_each_ratio(scripts, tmp_path):
@@ -569,7 +570,7 @@ def test_mlm_training_lowers_the_loss_on_texts_that_are_held_out(tmp_path, monke
     monkeypatch.setattr(mlm.data, "reviews", lambda source: rows[:100] if source == "imdb" else rows[100:200])
     monkeypatch.setattr(mlm.data, "bbc", lambda: rows[200:])
 
-    def run_script(name, **flags):
+    def run_script(name, overwrite, **flags):
         call(search, *[part for flag, value in flags.items() for part in (f"--{flag.replace('_', '-')}", value)])
 
     monkeypatch.setattr(mlm, "run_script", run_script)
@@ -588,10 +589,19 @@ def test_overlap_is_the_share_of_what_one_ticket_prunes_that_the_other_prunes_to
     second = torch.tensor([[1, 0, 0, 1]]).bool(), torch.tensor([[0, 1, 1, 1, 1]]).bool()
     assert overlap.overlap(first, second) == [1 / 2, 1 / 4]
     assert overlap.overlap(second, first) == [1 / 2, 1]
-    scores = [(mask.float(), other.float(), {}) for mask, other in (first, second)]
-    monkeypatch.setattr(overlap, "read_coefficients", lambda path: scores[int(path)])
-    assert call(overlap, "0", "1", "--tau-head", "0.5", "--tau-ffn", "0.2") == 0
-    assert "| 1 | 100.0% / 100.0% | 50.0% / 100.0% |" in capsys.readouterr().out
+    head, ffn = (torch.stack(masks).float() for masks in zip(first, second))
+    published = {"script": "publish.py", "settings": {"seed": 0}, "seeds": [0, 1]}
+    of_one = {"script": "search.py", "settings": {"seed": 1}}
+
+    def read(path, seed=None):
+        number = 1 if path == "one" else seed or 0
+        return head[number], ffn[number], of_one if path == "one" else published
+
+    monkeypatch.setattr(overlap, "read_coefficients", read)
+    assert call(overlap, "several", "one", "--tau-head", "0.5", "--tau-ffn", "0.2") == 0
+    out = capsys.readouterr().out
+    assert "2: several, seed 1\n3: one, seed 1\n" in out
+    assert "| 1 | 100.0% / 100.0% | 50.0% / 100.0% | 50.0% / 100.0% |" in out
 
 
 def test_the_verdict_is_written_into_the_documents_and_nothing_else_of_them_changes(
@@ -602,7 +612,7 @@ def test_the_verdict_is_written_into_the_documents_and_nothing_else_of_them_chan
     for path, text in zip(documents, before):
         files.write_text(tmp_path / path, text)
     results = tmp_path / "results"
-    write_result(results / "mlm.json", {"loss_before": 6.6, "loss_after": 3.6})
+    write_result(results / "mlm.json", {"settings": {"model": "minilm"}, "loss_before": 6.6, "loss_after": 3.6})
     write_result(results / "verdict" / "table1.json", {"runs": verdict_runs(Vanilla=(1, 2, 1), ORTicket=(9, 8, 9))})
     monkeypatch.setattr(verdict, "ROOT", tmp_path)
     assert call(verdict, "--results", results) == 0
