@@ -39,7 +39,10 @@ def read(name):
     path = RESULTS / f"{name}.json"
     if not path.is_file():
         raise BadInput(f"there is no {path}: python -m benchmarks.bench {name.partition('-')[0]} --save makes it")
-    return files.read_json(path)
+    saved = files.read_json(path)
+    if "figures" not in saved:
+        raise BadInput(f"{path} does not say where it was made: make it again")
+    return saved
 
 
 def run_process(command, name):
