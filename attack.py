@@ -1,5 +1,5 @@
 """Attack a fine-tuned model by word substitution: TextFooler (Jin et al. 2020), TextBugger (Li et al. 2019),
-BERT-Attack (Li et al. 2020), DeepWordBug (Gao et al. 2018); and bertattack-fudan, which the authors' group calls BERT-Attack.
+BERT-Attack (Li et al. 2020), DeepWordBug (Gao et al. 2018); and bertattack-fudan, the authors' group's.
 
     python attack.py --task rt --attack textfooler         the model of finetune.py --task rt
     python attack.py --task rt --attack all --ticket none  all attacks on the full model

@@ -7,7 +7,7 @@ other families differ as `checkpoints/families.py` lists. ORTicket adds two thin
 
 Left out: decoding, cross attention, next-sentence prediction, relative positions, activations other than GELU.
 
-Shapes: B examples, T tokens, d hidden size, H heads of size s, N neurons, V vocabulary. H and N count what a layer keeps; in masks and gates, those of the full model.
+Shapes: B examples, T tokens, d hidden size, H heads of size s, N neurons, V vocabulary; H and N after pruning.
 """
 
 import os

@@ -6,8 +6,8 @@
 
 The least important heads and neurons of all layers together are pruned, and every layer keeps at least one head. All
 tasks share the coefficients and differ only in the ratio of the neurons, so that no data and no model are needed here.
-finetune.py continues with line 6: it applies the masks to theta_0. If no search was run, the coefficients of MiniLM that this
-project publishes are used.
+finetune.py continues with line 6: it applies the masks to theta_0. If no search was run, the published
+coefficients of MiniLM are used.
 """
 
 import runtime.start  # noqa: F401 # isort: skip
@@ -82,8 +82,8 @@ def main():
 
 
 def warn_of_ties(coefficients, mask, name):
-    """Print a line if more than 1 % of the entries are kept although their coefficient equals the largest pruned one, as
-    after a search in which c stayed 1: `search.py --learning-rate-c 0`."""
+    """Print a line if more than 1 % of the entries are kept although their coefficient equals the largest pruned one,
+    as after a search in which c stayed 1: `search.py --learning-rate-c 0`."""
     if not mask.all() and (ties := int((coefficients[mask] == coefficients[~mask].max()).sum())) > 0.01 * mask.numel():
         print(f"{ties:,} of the kept {name} have the same coefficient as a pruned one: the earlier ones were pruned")
 

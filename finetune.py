@@ -131,7 +131,8 @@ def main():
 
 def finetune(options, model, weight_masks, splits, run, dtype):
     """Algorithm 2, lines 7 to 10, on model = m * theta_0. weight_masks: {name: mask of a weight}, for RobustT tickets.
-    splits: {"train", "validation", "test": TokenizedSplit}. run: FinetuneRun, which logs, saves and resumes. Leaves the weights of the best epoch in `model`."""
+    splits: {"train", "validation", "test": TokenizedSplit}. run: FinetuneRun, which logs, saves and resumes. Leaves the
+    weights of the best epoch in `model`."""
     modules, infobert = {"model": model}, None
     if options.method == "infobert":
         modules["anchor"] = Anchor(model.config.hidden_size).to(splits["train"].device)

@@ -33,7 +33,7 @@ def main():
 
 
 def plot(runs, path):
-    """Two panels, one for each ratio. The bars are 95 % intervals over the seeds (Student's t), if there are several."""
+    """Two panels, one for each ratio. The bars are 95 % intervals over several seeds (Student's t)."""
     settings, points = runs[0]["settings"], {}
     for run in runs:
         draw = run["overrides"].get("draw", {})

@@ -306,6 +306,6 @@ def differences(task, attack, rows):
     if all(set(line[1:]) == {"-"} for line in lines):
         return ""
     heads = [f"minus {name}" for name in REFERENCES]
-    text = f"\nDifferences in Aua% on {task} under {attack}, with their 95 % interval over seeds and sentences, and p. The "
-    text += f"last column: roughly how many seeds would show {VISIBLE:g} points with a power of 80 %.\n"
+    text = f"\nDifferences in Aua% on {task} under {attack}, with their 95 % interval over seeds and sentences, and p. "
+    text += f"The last column: roughly how many seeds would show {VISIBLE:g} points with a power of 80 %.\n"
     return text + markdown_table(["", *heads, f"seeds for {VISIBLE:g} points"], lines)

@@ -37,7 +37,7 @@ COMMAND = (
 )
 LEGEND = (
     "Means are ± the standard deviation over seeds. Differences are paired by seed and sentence, and ± half of their "
-    "95 % interval over both. p is the largest of three: Student's t, and permutations over the seeds and the sentences."
+    "95 % interval over both. p is the largest of three: Student's t, and permutations over seeds and over sentences."
 )
 
 
@@ -75,7 +75,7 @@ def mlm_losses(results):
 
 
 def verdict(runs, losses):
-    """(the text of docs/results.md, the row and the table of README.md). runs: of a table. losses: {start: MLM loss}."""
+    """(text of docs/results.md, row and table of README.md). runs: of a table. losses: {start: MLM loss}."""
     starts = grouped(runs)
     if not starts:
         raise BadInput(f"the table has no runs of Vanilla and ORTicket on sst2: {COMMAND} makes them")
@@ -124,8 +124,8 @@ def grouped(runs):
         for kind, of in (((start, cosine), shared), ((start, cosine, method), own)):
             if differing := [name for name in of if kinds.setdefault(kind, of)[name] != of[name]]:
                 raise BadInput(
-                    f"runs of {method} from {start} at cosine {cosine:g} differ in {', '.join(differing)}: keep one kind "
-                    "of runs in --results"
+                    f"runs of {method} from {start} at cosine {cosine:g} differ in {', '.join(differing)}: keep one "
+                    "kind of runs in --results"
                 )
         groups.setdefault(start, {}).setdefault(cosine, {}).setdefault(label, []).append(run)
     starts = {}
@@ -143,8 +143,8 @@ def num_seeds(methods):
 
 def asked():
     return (
-        "**Asked.** Does a ticket of ORTicket resist word substitutions better than the full model? The paper's Table 1 "
-        f"says yes: on SST-2 under TextFooler its Aua% (accuracy under attack) is {paper()[0]:g}, the full model's "
+        "**Asked.** Does a ticket of ORTicket resist word substitutions better than the full model? The paper's Table "
+        f"1 says yes: on SST-2 under TextFooler its Aua% (accuracy under attack) is {paper()[0]:g}, the full model's "
         f"{paper()[1]:g}."
     )
 
@@ -243,15 +243,16 @@ def price(methods):
         mean(methods["ORTicket"], column) / mean(methods["Vanilla"], column) for column in columns
     )
     return (
-        f"**Its price.** The ticket has {1 - parameters:.1%} fewer parameters; its fine-tuning ran at {speed:.2f} times "
-        f"the full model's speed, with {memory:.2f} times its memory. More in [speed.md](speed.md#what-a-ticket-saves)."
+        f"**Its price.** The ticket has {1 - parameters:.1%} fewer parameters; its fine-tuning ran at {speed:.2f} "
+        f"times the full model's speed, with {memory:.2f} times its memory. More in "
+        "[speed.md](speed.md#what-a-ticket-saves)."
     )
 
 
 def only_bert_base():
     return (
-        "**Open.** The paper's model is BERT-base, which has not been trained here. Two commands answer the question for "
-        f"it: `{COMMAND} --model bert-base-uncased` adds its runs to the table, and `python -m experiments.verdict` "
+        "**Open.** The paper's model is BERT-base, which has not been trained here. Two commands answer the question "
+        f"for it: `{COMMAND} --model bert-base-uncased` adds its runs to the table, `python -m experiments.verdict` "
         "writes these lines from it. The hours: [speed.md](speed.md#cost-of-the-papers-experiments)."
     )
 

@@ -188,7 +188,7 @@ def test_a_timed_step_in_bf16_uses_the_weights_of_the_step_before(small_task, mo
 
 @pytest.mark.skipif(os.name != "posix", reason="groups of processes")
 def test_a_part_of_gpu_check_that_is_stopped_leaves_no_process(tmp_path):
-    child = f"import subprocess, sys; print(subprocess.Popen([sys.executable, '-c', '{'import time; time.sleep(60)'}']).pid)"
+    child = "import subprocess, sys; print(subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']).pid)"
     command = [sys.executable, "-uc", f"{child}; import time; time.sleep(60)"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True)
     grandchild = int(process.stdout.readline())
