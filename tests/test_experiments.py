@@ -401,6 +401,24 @@ def test_interval_covers_the_truth_and_test_rejects_as_often_as_they_say(monkeyp
     assert covered >= 0.93 * 300 and rejected <= 0.05 * 300
 
 
+def test_no_difference_in_any_sentence_is_not_certainty():
+    result = compare.compare(np.zeros((7, 250)), np.zeros((7, 250)))
+    assert result == {"difference": 0, "interval": 300 / 250, "p": 1, "seeds_needed": None}  # the rule of three
+    assert compare.compare(np.ones((1, 50)), np.zeros((1, 50))) == {"difference": 100}
+
+
+def test_p_is_small_only_if_the_interval_excludes_zero():
+    """Each permutation test leaves out one of the two sources of chance, Student's t none."""
+    generator = np.random.Generator(np.random.PCG64(301))  # both permutation tests have a p below 0.05 here
+    effects = [generator.normal(0, sd, (2, *of)) for sd, of in ((0.15, (7, 1)), (1.0, (1, 100)))]
+    effects[0][0] += 0.25
+    ours, theirs = generator.random((2, 7, 100)) < 1 / (1 + np.exp(-sum(effects)))
+    d = ours.astype(float) - theirs
+    assert compare.permutation_test(d.mean(1)) < 0.05 and compare.permutation_test(d.mean(0)) < 0.05
+    result = compare.compare(ours, theirs)
+    assert result["p"] > 0.05 and abs(result["difference"]) < result["interval"]
+
+
 def test_permutation_test_equals_scipys():
     generator = np.random.Generator(np.random.PCG64(0))
     for n in (3, 8):
