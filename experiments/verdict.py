@@ -4,14 +4,16 @@
 
 It reads the runs of `python -m experiments.table1 --results experiments/results/verdict`: seeds of Vanilla, FreeLB,
 ORTicket, the vanilla ticket and the random ticket, from one or several starts, under attacks of several strengths. Runs
-with `--finetune ticket-seed=N` are more random tickets. The text stands between two marks in docs/results.md. README.md
-has a row of it in the table of the state, and a table between the same marks.
+with `--finetune ticket-seed=N` are more random tickets. Those of `python -m experiments.figure2` in the same folder say
+how Aua% changes with the pruning ratios. The text stands between two marks in docs/results.md. README.md has a row of
+it in the table of the state, and a table between the same marks.
 """
 
 import re
 import statistics
 import textwrap
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +34,7 @@ METHODS = ("Vanilla", "FreeLB", "ORTicket", "Vanilla ticket", "Random ticket")
 COLUMN = "textfooler Aua%"
 COLUMNS = ("Clean%", COLUMN, "textfooler Suc%", "textfooler #Query")
 NAMES = {"minilm": "MiniLM as published", "minilm-mlm": "MiniLM trained further on MLM"}
+RATIOS = {"tau_head": "heads", "tau_ffn": "neurons"}
 COMMAND = (
     "python -m experiments.table1 --tasks sst2 --seeds 7 --attacks textfooler --results experiments/results/verdict"
 )
@@ -43,13 +46,14 @@ LEGEND = (
 
 @dataclass
 class Options:
-    results: str = option("experiments/results", "folder of mlm.json and of verdict/table1.json")
+    results: str = option("experiments/results", "folder of mlm.json, verdict/table1.json and verdict/figure2.json")
 
 
 def main():
     options = cli.parse(Options, __doc__)
-    runs, losses = load_runs(Path(options.results) / "verdict" / "table1.json"), mlm_losses(options.results)
-    text, row, summary = verdict(runs, losses)
+    folder = Path(options.results) / "verdict"
+    runs = [load_runs(folder / f"{name}.json") for name in ("table1", "figure2")]
+    text, row, summary = verdict(*runs, mlm_losses(options.results))
     replace(ROOT / "docs" / "results.md", f"{BEGIN}\n.*?{END}\n", f"{BEGIN}\n{text}{END}\n")
     replace(ROOT / "README.md", rf"\| {re.escape(ROW)} \|.*?\n", f"| {ROW} | {row} |\n")
     replace(ROOT / "README.md", f"{BEGIN}\n.*?{END}\n", f"{BEGIN}\n{summary}{END}\n")
@@ -74,9 +78,10 @@ def mlm_losses(results):
     return {"minilm": losses["loss_before"], "minilm-mlm": losses["loss_after"]}
 
 
-def verdict(runs, losses):
-    """(text of docs/results.md, row and table of README.md). runs: of a table. losses: {start: MLM loss}."""
-    starts = grouped(runs)
+def verdict(runs, ratio_runs, losses):
+    """(text of docs/results.md, row and table of README.md). runs: of Table 1. ratio_runs: of Figure 2. losses:
+    {start: MLM loss}."""
+    starts, fits = grouped(runs), fit_ratios(ratio_runs)
     if not starts:
         raise BadInput(f"the table has no runs of Vanilla and ORTicket on sst2: {COMMAND} makes them")
     lines, rows = [asked()], []
@@ -90,6 +95,7 @@ def verdict(runs, losses):
             lines.append(f"**With other limits on the substitutes' cosine** it is {', '.join(others)}.")
         if best := best_random(methods):
             lines.append(best)
+    lines += [ratios_line(fits)] if fits else []
     cosine, methods = next(iter(next(iter(starts.values())).items()))  # of the first start
     lines.append(price(methods))
     lines += [only_bert_base()] if "bert-base-uncased" not in starts else []
@@ -97,6 +103,7 @@ def verdict(runs, losses):
     for start, attacks in starts.items():
         for least, of in attacks.items():
             text += f"\n{name(start)}, substitutes of cosine {least:g} or more:\n{table(of)}"
+    text += ratios_table(fits) if fits else ""
     summary = wrapped(f"SST-2, {setting(cosine, methods['ORTicket'][0])} ([docs/results.md](docs/results.md)).")
     summary += f"\n{small_table(starts)}"
     return text, f"ORTicket minus Vanilla under TextFooler on SST-2: {'; '.join(rows)}", summary
@@ -235,6 +242,57 @@ def best_of(models, reference, draws=1000):
     ]
     low, high = np.percentile(drawn, (2.5, 97.5))
     return {"difference": measured(halves), "interval": (high - low) / 2}
+
+
+def fit_ratios(runs):
+    """{(start, method, ratio): {"tickets", "means" {value: mean Aua%}, "slope" and "curvature" of a parabola}}.
+
+    The parabola is fitted to the Aua% of the tickets of which only this ratio varies; fewer than 5 tickets, or 3
+    values of the ratio, are left out. Slope, at the mean ratio, and curvature are in points per 0.1 and per 0.1^2 of
+    the ratio, each with half of its 95 % interval (Student's t). Raises BadInput for runs that cannot be compared.
+    """
+    points, kinds, fits = {}, {}, {}
+    for run in runs:
+        ((ratio, value),) = run["overrides"]["draw"].items()
+        key = Path(run["settings"]["model"]).name, run["method"], ratio
+        kind = run["task"], run["settings"], run["resources"], run["overrides"] | {"draw": None}
+        if kinds.setdefault(key, kind) != kind:
+            raise BadInput(f"runs of {key[1]} from {key[0]} in figure2.json differ: keep one kind of runs in --results")
+        points.setdefault(key, []).append((Fraction(value), run["figures"][COLUMN]))
+    for key, found in sorted(points.items()):
+        x, y = np.array(found, float).T
+        if len(set(x)) < 3 or len(found) < 5:
+            continue
+        (curvature, slope, _), cov = np.polyfit(10 * (x - x.mean()), y, 2, cov=True)
+        intervals = stats.t.ppf(0.975, len(found) - 3) * np.sqrt(np.diag(cov))
+        means = {str(value): y[x == float(value)].mean() for value in sorted({value for value, _ in found})}
+        fits[key] = {"tickets": len(found), "means": means}
+        fits[key] |= {"slope": {"difference": slope, "interval": intervals[1]}}
+        fits[key] |= {"curvature": {"difference": curvature, "interval": intervals[0]}}
+    return fits
+
+
+def ratios_line(fits):
+    """Does Aua% rise and then fall with the ratios, as Figure 2 says?"""
+    found = []
+    for (start, method, ratio), fit in fits.items():
+        bend = fit["curvature"]
+        seen = "as the paper's" if bend["difference"] + bend["interval"] < 0 else "no rise and fall is shown"
+        found += [f"{shown(bend)} for {RATIOS[ratio]} from {name(start)} ({seen})"] if method == "ORTicket" else []
+    return (
+        "**The pruning ratios.** In the paper's Figure 2 Aua% rises with them and then falls: a parabola through it has "
+        f"a negative curvature. Here ORTicket's, in points per 0.1² of a ratio, is {', '.join(found)}."
+    )
+
+
+def ratios_table(fits):
+    rows = []
+    for (start, method, ratio), fit in fits.items():
+        means = ", ".join(f"{mean:.1f} at {value}" for value, mean in fit["means"].items())
+        label = f"{method}, {RATIOS[ratio]}, {name(start)}"
+        rows.append([label, str(fit["tickets"]), means, shown(fit["slope"]), shown(fit["curvature"])])
+    text = "\nAua% against the pruning ratios, with the slope and the curvature of a parabola:\n"
+    return text + markdown_table(["", "tickets", "Aua%", "slope per 0.1", "curvature per 0.1²"], rows)
 
 
 def price(methods):

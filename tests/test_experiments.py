@@ -505,7 +505,7 @@ def verdict_runs():
 )
 def test_the_verdict_says_what_the_interval_and_the_test_say(verdict_runs, counts, expected):
     found = verdict_runs(Vanilla=(10, 10, 11, 10, 10, 10, 10), ORTicket=counts)
-    text, row, summary = verdict.verdict(found, {"minilm": 6.6})
+    text, row, summary = verdict.verdict(found, [], {"minilm": 6.6})
     result = verdict.with_p(tables.difference(found[7:], found[:7], "sst2", "textfooler"))
     assert row.endswith(f"{result} points of Aua%, +0.0 ± 0.0 of Clean%: {expected}")
     line = f"| ORTicket | {len(counts)} | 90.0 ± 0.0 | {np.mean(counts):.1f} ± {np.std(counts, ddof=1):.1f} |"
@@ -522,14 +522,14 @@ def test_the_verdict_takes_runs_of_other_models_and_of_the_default_attack(verdic
         run["overrides"] = {}
     for run in found[1::2]:
         run["settings"] |= {"model": "runs/minilm-mlm"}
-    text, row, summary = verdict.verdict(found, {"minilm": 6.6, "minilm-mlm": 3.6})
+    text, row, summary = verdict.verdict(found, [], {"minilm": 6.6, "minilm-mlm": 3.6})
     assert "**From bert-base-uncased** (1 seed, with a search and a random ticket of its own; all training" in text
     assert "**From MiniLM trained further on MLM** (MLM loss on held-out text 3.60; 1 seed" in text
     assert "not been trained here" not in text and "| ORTicket | 90.0 | 12.0 | +2.0 | 90.0 | 13.0 | +2.0 |" in summary
     assert "from bert-base-uncased +2.0 points of Aua%, of one seed; from MiniLM trained further on MLM +2.0" in row
     for incomplete in ([], verdict_runs(Vanilla=(10, 11))):
         with pytest.raises(BadInput, match="no runs of Vanilla and ORTicket on sst2: python -m experiments.table1 "):
-            verdict.verdict(incomplete, {})
+            verdict.verdict(incomplete, [], {})
 
 
 @pytest.mark.parametrize(
@@ -543,10 +543,10 @@ def test_the_verdict_takes_runs_of_other_models_and_of_the_default_attack(verdic
 )
 def test_the_verdict_refuses_runs_that_cannot_be_compared(verdict_runs, name, value):
     found = verdict_runs(Vanilla=(10, 11), ORTicket=(12, 13))
-    verdict.verdict(found, {})
+    verdict.verdict(found, [], {})
     differing = next(iter(value.keys() - {"attack"}), "attack") if name == "overrides" else name
     with pytest.raises(BadInput, match=f"runs of ORTicket from minilm at cosine 0.5 differ in {differing}: keep one"):
-        verdict.verdict([*found[:-1], found[-1] | {name: value}], {})
+        verdict.verdict([*found[:-1], found[-1] | {name: value}], [], {})
 
 
 def test_differences_leave_out_other_seeds_and_sentences_with_an_error(verdict_runs):
@@ -577,9 +577,35 @@ def test_the_verdict_takes_random_tickets_of_other_seeds_for_the_best_one_alone(
     for number in (1, 2, 3):  # of ticket 1 there is a run without --finetune ticket-seed
         (run,) = verdict_runs(**{"Random ticket": (20 + number,)})
         found.append(run | {"overrides": run["overrides"] | {"finetune": {"ticket_seed": str(number)}}})
-    text, _, _ = verdict.verdict(found, {"minilm": 6.6})
+    text, _, _ = verdict.verdict(found, [], {"minilm": 6.6})
     assert "**The best random ticket**" in text and "; of 4 tickets +1" in text
     assert "| Random ticket | 2 | 90.0 ± 0.0 | 6.0 ± 1.4 |" in text
+
+
+def test_the_verdict_fits_a_parabola_to_the_runs_of_figure2(verdict_runs):
+    generator, many = np.random.Generator(np.random.PCG64(0)), []
+    for _ in range(100):
+        many.append([])
+        for value in ("1/12", "1/6", "1/4", "1/3"):
+            x = 10 * eval(value)
+            for run in verdict_runs(ORTicket=(50, 50), **{"Random ticket": (50,)}):
+                aua = 20 + 6 * x - 2 * x**2 + generator.normal()  # rises, then falls
+                run["overrides"] = {"draw": {"tau_head": value}}
+                many[-1].append(run | {"figures": run["figures"] | {"textfooler Aua%": aua}})
+    fits = [verdict.fit_ratios(found)["minilm", "ORTicket", "tau_head"] for found in many]
+    for name, true in (("curvature", -2), ("slope", 6 - 4 * (25 / 12))):  # at the mean of the ratios
+        errors = [fit[name]["difference"] - true for fit in fits]
+        covered = [abs(error) <= fit[name]["interval"] for error, fit in zip(errors, fits)]
+        assert abs(np.mean(errors)) < 0.4 and 0.88 <= np.mean(covered) < 1
+    assert [list(verdict.fit_ratios(found)) for found in many[:1]] == [[("minilm", "ORTicket", "tau_head")]]
+    turned = [run | {"figures": {"textfooler Aua%": -run["figures"]["textfooler Aua%"]}} for run in many[0]]
+    for found, seen in ((many[0], "(as the paper's)"), (turned, "(no rise and fall is shown)")):
+        text, _, _ = verdict.verdict(verdict_runs(Vanilla=(10, 11), ORTicket=(12, 13)), found, {})
+        assert f" for heads from MiniLM as published {seen}." in " ".join(text.split())
+        assert "| ORTicket, heads, MiniLM as published | 8 |" in text
+    many[0][0]["resources"] = {"encoder": "another"}
+    with pytest.raises(BadInput, match="runs of ORTicket from minilm in figure2.json differ: keep one kind"):
+        verdict.fit_ratios(many[0])
 
 
 def test_mlm_training_lowers_the_loss_on_texts_that_are_held_out(tmp_path, monkeypatch):
