@@ -15,7 +15,7 @@ from pathlib import Path
 from checkpoints import safetensors
 from runtime import distributed
 from runtime.cli import BadInput, first_few
-from runtime.files import read_json, write_json
+from runtime.files import model_folder, read_json, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = ("model", "corpus", "objective", "revision", "data_revision")  # their content is identified by a sha256
@@ -83,6 +83,14 @@ def identity(provenance):
     names = (*NAMES, "task") if "task_sha256" in provenance else NAMES
     settings = {key: value for key, value in provenance["settings"].items() if key not in names}
     return json.loads(json.dumps(found | {"settings": settings}))
+
+
+def without_paths(settings):
+    """Settings for a file that others get: of paths of this machine, to model, corpus or task, the last name is kept."""
+    model = Path(settings["model"])
+    if model.is_absolute() or model.exists():
+        settings = settings | {"model": str(model_folder("", model))}
+    return settings | {name: Path(settings[name]).name for name in ("corpus", "objective", "task") if name in settings}
 
 
 def read_made_by(path, provenance):

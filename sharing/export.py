@@ -7,7 +7,7 @@ are the same, the size is that of the full model. Its tokenizer and a model card
 from pathlib import Path
 
 from bert import Bert
-from checkpoints.provenance import is_up_to_date
+from checkpoints.provenance import is_up_to_date, without_paths
 from checkpoints.runs import read_metrics
 from runtime import files
 from runtime.cli import BadInput
@@ -54,13 +54,13 @@ def export(options, source, folder, masks, tokenizer, task, provenance):
 
 
 def dense_provenance(provenance):
-    """Tells an export from the model in a run's folder, which may be narrow."""
-    return provenance | {"settings": provenance["settings"] | {"export": "dense"}}
+    """Tells an export from the model in a run's folder, which may be narrow. Names no path of this machine."""
+    return provenance | {"settings": without_paths(provenance["settings"]) | {"export": "dense"}}
 
 
 def model_card(metrics, task):
     """The README.md of an export: how the model was trained."""
-    settings = metrics["settings"]
+    settings = without_paths(metrics["settings"])
     rows = {
         "task": f"{settings['task']}: {', '.join(task.labels)}",
         "pre-trained model": f"{settings['model']}, sha256 {metrics['model_sha256']}",

@@ -17,7 +17,7 @@ import torch
 
 import data
 from checkpoints import safetensors
-from checkpoints.provenance import differences
+from checkpoints.provenance import differences, without_paths
 from checkpoints.tickets import read_coefficients
 from gates import draw_masks
 from inputs import hub
@@ -76,11 +76,7 @@ def pack(paths):
         searches[seed] = head, ffn, mini_epochs, stopped_early
     seeds = sorted(searches)
     heads, ffns, mini_epochs, stopped_early = zip(*(searches[seed] for seed in seeds))
-    settings = common["settings"]
-    model = Path(settings["model"])
-    if model.is_absolute() or model.exists():
-        settings["model"] = str(files.model_folder("", model))
-    settings |= {name: Path(settings[name]).name for name in ("corpus", "objective")}
+    common["settings"] = without_paths(common["settings"])
     own = {"script": "publish.py", "seeds": seeds, "mini_epochs": mini_epochs, "stopped_early": stopped_early}
     return {"head": torch.stack(heads), "ffn": torch.stack(ffns)}, common | own
 

@@ -61,6 +61,7 @@ def test_transformers_loads_an_export_with_equal_logits_and_tokens(tmp_path, cor
         assert zeros == (40 if pruned else 0)
         card = (target / "README.md").read_text()
         assert json.loads((folder / "metrics.json").read_text())["model_sha256"] in card and "| task | rt:" in card
+        assert str(tmp_path).encode() not in b"".join(path.read_bytes() for path in target.iterdir())
 
 
 def test_export_refuses_to_replace_a_model_that_is_no_export(tiny, tmp_path, capsys):
