@@ -141,6 +141,8 @@ def best_ratios(figures, name):
 
 def bench_training(options, folder):
     device, is_search = pick_device(options.device), options.what == "search"
+    if options.profile and device.type == "mps":
+        raise BadInput("--profile cannot see the time of kernels on mps: use --device cpu")
     precisions = ["fp32"] if pick_precision(device, "auto") == torch.float32 else ["bf16", "fp32"]
     sides = [side for side in SIDES[options.what] if options.compile or "compiled" not in side]
     cases = [(side, of) for of in precisions for side in sides if of == precisions[0] or side not in ONLY_FIRST]

@@ -49,6 +49,12 @@ def checked(tmp_path, monkeypatch, missing, *parts):
     return rows
 
 
+def test_a_profile_is_refused_where_kernels_cannot_be_seen(monkeypatch, capsys):
+    monkeypatch.setattr(bench, "pick_device", lambda name: torch.device("mps"))
+    assert call(bench, "finetune", "--profile") == 2
+    assert "--profile cannot see the time of kernels on mps: use --device cpu" in capsys.readouterr().err
+
+
 BARE = ["pyarrow", "matplotlib", "editdistance", "textattack"]
 
 
