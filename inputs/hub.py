@@ -139,6 +139,7 @@ def download(url, what, folder, name, revision):
     retry = urllib3.Retry(ATTEMPTS - 1, backoff_factor=BACKOFF, **more)
     tmp_path = folder / "blobs" / f"{hashlib.sha256(f'{revision}/{name}'.encode()).hexdigest()}.incomplete"
     tmp_path.parent.mkdir(parents=True, exist_ok=True)
+    host = constants.ENDPOINT.rpartition("//")[2].rpartition("@")[2]
     with requests.Session() as session:
         session.headers["Accept-Encoding"], session.auth = "identity", authorization()
         for scheme in ("https://", "http://"):
@@ -148,6 +149,8 @@ def download(url, what, folder, name, revision):
                 time.sleep(BACKOFF * 2 ** (attempt - 1))
             try:
                 blob, commit, is_new = in_time(lambda is_over: receive(session, url, what, tmp_path, is_over), tmp_path)
+                if re.fullmatch(COMMIT, revision) and commit != revision:
+                    print_once(f"{what}: {host} sent commit {commit}, not {revision} as asked")
                 return link_snapshot(folder, commit, name, blob, revision, is_new)
             except RetryableError as error:
                 reason = f"{error}, {ATTEMPTS} attempts; try again, or set HF_ENDPOINT"
@@ -155,7 +158,6 @@ def download(url, what, folder, name, revision):
                 reason, response = explain(error), getattr(error, "response", None)
                 if response is None or response.status_code in (407, *RETRY_STATUSES):  # urllib3 has made all attempts
                     break
-    host = constants.ENDPOINT.rpartition("//")[2].rpartition("@")[2]
     raise BadInput(f"cannot fetch {what} from {host}: {reason}")
 
 

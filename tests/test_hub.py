@@ -155,6 +155,17 @@ def test_files_of_a_model_are_of_one_commit(server, tmp_path):
     assert revisions == {older}
 
 
+def test_another_commit_than_the_one_asked_for_is_named(server, capsys):
+    server.files["large.bin"] = LARGE
+    for revision in (COMMIT, "main"):
+        hub.fetch("owner/name", "large.bin", revision)
+    assert "sent commit" not in capsys.readouterr().out
+    hub.fetch("owner/name", "large.bin", "0" * 40)
+    host = hub.constants.ENDPOINT.removeprefix("http://")
+    line = f"large.bin of owner/name: {host} sent commit {COMMIT}, not {'0' * 40} as asked\n"
+    assert capsys.readouterr().out.endswith(line)
+
+
 def test_unreachable_hub_is_an_error_in_one_line(server, monkeypatch):
     monkeypatch.setattr(hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(BadInput, match="from 127.0.0.1:9: ConnectionError, 5 attempts"):
