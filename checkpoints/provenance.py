@@ -31,11 +31,12 @@ class ModuleFinder(modulefinder.ModuleFinder):
         return super().find_module(name, path, parent)
 
 
-def software(script):
-    """The "code" and "versions" of a provenance: {file: digest} of the script at this path and of the project's files
-    that it imports, directly or not; {package: version}."""
+def software(*scripts):
+    """The "code" and "versions" of a provenance: {file: digest} of the scripts at these paths and of the project's
+    files that they import, directly or not; {package: version}."""
     finder = ModuleFinder([str(ROOT)])
-    finder.run_script(str(script))
+    for script in scripts:
+        finder.load_file(str(script))
     paths = sorted(Path(module.__file__).resolve() for module in finder.modules.values() if module.__file__)
     code = {path.relative_to(ROOT).as_posix(): code_digest(path, path.stat().st_mtime_ns) for path in paths}
     return {"code": code, "versions": versions()}

@@ -63,7 +63,7 @@ OUTCOMES = {"failed": "1", "succeeded": "0", "skipped": "-", "error": "?"}  # of
 def code():
     """{file: digest} of what makes a run: the scripts and this file."""
     paths = [ROOT / f"{name}.py" for name in ("search", "draw", "finetune", "attack", "baselines/robustt")]
-    return {name: digest for path in (*paths, __file__) for name, digest in software(path)["code"].items()}
+    return software(*paths, __file__)["code"]
 
 
 def parse_overrides(options):
