@@ -55,6 +55,28 @@ def test_a_profile_is_refused_where_kernels_cannot_be_seen(monkeypatch, capsys):
     assert "--profile cannot see the time of kernels on mps: use --device cpu" in capsys.readouterr().err
 
 
+def test_the_speeds_in_the_readme_are_those_that_were_saved():
+    """Each row: seconds of orticket, of the library's default, of its best setting, and the ratio of the last."""
+    library, textattack = "transformers, SDPA", "textattack"
+    rows = {
+        "search: a FreeLB step": ("search", "bf16", "seconds", library),
+        "the same in fp32": ("search", "fp32", "seconds", library),
+        "fine-tuning:": ("finetune", "bf16", "seconds", library),
+        "classifying": ("finetune", "bf16", "classify", library),
+        "TextFooler": ("attack-textfooler-rt", "fp32", "seconds", textattack),
+    }
+    whole = (report.ROOT / "README.md").read_text("utf8")
+    text, figures = whole.partition("## Speed")[2], report.read("finetune")["figures"]
+    gain = figures["orticket in bf16"]["seconds"] / figures["its ticket in bf16"]["seconds"]
+    assert f": {gain:.2f} times the full model's speed on 2 CPU cores" in whole
+    for work, (name, precision, column, default) in rows.items():
+        figures = {case: row[column] for case, row in report.read(name)["figures"].items() if case.endswith(precision)}
+        ours, default = figures[f"orticket in {precision}"], figures[f"{default} in {precision}"]
+        best = min(seconds for case, seconds in figures.items() if case.startswith(("transformers", textattack)))
+        (row,) = [line for line in text.splitlines() if line.startswith(f"| {work}")]
+        assert row.split("|")[2:-1] == [f" {number:.2f} " for number in (ours, default, best, best / ours)], row
+
+
 BARE = ["pyarrow", "matplotlib", "editdistance", "textattack"]
 
 
