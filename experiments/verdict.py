@@ -253,7 +253,10 @@ def fit_ratios(runs):
     """
     points, kinds, fits = {}, {}, {}
     for run in runs:
-        ((ratio, value),) = run["overrides"]["draw"].items()
+        draw = run["overrides"]["draw"]
+        if len(draw) > 1:  # of figure2 --draw: not one ratio alone varies
+            continue
+        ((ratio, value),) = draw.items()
         key = Path(run["settings"]["model"]).name, run["method"], ratio
         kind = run["task"], run["settings"], run["resources"], run["overrides"] | {"draw": None}
         if kinds.setdefault(key, kind) != kind:
