@@ -36,11 +36,13 @@ COLUMNS = ("Clean%", COLUMN, "textfooler Suc%", "textfooler #Query")
 NAMES = {"minilm": "MiniLM as published", "minilm-mlm": "MiniLM trained further on MLM"}
 RATIOS = {"tau_head": "heads", "tau_ffn": "neurons"}
 COMMAND = (
-    "python -m experiments.table1 --tasks sst2 --seeds 7 --attacks textfooler --results experiments/results/verdict"
+    'python -m experiments.table1 --tasks sst2 --methods Vanilla ORTicket "Random ticket" --seeds 7 '
+    "--attacks textfooler --results experiments/results/verdict"
 )
 LEGEND = (
     "Means are ± the standard deviation over seeds. Differences are paired by seed and sentence, and ± half of their "
-    "95 % interval over both. p is the largest of three: Student's t, and permutations over seeds and over sentences."
+    "95 % interval over both. p is the largest of three: Student's t, and permutations over seeds and over sentences; "
+    "n seeds give no p below 2 / 2^n."
 )
 
 
@@ -90,7 +92,11 @@ def verdict(runs, ratio_runs, losses):
         result = claim(methods)
         lines.append(f"{described(start, losses, cosine, methods)} ORTicket minus Vanilla: {result}.")
         rows.append(f"from {name(start)} {result}")
-        others = [f"{with_p(compared(of, *TESTED))} at {other:g}" for other, of in attacks.items() if other != cosine]
+        others = [
+            f"{with_p(compared(of, *TESTED))} at {other:g} ({num_seeds(of)} seeds)"
+            for other, of in attacks.items()
+            if other != cosine
+        ]
         if others:
             lines.append(f"**With other limits on the substitutes' cosine** it is {', '.join(others)}.")
         if best := best_random(methods):
@@ -104,7 +110,10 @@ def verdict(runs, ratio_runs, losses):
         for least, of in attacks.items():
             text += f"\n{name(start)}, substitutes of cosine {least:g} or more:\n{table(of)}"
     text += ratios_table(fits) if fits else ""
-    summary = wrapped(f"SST-2, {setting(cosine, methods['ORTicket'][0])} ([docs/results.md](docs/results.md)).")
+    summary = wrapped(
+        f"SST-2, {setting(cosine, methods['ORTicket'][0])} ([more](docs/results.md)). Aua%: "
+        "accuracy under attack. ±: standard deviation; of a difference, half of its 95 % interval."
+    )
     summary += f"\n{small_table(starts)}"
     return text, f"ORTicket minus Vanilla under TextFooler on SST-2: {'; '.join(rows)}", summary
 
@@ -185,14 +194,14 @@ def claim(methods):
     text = f"{with_p(result)} points of Aua%"
     if "p" not in result:
         return f"{text}, of one seed"
-    text += f", {shown(clean_difference(methods))} of Clean%: "
+    text += ": "
     if result["p"] > 0.05 or abs(result["difference"]) <= result["interval"]:
         text += "**no difference is shown**"
     else:
         text += f"**the ticket is {'more' if result['difference'] > 0 else 'less'} robust**"
     if result["difference"] + result["interval"] < gain:
         text += f"; a gain as large as the paper's, {gain:.1f}, is excluded"
-    return text
+    return f"{text}; {shown(clean_difference(methods))} points of Clean%"
 
 
 def clean_difference(methods):
@@ -213,15 +222,13 @@ def best_random(methods):
         return ""
     known = ~np.isnan([*tickets, *full]).any(0)
     tickets, full = (np.array(of)[:, known] for of in (tickets, full))
-    text = (
-        f"of {count} it is {shown(best_of(tickets[:count], full.mean(0)))} points from Vanilla's mean, and the best of "
-    )
-    text += f"{count} runs of Vanilla {shown(best_of(full[:count], full.mean(0)))}"
+    text = f"the best of {len(tickets)} is {shown(best_of(tickets, full.mean(0)))} points from Vanilla's mean"
     if len(tickets) > count:
-        text += f"; of {len(tickets)} tickets {shown(best_of(tickets, full.mean(0)))}"
+        text += f" (of the first {count}: {shown(best_of(tickets[:count], full.mean(0)))})"
     return (
-        f"**The best random ticket**, chosen on one half of the sentences and measured on the other, and the reverse: "
-        f"{text}. (Intervals over sentences, for these models.)"
+        f"**Is any random ticket better?** Chosen on one half of the sentences and measured on the other, both ways, "
+        f"{text}. The best of {count} runs of Vanilla, chosen alike, is {shown(best_of(full[:count], full.mean(0)))} "
+        "from it. These intervals are over the sentences only."
     )
 
 
@@ -283,8 +290,8 @@ def ratios_line(fits):
         seen = "as the paper's" if bend["difference"] + bend["interval"] < 0 else "no rise and fall is shown"
         found += [f"{shown(bend)} for {RATIOS[ratio]} from {name(start)} ({seen})"] if method == "ORTicket" else []
     return (
-        "**The pruning ratios.** In the paper's Figure 2 Aua% rises with them and then falls: a parabola through it has "
-        f"a negative curvature. Here ORTicket's, in points per 0.1² of a ratio, is {', '.join(found)}."
+        "**The pruning ratios.** In the paper's Figure 2 Aua% rises with them and then falls: a parabola through it "
+        f"has a negative curvature. Here ORTicket's, in points per 0.1² of a ratio, is {', '.join(found)}."
     )
 
 
@@ -301,11 +308,12 @@ def ratios_table(fits):
 def price(methods):
     columns = "M parameters", "tokens_per_second", "GB"
     parameters, speed, memory = (
-        mean(methods["ORTicket"], column) / mean(methods["Vanilla"], column) for column in columns
+        median(methods["ORTicket"], column) / median(methods["Vanilla"], column) for column in columns
     )
     return (
         f"**Its price.** The ticket has {1 - parameters:.1%} fewer parameters; its fine-tuning ran at {speed:.2f} "
-        f"times the full model's speed, with {memory:.2f} times its memory. More in "
+        f"times the full model's speed, with {memory:.2f} times its memory (medians; "
+        f"{methods['ORTicket'][0]['machine'].replace(' 1 threads', ' 1 thread')}). More in "
         "[speed.md](speed.md#what-a-ticket-saves)."
     )
 
@@ -314,12 +322,12 @@ def only_bert_base():
     return (
         "**Open.** The paper's model is BERT-base, which has not been trained here. Two commands answer the question "
         f"for it: `{COMMAND} --model bert-base-uncased` adds its runs to the table, `python -m experiments.verdict` "
-        "writes these lines from it. The hours: [speed.md](speed.md#cost-of-the-papers-experiments)."
+        "writes these lines from it. [speed.md](speed.md#cost-of-the-papers-experiments) has the hours of Table 1."
     )
 
 
-def mean(runs, column):
-    return statistics.mean(run["figures"][column] for run in runs)
+def median(runs, column):
+    return statistics.median(run["figures"][column] for run in runs)
 
 
 def name(start):
@@ -343,7 +351,7 @@ def small_table(starts):
         for method, row in rows.items():
             row += [cell("verdict", methods.get(method, []), "sst2", column) for column in COLUMNS[:2]]
             row.append(shown(compared(methods, method, "Vanilla")))
-    heads = [f"{name(start)}: {head}" for start in first for head in ("Clean%", "Aua%", "minus Vanilla's")]
+    heads = [f"{name(start)}: {head}" for start in first for head in ("Clean%", "Aua%", "Aua% minus Vanilla's")]
     return markdown_table(["", *heads], list(rows.values()))
 
 

@@ -76,7 +76,8 @@ def describe(device):
         return torch.cuda.get_device_name(device)
     if device.type == "mps":
         return "Apple's GPU (MPS; what it lacks runs on the CPU)"
-    return f"CPU with {torch.get_num_threads()} threads"
+    count = torch.get_num_threads()
+    return f"CPU with {count} thread{'s' * (count > 1)}"
 
 
 def autocast(device, dtype):
