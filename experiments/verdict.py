@@ -112,7 +112,7 @@ def verdict(runs, ratio_runs, losses):
     text += ratios_table(fits) if fits else ""
     summary = wrapped(
         f"SST-2, {setting(cosine, methods['ORTicket'][0])} ([more](docs/results.md)). Aua%: "
-        "accuracy under attack. ±: standard deviation; of a difference, half of its 95 % interval."
+        "accuracy under attack. ±: standard deviation, of differences half the 95 % interval."
     )
     summary += f"\n{small_table(starts)}"
     return text, f"ORTicket minus Vanilla under TextFooler on SST-2: {'; '.join(rows)}", summary
