@@ -113,6 +113,11 @@ def run_workers(options, cases, folder):
     return found
 
 
+def processes(options):
+    """How a table has come about, in words."""
+    return f"Medians of {options.rounds} processes per side" if options.rounds > 1 else "One process per side"
+
+
 def medians(results):
     """[{figure: value} of a process] -> {figure: median}."""
     return {key: statistics.median(result[key] for result in results) for key in results[0]}
@@ -171,7 +176,7 @@ def bench_training(options, folder):
     same_model = [row for (side, _), row in figures.items() if side != "its ticket"]
     # a new classifier's loss is about ln 2 with any encoder, and the same for all sides to 2e-5
     check_agreement([row["loss"] for row in same_model], 0.02 if is_search else 2e-4)
-    lines = [f"{work} Medians of {options.rounds} processes; ratio: to orticket in {precisions[0]};"]
+    lines = [f"{work} {processes(options)}; ratio: to orticket in {precisions[0]};"]
     lines += ["of peak: share of the FLOP/s of a product of large matrices in the same precision;"]
     lines += ["first: seconds of the first passes, with compiling; compiled sides have one process."] * options.compile
     lines += ["", *report.table(figures, columns), "", f"Best baseline / orticket: {best_ratios(figures, 'seconds')}."]
@@ -190,7 +195,7 @@ def profile_table(options, results, work):
     figures = {(name,): {"seconds": seconds, "share": seconds / total} for name, seconds in of_process.items()}
     lines = [work, "", *report.table(figures, {"seconds": "{seconds:.3f}", "share": "{share:.1%}"}), ""]
     lines.append(
-        f"The products alone reach {rate:.0%} of the peak; with the profiler it took {slower:.2f} times as long."
+        f"The products alone reach {rate:.0%} of the peak; the profiled epoch took {slower:.2f} times the others."
     )
     return f"{options.what}-profile", figures, lines
 
@@ -209,9 +214,11 @@ def bench_attack(options, folder):
         row["same"] = sum(one == other for one, other in zip(texts[case], texts["textattack", "fp32"]))
     columns = {"in all": "{seconds:.2f}", "ratio": "{ratio:.2f}", "queries": "{queries:,}"}
     columns |= {"same outcome": f"{{same}} of {options.n}"} | {f"in {part}": f"{{{part}:.2f}}" for part in PARTS}
-    lines = [f"{options.attack} on {options.n} rows of {options.task}, MiniLM. Seconds, medians of {options.rounds}"]
-    lines += ["processes; ratio: to orticket in fp32; longest: TextAttack's wrapper, but with each batch padded to its"]
-    lines += ["longest text instead of 512 tokens.", "", *report.table(figures, columns), ""]
+    lines = [f"{options.attack} on {options.n} rows of {options.task}, MiniLM, in seconds. {processes(options)};"]
+    lines += [
+        "ratio: to orticket in fp32; longest: TextAttack's wrapper, but with each batch padded to its longest text"
+    ]
+    lines += ["instead of 512 tokens.", "", *report.table(figures, columns), ""]
     lines += [f"Best baseline / orticket: {best_ratios(figures, 'seconds')}."]
     return f"attack-{options.attack}-{options.task}", figures, lines
 
