@@ -82,6 +82,10 @@ def main():
         worker = time_attack if options.what == "attack" else training.time_training
         return print(json.dumps(worker(options, *options.worker.split(";"))))
     device = pick_device(options.device)
+    if options.profile and options.what not in SIDES:
+        raise BadInput(f"--profile is for {' and '.join(SIDES)}, not {options.what}")
+    if options.profile and device.type == "mps":
+        raise BadInput("--profile cannot see the time of kernels on mps: use --device cpu")
     os.environ["TA_DEVICE"] = str(device)  # TextAttack's, for its models; it is imported later
     benchmark = {"attack": bench_attack, "scale": scale.bench, "cost": cost.bench}.get(options.what, bench_training)
     with tempfile.TemporaryDirectory() as folder:
@@ -114,7 +118,7 @@ def run_workers(options, cases, folder):
 
 
 def processes(options):
-    """How a table has come about, in words."""
+    """How many processes a side had, in words."""
     return f"Medians of {options.rounds} processes per side" if options.rounds > 1 else "One process per side"
 
 
@@ -146,8 +150,6 @@ def best_ratios(figures, name):
 
 def bench_training(options, folder):
     device, is_search = pick_device(options.device), options.what == "search"
-    if options.profile and device.type == "mps":
-        raise BadInput("--profile cannot see the time of kernels on mps: use --device cpu")
     precisions = ["fp32"] if pick_precision(device, "auto") == torch.float32 else ["bf16", "fp32"]
     sides = [side for side in SIDES[options.what] if options.compile or "compiled" not in side]
     cases = [(side, of) for of in precisions for side in sides if of == precisions[0] or side not in ONLY_FIRST]
@@ -193,9 +195,10 @@ def profile_table(options, results, work):
     slower = total / row["seconds"]
     rate = row["flops"] / of_process["matrix products"] / row["peak"]
     figures = {(name,): {"seconds": seconds, "share": seconds / total} for name, seconds in of_process.items()}
-    lines = [work, "", *report.table(figures, {"seconds": "{seconds:.3f}", "share": "{share:.1%}"}), ""]
+    lines = [f"{work} {processes(options)}.", ""]
+    lines += [*report.table(figures, {"seconds": "{seconds:.3f}", "share": "{share:.1%}"}), ""]
     lines.append(
-        f"The products alone reach {rate:.0%} of the peak; the profiled epoch took {slower:.2f} times the others."
+        f"The products alone reach {rate:.0%} of the peak; profiling took {slower:.2f} times as long as without it."
     )
     return f"{options.what}-profile", figures, lines
 

@@ -87,11 +87,12 @@ def identity(provenance):
 
 
 def without_paths(settings):
-    """Settings for a file that others get: of paths of this machine, to model, corpus or task, the last name is kept."""
+    """Settings for a file that others get: of paths, to model, corpus or task, the last name is kept."""
     model = Path(settings["model"])
-    if model.is_absolute() or model.exists():
+    if model.is_absolute() or model.exists() or model.with_name(f"{model.name}.index").is_file():  # TensorFlow's
         settings = settings | {"model": str(model_folder("", model))}
-    return settings | {name: Path(settings[name]).name for name in ("corpus", "objective", "task") if name in settings}
+    names = [name for name in ("corpus", "objective", "task") if name in settings]
+    return settings | {name: os.path.basename(os.path.abspath(settings[name])) for name in names}
 
 
 def read_made_by(path, provenance):

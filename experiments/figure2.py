@@ -16,6 +16,7 @@ from runtime import cli
 from sharing.plots import new_figure, save_figure
 
 RATIOS = {"tau_head": ("1/12", "1/6", "1/4", "1/3"), "tau_ffn": ("0.05", "0.1", "0.2", "0.3", "0.4")}
+PRUNED = {"tau_head": "heads", "tau_ffn": "neurons"}
 ROWS = ("ORTicket", "Random ticket")
 
 
@@ -48,7 +49,7 @@ def plot(runs, path):
         bars = [stats.t.ppf(0.975, len(of) - 1) * stats.sem(of) if len(of) > 1 else np.nan for of in numbers]
         ax = axes[list(RATIOS).index(ratio)]
         ax.errorbar(x, [np.mean(of) for of in numbers], bars, marker="o", capsize=3, label=label)
-        ax.set(xlabel=f"pruning ratio of the {'heads' if ratio == 'tau_head' else 'neurons'}", ylim=(0, 100))
+        ax.set(xlabel=f"pruning ratio of the {PRUNED[ratio]}", ylim=(0, 100))
     axes[0].set_ylabel("%")
     axes[1].legend(fontsize=7)
     figure.suptitle(f"{settings['model']} on {runs[0]['task']}", parse_math=False)

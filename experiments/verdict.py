@@ -21,6 +21,7 @@ from scipy import stats
 
 import attack
 from checkpoints.provenance import read_result
+from experiments.figure2 import PRUNED
 from experiments.runs import overrides_text
 from experiments.tables import PAPER, cell, difference, held, load_runs, markdown_table, shown, with_p
 from runtime import cli, files
@@ -34,15 +35,14 @@ METHODS = ("Vanilla", "FreeLB", "ORTicket", "Vanilla ticket", "Random ticket")
 COLUMN = "textfooler Aua%"
 COLUMNS = ("Clean%", COLUMN, "textfooler Suc%", "textfooler #Query")
 NAMES = {"minilm": "MiniLM as published", "minilm-mlm": "MiniLM trained further on MLM"}
-RATIOS = {"tau_head": "heads", "tau_ffn": "neurons"}
 COMMAND = (
     'python -m experiments.table1 --tasks sst2 --methods Vanilla ORTicket "Random ticket" --seeds 7 '
     "--attacks textfooler --results experiments/results/verdict"
 )
 LEGEND = (
-    "Means are ± the standard deviation over seeds. Differences are paired by seed and sentence, and ± half of their "
-    "95 % interval over both. p is the largest of three: Student's t, and permutations over seeds and over sentences; "
-    "n seeds give no p below 2 / 2^n."
+    "Means are ± the standard deviation over seeds. Differences in Aua% are paired by seed and sentence, and ± half of "
+    "their 95 % interval over both; those in Clean% over the seeds alone (Student's t). p is the largest of three: a "
+    "t-test's, and those of permutations over seeds and over sentences; n seeds give no p below 2 / 2^n."
 )
 
 
@@ -93,7 +93,7 @@ def verdict(runs, ratio_runs, losses):
         lines.append(f"{described(start, losses, cosine, methods)} ORTicket minus Vanilla: {result}.")
         rows.append(f"from {name(start)} {result}")
         others = [
-            f"{with_p(compared(of, *TESTED))} at {other:g} ({num_seeds(of)} seeds)"
+            f"{with_p(compared(of, *TESTED))} at {other:g} (seeds: {num_seeds(of)})"
             for other, of in attacks.items()
             if other != cosine
         ]
@@ -101,7 +101,7 @@ def verdict(runs, ratio_runs, losses):
             lines.append(f"**With other limits on the substitutes' cosine** it is {', '.join(others)}.")
         if best := best_random(methods):
             lines.append(best)
-    lines += [ratios_line(fits)] if fits else []
+    lines += [ratios_line(fits)] if any("ORTicket" in key for key in fits) else []
     cosine, methods = next(iter(next(iter(starts.values())).items()))  # of the first start
     lines.append(price(methods))
     lines += [only_bert_base()] if "bert-base-uncased" not in starts else []
@@ -132,8 +132,7 @@ def grouped(runs):
         if run["task"] != "sst2" or "textfooler" not in run["outcomes"]:
             continue
         overrides, method, start = run["overrides"], run["method"], Path(run["settings"]["model"]).name
-        cosine = float(overrides.get("attack", {}).get("min_cosine", attack.Options.min_cosine))
-        training = dict(overrides.get("finetune", {}))
+        cosine, training = least_cosine(run), dict(overrides.get("finetune", {}))
         label = "more random tickets" if training.pop("ticket_seed", None) else method
         own = {name: overrides.get(name, {}) for name in ("search", "draw", "robustt")} | {"finetune": training}
         shared = {"settings": run["settings"], "attack": overrides.get("attack", {}), "resources": run["resources"]}
@@ -150,6 +149,10 @@ def grouped(runs):
         complete.sort(key=lambda cosine: (-num_seeds(attacks[cosine]), cosine))
         starts |= {start: {cosine: attacks[cosine] for cosine in complete}} if complete else {}
     return starts
+
+
+def least_cosine(run):
+    return float(run["overrides"].get("attack", {}).get("min_cosine", attack.Options.min_cosine))
 
 
 def num_seeds(methods):
@@ -191,6 +194,8 @@ def setting(cosine, run):
 def claim(methods):
     """What the difference of ORTicket and Vanilla says."""
     result, gain = compared(methods, *TESTED), paper()[0] - paper()[1]
+    if not result:
+        return "no sentence was attacked without an error in all runs"
     text = f"{with_p(result)} points of Aua%"
     if "p" not in result:
         return f"{text}, of one seed"
@@ -252,70 +257,85 @@ def best_of(models, reference, draws=1000):
 
 
 def fit_ratios(runs):
-    """{(start, method, ratio): {"tickets", "means" {value: mean Aua%}, "slope" and "curvature" of a parabola}}.
+    """{(start, least cosine, method, ratio): {"tickets", "means" {value: mean Aua%}, "first", "last"}}.
 
-    The parabola is fitted to the Aua% of the tickets of which only this ratio varies; fewer than 5 tickets, or 3
-    values of the ratio, are left out. Slope, at the mean ratio, and curvature are in points per 0.1 and per 0.1^2 of
-    the ratio, each with half of its 95 % interval (Student's t). Raises BadInput for runs that cannot be compared.
+    A parabola with a constant for each seed is fitted to the Aua% of the tickets of which only this ratio varies.
+    "first", "last": its slopes at the smallest and at the largest value, in points per 0.1 of the ratio, with half of
+    their 95 % intervals (Student's t). Fewer than 3 values, or too few tickets for 2 degrees of freedom, are left out.
+    Raises BadInput for runs that cannot be compared.
     """
     points, kinds, fits = {}, {}, {}
     for run in runs:
-        draw = run["overrides"]["draw"]
-        if len(draw) > 1:  # of figure2 --draw: not one ratio alone varies
+        draw, aua = run["overrides"].get("draw", {}), run["figures"].get(COLUMN)
+        if run["task"] != "sst2" or len(draw) != 1 or aua is None:  # no ratio or several; no attack
             continue
         ((ratio, value),) = draw.items()
-        key = Path(run["settings"]["model"]).name, run["method"], ratio
-        kind = run["task"], run["settings"], run["resources"], run["overrides"] | {"draw": None}
+        key = Path(run["settings"]["model"]).name, least_cosine(run), run["method"], ratio
+        kind = run["settings"], run["resources"], run["overrides"] | {"draw": None}
         if kinds.setdefault(key, kind) != kind:
-            raise BadInput(f"runs of {key[1]} from {key[0]} in figure2.json differ: keep one kind of runs in --results")
-        points.setdefault(key, []).append((Fraction(value), run["figures"][COLUMN]))
+            raise BadInput(f"runs of {key[2]} from {key[0]} in figure2.json differ: keep one kind of runs in --results")
+        points.setdefault(key, []).append((float(Fraction(value)), value, run["seed"], aua))
     for key, found in sorted(points.items()):
-        x, y = np.array(found, float).T
-        if len(set(x)) < 3 or len(found) < 5:
+        x, _, seeds, aua = (np.array(column) for column in zip(*sorted(found)))
+        columns = [(10 * x) ** 2, 10 * x, *(seeds == seed for seed in set(seeds))]
+        freedom = len(x) - len(columns)
+        if len(set(x)) < 3 or freedom < 2:
             continue
-        (curvature, slope, _), cov = np.polyfit(10 * (x - x.mean()), y, 2, cov=True)
-        intervals = stats.t.ppf(0.975, len(found) - 3) * np.sqrt(np.diag(cov))
-        means = {str(value): y[x == float(value)].mean() for value in sorted({value for value, _ in found})}
-        fits[key] = {"tickets": len(found), "means": means}
-        fits[key] |= {"slope": {"difference": slope, "interval": intervals[1]}}
-        fits[key] |= {"curvature": {"difference": curvature, "interval": intervals[0]}}
+        design, aua = np.stack(columns, 1).astype(float), aua - aua[0]  # equal figures then leave no rounding errors
+        fitted, *_ = np.linalg.lstsq(design, aua, rcond=None)
+        variance = ((aua - design @ fitted) ** 2).sum() / freedom * np.linalg.inv(design.T @ design)
+        fits[key] = {"tickets": len(x), "means": {}}
+        for _, value, _, of_ticket in sorted(found):
+            fits[key]["means"].setdefault(value, []).append(of_ticket)
+        for name, at in (("first", x[0]), ("last", x[-1])):
+            slope = np.array([20 * at, 1, *[0] * (len(columns) - 2)])  # the derivative of the columns
+            interval = stats.t.ppf(0.975, freedom) * (slope @ variance @ slope) ** 0.5
+            fits[key][name] = {"difference": slope @ fitted, "interval": interval}
     return fits
 
 
 def ratios_line(fits):
     """Does Aua% rise and then fall with the ratios, as Figure 2 says?"""
     found = []
-    for (start, method, ratio), fit in fits.items():
-        bend = fit["curvature"]
-        seen = "as the paper's" if bend["difference"] + bend["interval"] < 0 else "no rise and fall is shown"
-        found += [f"{shown(bend)} for {RATIOS[ratio]} from {name(start)} ({seen})"] if method == "ORTicket" else []
+    for (start, cosine, method, ratio), fit in fits.items():
+        first, last = fit["first"], fit["last"]
+        is_shown = first["difference"] > first["interval"] and -last["difference"] > last["interval"]
+        seen = "it rises and falls" if is_shown else "no rise and fall is shown"
+        slopes = f"{shown(first)} at the smallest, {shown(last)} at the largest"
+        if method == "ORTicket":
+            found.append(f"{PRUNED[ratio]} from {name(start)}, cosine {cosine:g}: {slopes} ({seen})")
     return (
-        "**The pruning ratios.** In the paper's Figure 2 Aua% rises with them and then falls: a parabola through it "
-        f"has a negative curvature. Here ORTicket's, in points per 0.1² of a ratio, is {', '.join(found)}."
+        "**The pruning ratios.** In the paper's Figure 2 Aua% rises with them and then falls. The slopes of ORTicket's "
+        f"in points per 0.1 of a ratio: {'; '.join(found)}."
     )
 
 
 def ratios_table(fits):
     rows = []
-    for (start, method, ratio), fit in fits.items():
-        means = ", ".join(f"{mean:.1f} at {value}" for value, mean in fit["means"].items())
-        label = f"{method}, {RATIOS[ratio]}, {name(start)}"
-        rows.append([label, str(fit["tickets"]), means, shown(fit["slope"]), shown(fit["curvature"])])
-    text = "\nAua% against the pruning ratios, with the slope and the curvature of a parabola:\n"
-    return text + markdown_table(["", "tickets", "Aua%", "slope per 0.1", "curvature per 0.1²"], rows)
+    for (start, cosine, method, ratio), fit in fits.items():
+        means = ", ".join(f"{statistics.mean(aua):.1f} at {value}" for value, aua in fit["means"].items())
+        label = f"{method}, {PRUNED[ratio]}, {name(start)}, cosine {cosine:g}"
+        rows.append([label, str(fit["tickets"]), means, shown(fit["first"]), shown(fit["last"])])
+    text = (
+        "Aua% against the pruning ratios, and the slopes of a parabola per 0.1 of the ratio. Each seed has a constant "
+    )
+    text += "of its own; the intervals are over tickets, not over sentences."
+    return f"\n{wrapped(text)}\n{markdown_table(['', 'tickets', 'Aua%', 'first slope', 'last slope'], rows)}"
 
 
 def price(methods):
     columns = "M parameters", "tokens_per_second", "GB"
+    machines = {run["machine"] for method in TESTED for run in methods[method]}
     parameters, speed, memory = (
         median(methods["ORTicket"], column) / median(methods["Vanilla"], column) for column in columns
     )
-    return (
-        f"**Its price.** The ticket has {1 - parameters:.1%} fewer parameters; its fine-tuning ran at {speed:.2f} "
-        f"times the full model's speed, with {memory:.2f} times its memory (medians; "
-        f"{methods['ORTicket'][0]['machine'].replace(' 1 threads', ' 1 thread')}). More in "
-        "[speed.md](speed.md#what-a-ticket-saves)."
-    )
+    text = f"**Its price.** The ticket has {1 - parameters:.1%} fewer parameters"
+    if len(machines) == 1:  # else speeds cannot be compared
+        text += (
+            f"; its fine-tuning ran at {speed:.2f} times the full model's speed, with {memory:.2f} times its memory "
+        )
+        text += f"(medians; {machines.pop()})"
+    return f"{text}. More in [speed.md](speed.md#what-a-ticket-saves)."
 
 
 def only_bert_base():

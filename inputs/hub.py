@@ -255,7 +255,7 @@ def explain(error):
 
 
 def link_snapshot(folder, commit, name, blob, revision, is_new):
-    """Path of the commit's snapshot of a file, a link to its blob; `revision` then refers to the commit.
+    """Path of the commit's snapshot of a file, a link to its blob; a branch `revision` then refers to the commit.
 
     Without links the blob is moved there, or copied if another snapshot may use it, as the hub's own library does.
     """
@@ -267,7 +267,7 @@ def link_snapshot(folder, commit, name, blob, revision, is_new):
                 os.symlink(os.path.relpath(blob, path.parent), tmp_path)
             except OSError:
                 (os.replace if is_new else shutil.copyfile)(blob, tmp_path)
-    if commit != revision:
+    if not re.fullmatch(COMMIT, revision):
         with atomic_write(folder / "refs" / revision) as tmp_path:
             Path(tmp_path).write_text(commit, "utf8")
     return path

@@ -160,7 +160,9 @@ def test_another_commit_than_the_one_asked_for_is_named(server, capsys):
     for revision in (COMMIT, "main"):
         hub.fetch("owner/name", "large.bin", revision)
     assert "sent commit" not in capsys.readouterr().out
-    hub.fetch("owner/name", "large.bin", "0" * 40)
+    for _ in range(2):  # it is not remembered as the commit that was asked for
+        hub.fetch("owner/name", "large.bin", "0" * 40)
+        assert hub.in_cache(hub.cache_folder("owner/name", False), "large.bin", "0" * 40) is None
     host = hub.constants.ENDPOINT.removeprefix("http://")
     line = f"large.bin of owner/name: {host} sent commit {COMMIT}, not {'0' * 40} as asked\n"
     assert capsys.readouterr().out.endswith(line)

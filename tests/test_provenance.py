@@ -31,7 +31,7 @@ from baselines import robustt
 from bert import Bert, Config
 from checkpoints import cache, provenance, runs
 from checkpoints import safetensors as our_safetensors
-from checkpoints.provenance import Checkpoint, is_up_to_date, read_made_by, read_result, software
+from checkpoints.provenance import Checkpoint, is_up_to_date, read_made_by, read_result, software, without_paths
 from checkpoints.tickets import find_ticket, read_coefficients
 from experiments import runs as runs_of_tables
 from experiments import table2, tables
@@ -100,6 +100,22 @@ def test_code_is_found_however_it_is_imported(source):
     names = ["some", "deep/__init__", "deep/other", "json"]
     names += [f"deep/er/{name}" for name in ("__init__", "one", "two", "three")]
     assert software(source / "some.py")["code"].keys() == {f"{name}.py" for name in names}
+
+
+def test_the_code_of_several_scripts_is_that_of_each():
+    names = "search", "draw", "finetune", "attack", "baselines/robustt", "experiments/runs"
+    of_each = [software(HERE / f"{name}.py")["code"] for name in names]
+    assert runs_of_tables.code() == {name: digest for code in of_each for name, digest in code.items()}
+
+
+def test_settings_for_others_name_no_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "uncased").mkdir()
+    (tmp_path / "uncased" / "bert_model.ckpt.index").touch()
+    settings = {"model": "uncased/bert_model.ckpt", "task": "/a/mine.csv", "corpus": "."}
+    assert without_paths(settings) == {"model": "uncased", "task": "mine.csv", "corpus": tmp_path.name}
+    settings = {"model": "owner/name", "task": "sst2", "objective": "mlm"}
+    assert without_paths(settings) == settings
 
 
 def test_the_digest_of_code_ignores_comments_docstrings_and_formatting(source):
