@@ -13,15 +13,13 @@ import re
 import statistics
 import textwrap
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 from scipy import stats
 
-import attack
 from checkpoints.provenance import read_result
-from experiments.figure2 import PRUNED
+from experiments.figure2 import PRUNED, fit_ratios, least_cosine
 from experiments.runs import overrides_text
 from experiments.tables import PAPER, cell, difference, held, load_runs, markdown_table, shown, with_p
 from runtime import cli, files
@@ -151,10 +149,6 @@ def grouped(runs):
     return starts
 
 
-def least_cosine(run):
-    return float(run["overrides"].get("attack", {}).get("min_cosine", attack.Options.min_cosine))
-
-
 def num_seeds(methods):
     """The number of seeds that ORTicket and Vanilla have in common."""
     return len(set.intersection(*({run["seed"] for run in methods.get(method, [])} for method in TESTED)))
@@ -254,44 +248,6 @@ def best_of(models, reference, draws=1000):
     ]
     low, high = np.percentile(drawn, (2.5, 97.5))
     return {"difference": measured(halves), "interval": (high - low) / 2}
-
-
-def fit_ratios(runs):
-    """{(start, least cosine, method, ratio): {"tickets", "means" {value: mean Aua%}, "first", "last"}}.
-
-    A parabola with a constant for each seed is fitted to the Aua% of the tickets of which only this ratio varies.
-    "first", "last": its slopes at the smallest and at the largest value, in points per 0.1 of the ratio, with half of
-    their 95 % intervals (Student's t). Fewer than 3 values, or too few tickets for 2 degrees of freedom, are left out.
-    Raises BadInput for runs that cannot be compared.
-    """
-    points, kinds, fits = {}, {}, {}
-    for run in runs:
-        draw, aua = run["overrides"].get("draw", {}), run["figures"].get(COLUMN)
-        if run["task"] != "sst2" or len(draw) != 1 or aua is None:  # no ratio or several; no attack
-            continue
-        ((ratio, value),) = draw.items()
-        key = Path(run["settings"]["model"]).name, least_cosine(run), run["method"], ratio
-        kind = run["settings"], run["resources"], run["overrides"] | {"draw": None}
-        if kinds.setdefault(key, kind) != kind:
-            raise BadInput(f"runs of {key[2]} from {key[0]} in figure2.json differ: keep one kind of runs in --results")
-        points.setdefault(key, []).append((float(Fraction(value)), value, run["seed"], aua))
-    for key, found in sorted(points.items()):
-        x, _, seeds, aua = (np.array(column) for column in zip(*sorted(found)))
-        columns = [(10 * x) ** 2, 10 * x, *(seeds == seed for seed in set(seeds))]
-        freedom = len(x) - len(columns)
-        if len(set(x)) < 3 or freedom < 2:
-            continue
-        design, aua = np.stack(columns, 1).astype(float), aua - aua[0]  # equal figures then leave no rounding errors
-        fitted, *_ = np.linalg.lstsq(design, aua, rcond=None)
-        variance = ((aua - design @ fitted) ** 2).sum() / freedom * np.linalg.inv(design.T @ design)
-        fits[key] = {"tickets": len(x), "means": {}}
-        for _, value, _, of_ticket in sorted(found):
-            fits[key]["means"].setdefault(value, []).append(of_ticket)
-        for name, at in (("first", x[0]), ("last", x[-1])):
-            slope = np.array([20 * at, 1, *[0] * (len(columns) - 2)])  # the derivative of the columns
-            interval = stats.t.ppf(0.975, freedom) * (slope @ variance @ slope) ** 0.5
-            fits[key][name] = {"difference": slope @ fitted, "interval": interval}
-    return fits
 
 
 def ratios_line(fits):

@@ -599,13 +599,13 @@ def test_the_verdict_fits_a_parabola_to_the_runs_of_figure2(verdict_runs):
     for _ in range(200):  # of seeds that differ
         levels = generator.normal(scale=5, size=3)
         noisy = lambda x, seed: levels[seed] + 6 * x - 2 * x**2 + generator.normal()  # noqa: E731
-        fit = verdict.fit_ratios(figure2_runs(verdict_runs, 3, noisy))["minilm", 0.5, "ORTicket", "tau_head"]
+        fit = figure2.fit_ratios(figure2_runs(verdict_runs, 3, noisy))["minilm", 0.5, "ORTicket", "tau_head"]
         slopes["first"].append((fit["first"]["difference"] - (6 - 4 * 10 / 12), fit["first"]["interval"]))
         slopes["last"].append((fit["last"]["difference"] - (6 - 4 * 10 / 3), fit["last"]["interval"]))
     for errors, intervals in (zip(*of) for of in slopes.values()):
         assert abs(np.mean(errors)) < 0.3 and 0.91 <= np.mean(np.abs(errors) <= intervals) <= 0.99
     found = figure2_runs(verdict_runs, 1, noisy) + figure2_runs(verdict_runs, 1, noisy)  # twice one seed: one constant
-    (fit,) = verdict.fit_ratios(found).values()
+    (fit,) = figure2.fit_ratios(found).values()
     x, y = zip(
         *((10 * float(Fraction(of["overrides"]["draw"]["tau_head"])), of["figures"]["textfooler Aua%"]) for of in found)
     )
@@ -633,22 +633,22 @@ def test_the_verdict_says_whether_the_accuracy_rises_and_falls_with_the_ratio(ve
 
 def test_the_verdict_takes_only_what_it_can_fit_from_figure2(verdict_runs):
     found = figure2_runs(verdict_runs, 2, lambda x, seed: x + seed)
-    (expected,) = verdict.fit_ratios(found).items()
-    (equal,) = verdict.fit_ratios(figure2_runs(verdict_runs, 2, lambda x, seed: 5.2)).values()
+    (expected,) = figure2.fit_ratios(found).items()
+    (equal,) = figure2.fit_ratios(figure2_runs(verdict_runs, 2, lambda x, seed: 5.2)).values()
     assert equal["first"] == equal["last"] == {"difference": 0, "interval": 0}  # without rounding errors
     others = [run | {"task": "agnews"} for run in found]
     others += [run | {"overrides": {"draw": {"tau_head": "1/6", "tau_ffn": "0.1"}}} for run in found]
     others += [run | {"overrides": {}} for run in found]
     others += [run | {"figures": {"Clean%": 90}} for run in found]
     others += [run | {"method": "Random ticket"} for run in found[::2]]  # of one seed: too few
-    assert list(verdict.fit_ratios(found + others).items()) == [expected]
+    assert list(figure2.fit_ratios(found + others).items()) == [expected]
     random = [run | {"method": "Random ticket"} for run in found]
     assert (
         "**The pruning ratios.**" not in verdict.verdict(verdict_runs(Vanilla=(1, 2), ORTicket=(3, 4)), random, {})[0]
     )
     found[0]["resources"] = {"encoder": "another"}
     with pytest.raises(BadInput, match="runs of ORTicket from minilm in figure2.json differ: keep one kind"):
-        verdict.fit_ratios(found)
+        figure2.fit_ratios(found)
 
 
 def test_mlm_training_lowers_the_loss_on_texts_that_are_held_out(tmp_path, monkeypatch):
