@@ -66,6 +66,7 @@ def test_the_speeds_in_the_readme_are_those_that_were_saved():
         "fine-tuning:": ("finetune", "bf16", "seconds", library),
         "classifying": ("finetune", "bf16", "classify", library),
         "TextFooler": ("attack-textfooler-rt", "fp32", "seconds", textattack),
+        "BERT-Attack": ("attack-bertattack-rt", "fp32", "seconds", textattack),
     }
     whole = (report.ROOT / "README.md").read_text("utf8")
     text, figures = whole.partition("## Speed")[2], report.read("finetune")["figures"]

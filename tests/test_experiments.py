@@ -533,6 +533,18 @@ def test_the_verdict_takes_runs_of_other_models_and_of_the_default_attack(verdic
             verdict.verdict(incomplete, [], {})
 
 
+def test_the_verdict_compares_the_ticket_with_adversarial_training(verdict_runs):
+    found = verdict_runs(Vanilla=(10, 11), ORTicket=(12, 13))
+    assert "**Instead of it.**" not in verdict.verdict(found, [], {})[0]
+    freelb = verdict_runs(FreeLB=(20, 21))
+    for run in freelb:
+        run["figures"]["Clean%"] = 92
+    text = " ".join(verdict.verdict(found + freelb, [], {})[0].split())
+    result = verdict.with_p(tables.difference(found[2:], freelb, "sst2", "textfooler"))
+    assert result.startswith("-8.0 ± ")
+    assert f"ORTicket minus FreeLB on the full model: {result} points of Aua% and -2.0 ± 0.0 of Clean% from" in text
+
+
 @pytest.mark.parametrize(
     "name, value",
     [
