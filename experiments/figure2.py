@@ -39,12 +39,12 @@ def main():
 def plot(runs, path):
     """Two panels, one for each ratio. The bars are 95 % intervals over several seeds (Student's t)."""
     settings, points = runs[0]["settings"], {}
-    for run in runs:
+    others = [overrides_text({name: of for name, of in run["overrides"].items() if name != "draw"}) for run in runs]
+    for run, other in zip(runs, others):
         draw = run["overrides"].get("draw", {})
-        others = overrides_text({name: of for name, of in run["overrides"].items() if name != "draw"})
         for column in ("Clean%", *(f"{name} Aua%" for name in settings["attacks"].split())):
             for ratio in draw if len(draw) == 1 else ():
-                line = points.setdefault((ratio, f"{run['method']}, {column}{others}"), {})
+                line = points.setdefault((ratio, f"{run['method']}, {column}{other * (len(set(others)) > 1)}"), {})
                 line.setdefault(float(Fraction(draw[ratio])), []).append(run["figures"][column])
     figure, axes = new_figure(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
     for (ratio, label), line in points.items():
@@ -54,8 +54,10 @@ def plot(runs, path):
         ax.errorbar(x, [np.mean(of) for of in numbers], bars, marker="o", capsize=3, label=label)
         ax.set(xlabel=f"pruning ratio of the {PRUNED[ratio]}", ylim=(0, 100))
     axes[0].set_ylabel("%")
-    axes[1].legend(fontsize=7)
-    figure.suptitle(f"{settings['model']} on {runs[0]['task']}", parse_math=False)
+    handles = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels())}
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=2, fontsize=7)
+    shared = others[0].replace("`", "") if len(set(others)) == 1 else ""
+    figure.suptitle(f"{settings['model']} on {runs[0]['task']}{shared}", fontsize=9, parse_math=False)
     save_figure(figure, path)
 
 
