@@ -39,8 +39,8 @@ COMMAND = (
 )
 LEGEND = (
     "Means are ± the standard deviation over seeds. Differences in Aua% are paired by seed and sentence, and ± half "
-    "of their 95 % interval over both; those in Clean% over the seeds alone (Student's t). p is the largest of three: a "
-    "t-test's, and those of permutations over seeds and over sentences; n seeds give no p below 2 / 2^n."
+    "of their 95 % interval over both; those in Clean% over the seeds alone (Student's t). p is the largest of three: "
+    "a t-test's, and those of permutations over seeds and over sentences; n seeds give no p below 2 / 2^n."
 )
 
 
