@@ -40,7 +40,8 @@ COMMAND = (
 LEGEND = (
     "Means are ± the standard deviation over seeds. Differences in Aua% are paired by seed and sentence, and ± half "
     "of their 95 % interval over both; those in Clean% over the seeds alone (Student's t). p is the largest of three: "
-    "a t-test's, and those of permutations over seeds and over sentences; n seeds give no p below 2 / 2^n."
+    "a t-test's, and those of permutations over seeds and over sentences; n seeds give no p below 2 / 2^n. No p is "
+    "corrected for the number of comparisons."
 )
 
 
@@ -261,7 +262,7 @@ def ratios_line(fits):
         if method == "ORTicket":
             found.append(f"{PRUNED[ratio]} from {name(start)}, cosine {cosine:g}: {slopes} ({seen})")
     return (
-        "**The pruning ratios.** In the paper's Figure 2 Aua% rises with them and then falls. The slopes of ORTicket's "
+        "**The pruning ratios.** In the paper's Figure 2 Aua% rises with them and then falls. ORTicket's slopes here, "
         f"in points per 0.1 of a ratio: {'; '.join(found)}."
     )
 
@@ -274,8 +275,8 @@ def ratios_table(fits):
         rows.append([label, str(fit["tickets"]), means, shown(fit["first"]), shown(fit["last"])])
     text = (
         "Aua% against the pruning ratios, and the slopes of a parabola per 0.1 of the ratio. Each seed has a constant "
+        "of its own; the intervals are over tickets, not over sentences."
     )
-    text += "of its own; the intervals are over tickets, not over sentences."
     return f"\n{wrapped(text)}\n{markdown_table(['', 'tickets', 'Aua%', 'first slope', 'last slope'], rows)}"
 
 
@@ -289,8 +290,8 @@ def price(methods):
     if len(machines) == 1:  # else speeds cannot be compared
         text += (
             f"; its fine-tuning ran at {speed:.2f} times the full model's speed, with {memory:.2f} times its memory "
+            f"(medians; {machines.pop()})"
         )
-        text += f"(medians; {machines.pop()})"
     return f"{text}. More in [speed.md](speed.md#what-a-ticket-saves)."
 
 
