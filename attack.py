@@ -9,8 +9,8 @@ BERT-Attack (Li et al. 2020), DeepWordBug (Gao et al. 2018); and bertattack-fuda
 The recipes are TextAttack's. Their resources (word vectors, sentence encoder, part-of-speech tagger, masked language
 model) are replaced where the papers' own are not available, and the output says so. The metrics are the paper's:
 Clean% is the accuracy on all test rows. Aua% is the accuracy under attack on the --n attacked rows. Suc% is the share
-of attacks that succeed on correctly classified rows. #Query is the mean number of queries per such attack. Results are
-written to the model's folder below --output: ATTACK.jsonl has a line per example, ATTACK.json a summary. Interrupted
+of attacks that succeed on correctly classified rows. #Query is the mean number of queries of these attacks, successful
+or not. Results are written to the model's folder below --output: ATTACK.jsonl has a line per example, ATTACK.json a summary. Interrupted
 runs resume when rerun.
 """
 
@@ -47,7 +47,7 @@ from runtime.device import DEFAULT_MODEL, precision_name
 class Options(data.TaskOptions):
     attack: str = option("textfooler", "all: one after another", choices=(*RECIPES, "all"), group="attack")
     n: int = option(None, "test rows to attack [300, or all if there are fewer]", at_least=1, group="attack")
-    attack_columns: str = option(None, "column of a pair to change [both, except in NLI recipes]", group="attack")
+    attack_columns: str = option(None, "the one column of a pair to change [both]", group="attack")
     seed: int = option(0, "of fine-tuning and of random edits", at_least=0, below=2**31, group="attack")
     sample_seed: int = option(None, "of the sample of test rows [--seed]", at_least=0, below=2**31, group="attack")
     model: str = option(DEFAULT_MODEL, "the pre-trained model that was fine-tuned, or a classifier", group="model")
@@ -109,6 +109,7 @@ def main():
                     for number in list(examples)[rank::world]:
                         if number in results.rows:
                             continue
+                        # a seed for each row: neither the order nor the number of processes changes a result
                         textattack.shared.utils.set_seed((options.seed * 1_000_003 + number) % 2**32)
                         results.add(attack_example(attack, task, number, *examples[number]))
                         results.show(bar, world > 1)

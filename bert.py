@@ -7,7 +7,7 @@ other families differ as `checkpoints/families.py` lists. ORTicket adds two thin
 
 Left out: decoding, cross attention, next-sentence prediction, relative positions, activations other than GELU.
 
-Shapes: B examples, T tokens, d hidden size, H heads of size s, N neurons, V vocabulary; H and N after pruning.
+Shapes: B examples, T tokens, d hidden size, H heads of size s, N neurons, V vocabulary; H and N that pruning left.
 """
 
 import os
@@ -261,7 +261,8 @@ class Bert(nn.Module):
         """A smaller Bert without the heads and neurons whose mask, (layers, H) and (layers, N) bool, is False.
 
         It equals this model with those gates at 0, and is m * theta_0 of Algorithm 2, line 6. Only a full model can be
-        pruned. A layer may lose all its neurons: its FFN is then the output bias.
+        pruned; load theta_0 again for each ticket, since embeddings and norms are shared with it. A layer may lose all
+        its neurons: its FFN is then the output bias.
         """
         config = replace(self.config, heads=tuple(head_mask.sum(1).tolist()), neurons=tuple(ffn_mask.sum(1).tolist()))
         state = self.state_dict()
@@ -297,9 +298,8 @@ class Bert(nn.Module):
         """Load the model at `path`, a folder or a weights file, as published or as `save` wrote it.
 
         mlm: with an MLM head. num_labels: classes of the classifier; None: as in the file. A head that is missing, or
-        has another number of classes, is initialized and listed in `model.initialized`; unused tensors are listed in
-        `model.unused`. Parameters are memory-mapped: the file must not change while the model is in use. Raises
-        BadInput if a tensor of the encoder is missing or does not have the shape of the configuration.
+        has another number of classes, is initialized and listed in `model.initialized`; `model.unused` lists unused
+        tensors. Parameters are memory-mapped: the file must not change meanwhile. BadInput if a tensor does not fit.
         """
         config = Config.read(path)
         mapped = huggingface.read_weights(path)

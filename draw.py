@@ -49,8 +49,8 @@ def main():
     if task is None and not Path(options.task).exists() and options.tau_ffn is None:
         known = ", ".join(data.TASKS)
         raise BadInput(f"unknown task {options.task!r}: give one of {known}, a file, or --tau-ffn as well")
-    tau_ffn = (task or data.Task).tau_ffn if options.tau_ffn is None else options.tau_ffn
-    classes = len(task.labels) if task else 2
+    default, classes = (task.tau_ffn, len(task.labels)) if task else (data.Task.tau_ffn, 2)
+    tau_ffn = default if options.tau_ffn is None else options.tau_ffn
     folder = files.model_folder(options.output, options.model) / files.task_folder(options.task)
     head, ffn, metadata = load_coefficients(options, folder.parent)
     model, seed = metadata["settings"]["model"], metadata["settings"]["seed"]

@@ -74,7 +74,7 @@ class Options(data.TaskOptions, MachineOptions):
     overwrite: bool = option(False, "make it anew; if interrupted, the same command resumes", group="output")
 
 
-# options that do not change the result: a run may resume with others
+# options with which a run may resume; --device and --grad-accum-steps change rounding and dropout only
 NOT_SETTINGS = ("output", "overwrite", "export_hf", "device", "grad_accum_steps", "checkpointing")
 
 
@@ -98,7 +98,9 @@ def main():
         task_sha256 = rows_sha256(tokenizer, max_length, *rows.values())
         splits = {name: TokenizedSplit(tokenizer, part, max_length, device) for name, part in rows.items()}
     del rows  # the texts are not needed any more
-    print(f"task {options.task}: {', '.join(f'{len(of):,} {name}' for name, of in splits.items())} rows; {task.note}")
+    print(
+        f"task {options.task}: {', '.join(f'{len(split):,} {name}' for name, split in splits.items())} rows; {task.note}"
+    )
     truncated = sum(split.num_truncated for split in splits.values())
     print(f"ticket: {options.ticket}; {truncated:,} texts truncated to {max_length} tokens")
     folder /= files.run_name(options)
@@ -157,9 +159,9 @@ def finetune(options, model, weight_masks, splits, run, dtype):
 
                 if infobert:
                     loss_of, extra_loss = infobert.losses(*part, share)
-                adversary = adv_steps, adv_lr, adv_max_norm, extra_loss, only_last
+                strength = adv_steps, adv_lr, adv_max_norm
                 with autocast(delta.device, dtype):
-                    loss += freelb(loss_of, delta[rows], part.token_mask, *adversary)
+                    loss += freelb(loss_of, delta[rows], part.token_mask, *strength, extra_loss, only_last)
             distributed.sum_gradients(parameters)
             for name, mask in weight_masks.items():  # no gradient, no weight decay: pruned weights stay 0
                 model.get_parameter(name).grad.mul_(mask)
@@ -175,14 +177,14 @@ def finetune(options, model, weight_masks, splits, run, dtype):
 def run_finetuning(options, model, weight_masks, splits, folder, provenance, tokenizer, task, dtype):
     """Fine-tune, test, and write the model and metrics.json into `folder`."""
     weight_masks = {name: mask.to(splits["train"].device) for name, mask in weight_masks.items()}
-    all_words = model.word_embeddings.weight.detach()
-    model, words = restrict_vocabulary(model, *splits.values())
+    all_embeddings = model.word_embeddings.weight.detach()  # (V, d); only those of the task's tokens are trained
+    model, word_ids = restrict_vocabulary(model, *splits.values())
     model.checkpointing = options.checkpointing
     run = FinetuneRun(options, splits["train"], folder, provenance)
     finetune(options, model, weight_masks, splits, run, dtype)
     test_accuracy = accuracy(model, splits["test"], options.batch_size, dtype)
     by_class = rare_class_metrics(model, splits, task.labels, options.batch_size, dtype)
-    model = restore_vocabulary(model, words, all_words, run.decay())
+    model = restore_vocabulary(model, word_ids, all_embeddings, run.decay())
     pruned = sum((~mask).sum().item() for mask in weight_masks.values())
     metrics = run.metrics() | {
         "test_accuracy": test_accuracy,
@@ -212,7 +214,7 @@ def starting_point(options, source, masks, task):
         return reinitialize_pruned(model, *masks), {}
     model = model.pruned(*masks)  # Line 6: theta <- theta_0, theta_ticket <- m * theta
     if options.ablation == "no-initialization":  # as in EarlyRobust: not the embeddings, not the LayerNorms
-        for linear in filter(lambda module: isinstance(module, nn.Linear), model.modules()):
+        for linear in [module for module in model.modules() if isinstance(module, nn.Linear)]:
             model.initialize(linear)
     return model, {}
 

@@ -47,7 +47,7 @@ def draw_mask(coefficients, tau, at_least_one=False):
                 f"tau {tau:.4g} prunes {count} of {layers * n} heads, but each of the {layers} layers keeps one: "
                 f"choose at most {n - 1}/{n}"
             )
-        best = n - 1 - coefficients.flip(1).argmax(1, keepdim=True)  # (layers, 1): the largest, the last of equals
+        best = coefficients.argsort(dim=1, stable=True)[:, -1:]  # (layers, 1): the largest, the last of equals
         coefficients = coefficients.scatter(1, best, math.inf)  # never among the smallest
     mask = torch.ones(layers * n, dtype=torch.bool)  # line 1: m <- 1
     smallest = coefficients.flatten().argsort(stable=True)[:count]  # c* is the last of these

@@ -36,7 +36,7 @@ from runtime.device import DEFAULT_MODEL, MODEL_HELP, MachineOptions, autocast, 
 from sharing.plots import plot_search
 
 SMALL_BATCH = 8  # of bbc-small, so that few tokens make enough steps
-SEARCH_ADVERSARIES = tuple(name for name in ADVERSARIES if name != "infobert")  # which needs labels
+SEARCH_ADVERSARIES = tuple(name for name in ADVERSARIES if name != "infobert")  # its second loss is in finetune.py
 PRESETS = {  # earlyrobust: the numbers of its authors' scripts (Xi et al. 2022)
     "orticket": {"adversary": "freelb", "lambda_head": 1e-4, "lambda_ffn": 1e-4},
     "earlyrobust": {"adversary": "freelb-earlyrobust", "lambda_head": 1e-5, "lambda_ffn": 2e-4},
@@ -89,7 +89,7 @@ class Options(data.TaskOptions, MachineOptions):
                 setattr(self, name, value)
 
 
-# options that do not change the result: a search may resume with others
+# options with which a search may resume; --device and --grad-accum-steps change rounding and dropout only
 NOT_SETTINGS = ("output", "overwrite", "save_model", "seeds", "device", "grad_accum_steps", "checkpointing", "preset")
 
 
@@ -103,7 +103,7 @@ def main():
         ones = Coefficients(config.num_hidden_layers, config.num_attention_heads, config.intermediate_size)
         draw_masks(*ones.gates, options.tau_head, options.tau_ffn)  # impossible ratios are refused now, not later
         examples, num_labels, examples_sha256 = load_examples(options, tokenizer, config, device)
-        mlm_head = choose_mlm_head(options, model_sha256)
+        head_sha256 = choose_mlm_head(options, model_sha256)
     for seed in range(options.seed, options.seed + options.seeds):
         suffix = "" if num_labels == 0 else f"-{files.task_folder(options.objective)}"
         suffix += f"-seed{seed}" if options.seeds > 1 else ""
@@ -115,14 +115,15 @@ def main():
             "model_sha256": model_sha256,
             "config": asdict(config),
             "corpus_sha256": examples_sha256,
-            **mlm_head,
+            **head_sha256,
             **software(__file__),
         }
         path, state = output / f"coefficients{suffix}.safetensors", output / f"search{suffix}.state.safetensors"
-        theta = options.save_model and files.writable(Path(f"{options.save_model}{suffix}"))
-        results = [path] if theta is None else [path, theta / "model.safetensors"]
+        model_folder = options.save_model and files.writable(Path(f"{options.save_model}{suffix}"))
+        results = [path] if model_folder is None else [path, model_folder / "model.safetensors"]
 
         def is_done():
+            # a list: with --overwrite, each of the old files must be removed
             return all([is_up_to_date(result, provenance, options.overwrite) for result in results])
 
         with distributed.file_lock(state):
@@ -130,9 +131,9 @@ def main():
                 run = SearchRun(seeded, examples, Checkpoint(state, provenance, options.overwrite))
                 model, c = starting_point(seeded, folder, num_labels, run, tokenizer, output, dtype)
                 stopping = search(seeded, model.to(device), c.to(device), examples, run, dtype)
-                if theta and distributed.is_main_process():
-                    model.save(theta, (), provenance)
-                    tokenizer.save(theta)
+                if model_folder and distributed.is_main_process():
+                    model.save(model_folder, (), provenance)
+                    tokenizer.save(model_folder)
                 run.write(path, stopping)  # last: if this file exists, the search is complete
             if distributed.is_main_process():
                 state.unlink(missing_ok=True)
@@ -161,7 +162,7 @@ def starting_point(options, folder, num_labels, run, tokenizer, output, dtype):
 
 def search(options, model, c, examples, run, dtype):
     """Algorithm 1. model: theta_0. c: Coefficients, all 1. examples: Blocks or TokenizedSplit. run: SearchRun, which
-    logs, saves and resumes. Trains both in place and returns the EarlyStopping object."""
+    logs, saves and resumes. Trains both in place and returns the EarlyStopping object. BadInput if it diverges."""
     model.train()  # Line 1, theta <- theta_0 and c <- 1: see `starting_point`
     parameters = [*model.parameters(), *c.parameters()]
     c_group = {"params": c.parameters(), "weight_decay": 0.0}
@@ -175,7 +176,7 @@ def search(options, model, c, examples, run, dtype):
     # Lines 2 and 5: repeat until both masks were stable in 5 mini-epochs in a row (section 2.2.2), or for --epochs
     while step < run.steps and not stopping.should_stop:
         indices = run.example_indices(step)
-        optim.seed_step(options.seed, 2, step)
+        optim.seed_step(options.seed, 2, step)  # 2: 1 is the order of the examples, 3 the MLM head's fit
         batch, loss = examples.batch(indices), 0.0  # masks 15 % of the tokens, at random in every step
         delta = initial_delta(batch.token_mask, model.config.hidden_size, options.adv_init_mag, options.adv_max_norm)
         for rows in distributed.micro_batches(len(delta), options.grad_accum_steps):
@@ -185,9 +186,9 @@ def search(options, model, c, examples, run, dtype):
             def loss_of(perturbation):  # L(f(x + delta; theta, c), y) in eq. 6: this part's share of the batch mean
                 return objective(model, part, c.gates, perturbation) * share
 
-            adversary = options.adv_steps, options.adv_lr, options.adv_max_norm, None, only_last
-            with autocast(delta.device, dtype):
-                loss += freelb(loss_of, delta[rows], part.token_mask, *adversary)  # Eq. 6: adds the gradient of L_adv
+            strength = options.adv_steps, options.adv_lr, options.adv_max_norm
+            with autocast(delta.device, dtype):  # Eq. 6: adds the gradient of L_adv
+                loss += freelb(loss_of, delta[rows], part.token_mask, *strength, only_last=only_last)
         distributed.sum_gradients(parameters)  # over the processes, before R(c), which counts once
         c.penalty(options.lambda_head, options.lambda_ffn).backward()  # Eq. 5, R(c): .grad is now that of eq. 7
         torch.nn.utils.clip_grad_norm_(parameters, options.clip_norm)  # c with theta, as in EarlyRobust's scripts

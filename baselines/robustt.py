@@ -47,7 +47,7 @@ class Options(data.TaskOptions):
     sparsity: float = option(0.3, "share of the weights that is pruned", at_least=0, below=1, group="gates")
     initial: float = option(0.9, "initial value of the gates", above=0, below=1, group="gates")
     regularization: float = option(0.5, "lambda after its linear ramp", at_least=0, group="gates")
-    adv_steps: int = option(5, "K, FreeLB's ascent steps", at_least=1, group="adversary")
+    adv_steps: int = option(5, "K, FreeLB's passes per step", at_least=1, group="adversary")
     adv_lr: float = option(0.03, "size of an ascent step", at_least=0, group="adversary")
     adv_init_mag: float = option(0.05, "magnitude of the initial perturbation", at_least=0, group="adversary")
     adv_max_norm: float = option(0.0, "epsilon, an L2 norm per example; 0: no bound", at_least=0, group="adversary")

@@ -1,1 +1,1 @@
-"""Tests of the rooms; test_all.py at the top is the specification."""
+"""Tests of the folders and scripts; test_all.py at the top is the specification."""

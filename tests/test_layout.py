@@ -6,14 +6,14 @@ import pytest
 
 from tests.conftest import HERE
 
-CONCEPTS = ("bert", "gates", "freelb", "data")  # used by scripts and rooms
+CONCEPTS = ("bert", "gates", "freelb", "data")  # used by the scripts and the folders
 SCRIPTS = ("search", "draw", "finetune", "attack")
 # each may import what stands after it
 ORDER = ("experiments", "benchmarks", "scripts", "sharing", "attacks", "baselines", "inputs", "checkpoints", "runtime")
 
 
 def imported(path):
-    """The names of the project's modules and rooms that a file imports, anywhere in it."""
+    """The names of the project's modules and folders that a file imports, anywhere in it."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text("utf8"))):
         if isinstance(node, ast.Import):
