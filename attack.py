@@ -9,9 +9,9 @@ BERT-Attack (Li et al. 2020), DeepWordBug (Gao et al. 2018); and bertattack-fuda
 The recipes are TextAttack's. Their resources (word vectors, sentence encoder, part-of-speech tagger, masked language
 model) are replaced where the papers' own are not available, and the output says so. The metrics are the paper's:
 Clean% is the accuracy on all test rows. Aua% is the accuracy under attack on the --n attacked rows. Suc% is the share
-of attacks that succeed on correctly classified rows. #Query is the mean number of queries of these attacks, successful
-or not. Results are written to the model's folder below --output: ATTACK.jsonl has a line per example, ATTACK.json a summary. Interrupted
-runs resume when rerun.
+of attacks that succeed on correctly classified rows. #Query is the mean number of queries of these attacks, failed ones
+included. Results are written to the model's folder below --output: ATTACK.jsonl has a line per example, ATTACK.json a
+summary. Interrupted runs resume when rerun.
 """
 
 import runtime.start  # noqa: F401 # isort: skip
@@ -68,7 +68,7 @@ class Options(data.TaskOptions):
     output: str = option("runs", "folder that finetune.py wrote to", group="output")
     suffix: str = option(None, "of the names of the result files: ATTACK-SUFFIX", group="output")
     show: int = option(0, "successful attacks to print, with changed words marked", at_least=0, group="output")
-    overwrite: bool = option(False, "make them anew; if interrupted, the same command resumes", group="output")
+    overwrite: bool = option(False, "make them anew; to resume an interrupted run, leave it out", group="output")
 
 
 NOT_SETTINGS = (

@@ -71,7 +71,7 @@ class Options(data.TaskOptions, MachineOptions):
     seed: int = option(0, "random seed", at_least=0, below=2**63, group="optimization")
     output: str = option("runs", "folder; results go to OUTPUT/MODEL/TASK", group="output")
     export_hf: str = option(None, "also write a dense copy for transformers to this folder", group="output")
-    overwrite: bool = option(False, "make it anew; if interrupted, the same command resumes", group="output")
+    overwrite: bool = option(False, "make it anew; to resume an interrupted run, leave it out", group="output")
 
 
 # options with which a run may resume; --device and --grad-accum-steps change rounding and dropout only
@@ -98,9 +98,8 @@ def main():
         task_sha256 = rows_sha256(tokenizer, max_length, *rows.values())
         splits = {name: TokenizedSplit(tokenizer, part, max_length, device) for name, part in rows.items()}
     del rows  # the texts are not needed any more
-    print(
-        f"task {options.task}: {', '.join(f'{len(split):,} {name}' for name, split in splits.items())} rows; {task.note}"
-    )
+    counts = ", ".join(f"{len(split):,} {name}" for name, split in splits.items())
+    print(f"task {options.task}: {counts} rows; {task.note}")
     truncated = sum(split.num_truncated for split in splits.values())
     print(f"ticket: {options.ticket}; {truncated:,} texts truncated to {max_length} tokens")
     folder /= files.run_name(options)

@@ -42,7 +42,7 @@ def freelb(loss_of, delta, token_mask, steps, lr, max_norm, extra_loss=None, onl
     for step in range(steps):
         last = step == steps - 1
         weight = float(last) if only_last else 1 / steps
-        delta.requires_grad_(not last or extra_loss is not None)
+        delta = delta.detach().requires_grad_(not last or extra_loss is not None)
         with same_dropout:  # all K passes see the same dropout masks (FreeLB, section 3.3)
             loss = loss_of(delta)
         if extra_loss is None and weight:  # one backward pass for theta, c and delta

@@ -77,7 +77,7 @@ class Options(data.TaskOptions, MachineOptions):
     seeds: int = option(1, "searches, from --seed on; then file names end in the seed", at_least=1, group="output")
     output: str = option("runs", "folder; results go to OUTPUT/MODEL", group="output")
     save_model: str = option(None, "also write theta after the search to this folder, as a model", group="output")
-    overwrite: bool = option(False, "make it anew; if interrupted, the same command resumes", group="output")
+    overwrite: bool = option(False, "make it anew; to resume an interrupted run, leave it out", group="output")
 
     def __post_init__(self):
         """Options that are not given have the numbers of the preset, of the adversary and of the corpus."""
@@ -156,7 +156,7 @@ def starting_point(options, folder, num_labels, run, tokenizer, output, dtype):
         with distributed.file_lock(path):
             if distributed.is_main_process():
                 fit_mlm_head(options.model, provenance, model.to(blocks.device), tokenizer, blocks, path, dtype)
-        model.mlm_head.load_state_dict(distributed.broadcast_from_main(model.mlm_head.state_dict))
+        model.mlm_head.load_state_dict(distributed.broadcast_from_main(model.mlm_head.cpu().state_dict))
     return model, Coefficients(config.num_hidden_layers, config.num_attention_heads, config.intermediate_size)
 
 

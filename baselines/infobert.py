@@ -36,8 +36,9 @@ def robust_tokens(gradient, token_mask, low=0.5, high=0.9):
     the norm of the loss's gradient at their embedding. gradient: (B, T, d). token_mask: (B, T)."""
     norms = gradient.norm(dim=2).masked_fill(~token_mask.bool(), math.inf)  # (B, T), padding last
     rank = norms.argsort(1).argsort(1)
-    n = token_mask.sum(1, keepdim=True).double()  # in float32, 0.9 x 10 is more than 9
-    return ((rank >= (n * low).ceil()) & (rank < (n * high).ceil())).nonzero(as_tuple=True)
+    n = token_mask.sum(1, keepdim=True)  # (B, 1)
+    first, end = ((n * share - 1e-4).ceil() for share in (low, high))  # 1e-4: in float32, 0.9 x 10 is more than 9
+    return ((rank >= first) & (rank < end)).nonzero(as_tuple=True)
 
 
 class Anchor(nn.Module):

@@ -4,6 +4,7 @@ The work of a step (FLOPs, operators, memory) is counted on PyTorch's meta devic
 2 CPU cores are those that `bench search`, `finetune` and `attack` saved; those of GPUs are their makers', times SHARE.
 """
 
+import contextlib
 import json
 import math
 from dataclasses import dataclass
@@ -69,8 +70,7 @@ class Operators(TorchDispatchMode):
 def count(config, tokens, adversary, masked=0, gated=False):
     """A step on BATCH x `tokens`: array (FLOPs, operators). adversary: as in ADVERSARIES; None: only a forward pass.
     masked: tokens per example of masked language modelling, instead of classification. gated: with RobustT's gates."""
-    no_generator = SimpleNamespace(get_rng_state=lambda: None, set_rng_state=lambda state: None)
-    with torch.device("meta"), mock.patch.object(torch, "meta", no_generator, create=True):
+    with as_on_a_gpu():
         loss_of, ids = loss_on_meta(config, tokens, masked, gated)
         with FlopCounterMode(display=False) as flops, Operators() as operators:
             if adversary is None:
@@ -79,6 +79,20 @@ def count(config, tokens, adversary, masked=0, gated=False):
             else:
                 freelb_step(loss_of, torch.ones_like(ids), config.hidden_size, adversary)
     return np.array([flops.get_total_flops(), operators.count], dtype=float)
+
+
+@contextlib.contextmanager
+def as_on_a_gpu():
+    """Run the block on the meta device, with attention in one operator, where PyTorch has several on that device."""
+
+    def fused(q, k, v, bias, p):
+        wants_gradient = torch.is_grad_enabled()
+        return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, bias, wants_gradient, p)[0]
+
+    no_generator = SimpleNamespace(get_rng_state=lambda: None, set_rng_state=lambda state: None)
+    with torch.device("meta"), mock.patch.object(torch, "meta", no_generator, create=True):
+        with mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", fused):
+            yield
 
 
 def loss_on_meta(config, tokens, masked, gated=False):
@@ -101,7 +115,7 @@ def activations(config, tokens, masked):
         kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
         return tensor
 
-    with torch.device("meta"), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with as_on_a_gpu(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         loss_of, _ = loss_on_meta(config, tokens, masked)
         loss = loss_of(0.0)  # lives until all are counted, so that no storage takes another's place
     del loss
@@ -144,7 +158,7 @@ def bench(options, folder):
         "tasks, ten epochs; all three attacks on all six methods. Eight GPUs make eight runs at a time, and search"
     ]
     hours = cost_in_hours(search, steps)
-    shown = {name: f"{{{name}:,.2f}}" for name in next(iter(hours.values()))}
+    shown = {name: f"{{{name}:,.2f}}" for name in next(iter(hours.values()))} | {"search": "{search:.4f}"}
     lines += ["on one.", "", *report.table(hours, shown), "", *memory_and_traffic(steps), ""]
     scaling = time_of_steps(
         {"search, 32 x 128 tokens": search}
@@ -200,7 +214,7 @@ def memory_and_traffic(steps):
     tuning = sum(EPOCHS * math.ceil(task.rows / BATCH) for task in TASKS.values())
     sent = 2 * 7 / 8 * 4 * parameters
     yield f"A step of the search keeps {16 * parameters / 1e9:.1f} GB of weights, gradients and AdamW's moments, and at"
-    yield f"most {kept / 1e9:.1f} GB for its backward pass (float32; about half in bfloat16). Its gradients are"
+    yield f"most {kept / 1e9:.1f} GB for its backward pass on a GPU (float32; about half in bfloat16). Its gradients are"
     yield f"{4 * parameters / 1e6:.0f} MB; in a ring of eight processes each sends {sent / 1e6:.0f} MB a step:"
     yield f"{steps * sent / 1e12:.2f} TB in the {steps:,} steps of a search, {tuning * sent / 1e12:.0f} TB in the"
     yield f"{tuning:,} steps of one method on all tasks."

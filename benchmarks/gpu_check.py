@@ -248,8 +248,8 @@ def check_resume(options, folder):
 def check_processes(options, folder):
     """Two processes find what one finds: on two GPUs by NCCL, on one by gloo."""
     device = pick_device(options.device)
-    shared = device.type == "cuda" and torch.cuda.device_count() < 2
-    flags = [*quick(options, folder), *["--device", "cuda:0"] * shared]
+    shared = device.type == "cuda" and (torch.cuda.device_count() < 2 or ":" in options.device)
+    flags = [*quick(options, folder), *["--device", str(device)] * shared]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     two = finish(*start_search(options, folder, "still", "two", *flags, launcher=launcher))
     one = finish(*start_search(options, folder, "still", "whole", *quick(options, folder)))

@@ -26,7 +26,7 @@ from runtime.device import autocast, peak_memory, pick_device, pick_precision
 from runtime.embeddings import restrict_vocabulary
 
 GROUPS = {  # of a profile -> regular expression of its operators; the first that fits
-    "matrix products": r"mm$|linear|scaled_dot_product",
+    "matrix products": r"mm$|linear|scaled_dot_product|(efficient|flash|cudnn)_attention",
     "dropout": r"dropout|draw_mask|aten::ge_|aten::mul_?$",  # forward and backward multiply by the masks
     "layer norms": "layer_norm",
     "GELU": "gelu",

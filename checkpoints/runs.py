@@ -60,7 +60,8 @@ class SearchRun:
         self.total += loss
         self.count += 1
         self.bar.update()
-        self.bar.set_postfix_str(lambda: f"loss {loss:.3f}{self.status}", refresh=False)
+        # of several processes, `loss` is this one's part of the mean
+        self.bar.set_postfix_str(lambda: f"loss {loss * distributed.WORLD:.3f}{self.status}", refresh=False)
 
     def end_mini_epoch(self, optimizer, model, c, distances):
         """Add to the trace and save a checkpoint. Raises BadInput if the search has diverged."""
@@ -145,7 +146,8 @@ class FinetuneRun:
     def log(self, loss):
         self.total += loss
         self.bar.update()
-        self.bar.set_postfix_str(lambda: f"loss {loss:.3f}{self.status}", refresh=False)
+        # of several processes, `loss` is this one's part of the mean
+        self.bar.set_postfix_str(lambda: f"loss {loss * distributed.WORLD:.3f}{self.status}", refresh=False)
 
     def best_path(self):
         """The weights of the best epoch. Each epoch has its own file, so that a kill cannot mix two epochs."""

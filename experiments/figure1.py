@@ -5,10 +5,11 @@
 The options are those of table1.py; of --draw, tau-head and tau-ffn. Writes figure1.png and figure1.json to --results.
 """
 
-from dataclasses import dataclass
-from fractions import Fraction
+import argparse
+from dataclasses import dataclass, fields
 from pathlib import Path
 
+import draw
 from checkpoints.provenance import write_result
 from checkpoints.tickets import read_coefficients
 from experiments import tables
@@ -34,9 +35,10 @@ def main():
     if len(ratios) > 2:
         raise BadInput(f"--draw {' '.join(options.draw)}: of draw.py, this figure uses tau-head and tau-ffn only")
     settings = {"searches": options.searches, "search": DEFAULTS["search"] | overrides["search"]} | ratios
+    taus = [parse_ratio(name, ratios[name]) for name in ("tau_head", "tau_ffn")]
     if options.dry_run:
         return print(f"{options.searches} searches each of {', '.join(models)}, less those in {options.output}")
-    shares = {model: survival(options, model, settings) for model in models}
+    shares = {model: survival(options, model, settings, taus) for model in models}
     path = Path(options.results) / "figure1.png"
     as_lists = {model: {name: share.tolist() for name, share in of.items()} for model, of in shares.items()}
     write_result(path.with_suffix(".json"), {"settings": settings, "shares": as_lists})
@@ -44,12 +46,21 @@ def main():
     print(f"the mean of {options.searches} searches: {path}")
 
 
-def survival(options, model, settings):
+def parse_ratio(name, text):
+    """The number of an option of draw.py. Raises BadInput for one that draw.py refuses."""
+    field = next(field for field in fields(draw.Options) if field.name == name)
+    try:
+        return cli.parse_bounded(field, text)
+    except argparse.ArgumentTypeError as error:
+        raise BadInput(f"--draw {name.replace('_', '-')}={text}: {error}") from None
+
+
+def survival(options, model, settings, taus):
     """{"heads": (layers, heads), "neurons": (layers, 1)}: the share of the searches that keep each."""
-    kept, ratios = [], [float(Fraction(settings[name])) for name in ("tau_head", "tau_ffn")]
+    kept = []
     for seed in range(settings["searches"]):
         head, ffn, _ = read_coefficients(run_search(options, model, settings["search"] | {"seed": seed})[0])
-        kept.append(draw_masks(head, ffn, *ratios))
+        kept.append(draw_masks(head, ffn, *taus))
     return survival_shares(kept)
 
 

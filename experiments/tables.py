@@ -180,7 +180,8 @@ def markdown(table, runs, columns=COLUMNS, across=False):
     for group in grouped(runs, across):
         add_speeds(group)
         tasks, rows = list(dict.fromkeys(run["task"] for run in group)), by_row(group)
-        text += f"\n## {', '.join(tasks)}\n\n{described(group)}\n\n"
+        machines = sorted({run["machine"] for run in group})
+        text += f"\n## {', '.join(tasks)}\n\n{described(group)} Made on {' and '.join(machines)}.\n\n"
         text += "".join(f"- {name}: {description}\n" for name, description in group[0]["resources"].items())
         attacks = (group[0]["settings"]["attacks"] or "").split()
         names = ["speed", "with search", "Clean%"]
@@ -217,13 +218,16 @@ def by_row(runs):
 
 
 def add_speeds(runs):
-    """Add the speed to the figures of runs of one task, relative to FreeLB's mean, without and with the search."""
-    freelb = [run["figures"] for run in runs if run["method"] == "FreeLB" and not run["overrides"]]
-    if freelb:
-        rate, seconds = (statistics.mean(of[name] for of in freelb) for name in ("tokens_per_second", "seconds"))
-        for figures in [run["figures"] for run in runs]:
-            figures["speed"] = figures["tokens_per_second"] / rate
-            figures["with search"] = seconds / (figures["seconds"] + figures.get("search seconds", 0))
+    """Add the speed to the figures of runs of one task, relative to FreeLB's mean on the same machine, without and with
+    the search."""
+    for machine in {run["machine"] for run in runs}:
+        alike = [run for run in runs if run["machine"] == machine]
+        freelb = [run["figures"] for run in alike if run["method"] == "FreeLB" and not run["overrides"]]
+        if freelb:
+            rate, seconds = (statistics.mean(of[name] for of in freelb) for name in ("tokens_per_second", "seconds"))
+            for figures in [run["figures"] for run in alike]:
+                figures["speed"] = figures["tokens_per_second"] / rate
+                figures["with search"] = seconds / (figures["seconds"] + figures.get("search seconds", 0))
 
 
 def described(runs):

@@ -113,7 +113,7 @@ def verdict(runs, ratio_runs, losses):
         "accuracy under attack. ±: standard deviation, of differences half the 95 % interval."
     )
     summary += f"\n{small_table(starts)}"
-    return text, f"ORTicket minus Vanilla under TextFooler on SST-2: <br>{' <br>'.join(rows)}", summary
+    return text, f"ORTicket minus Vanilla under TextFooler on SST-2:<br>{';<br>'.join(rows)}", summary
 
 
 def wrapped(text, first="", others=""):

@@ -50,6 +50,7 @@ def pick_device(name="auto"):
     if number >= count:
         remedy = f"the first is cuda:0; torchrun takes at most --nproc-per-node {count}"
         raise BadInput(f"GPU {number} is none of this machine's {count} GPUs: {remedy}")
+    torch.cuda.set_device(number)  # also for calls that name no device, such as torch.cuda.synchronize()
     return torch.device(kind, number)
 
 

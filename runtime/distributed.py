@@ -47,8 +47,10 @@ def init_distributed(device, shared=False):
             raise BadInput(f"WORLD_SIZE is {WORLD} without {', '.join(missing)}: {remedy}")
         if not is_main_process():
             sys.stdout = open(os.devnull, "w")
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
+        if device.type == "mps":
+            raise BadInput(
+                "several processes need CUDA or the CPU: PyTorch cannot sum over them on MPS; use --device cpu"
+            )
         backend = "nccl" if device.type == "cuda" and not shared else "gloo"
         distributed.init_process_group(backend, timeout=timedelta(days=7))
 
@@ -57,6 +59,9 @@ def start(options):
     """Begin a script: join the other processes and print the first line. Returns (device, torch dtype of products)."""
     tune_allocator()
     device = pick_device(options.device)
+    if device.type == "mps" and getattr(options, "checkpointing", False):
+        reason = "PyTorch would draw other dropout masks when it computes a layer again"
+        raise BadInput(f"--checkpointing is not for MPS, where {reason}: use --grad-accum-steps, or --device cpu")
     init_distributed(device, shared=":" in options.device)
     dtype = pick_precision(device, options.precision)
     print(run_banner(options.model, device, dtype))

@@ -4,6 +4,7 @@ import json
 import math
 import shlex
 import unittest.mock
+from fractions import Fraction
 
 import pytest
 import torch
@@ -42,6 +43,14 @@ def test_robust_tokens_are_the_middle_ranks_of_the_gradient_norm(low, high):
         order = sorted(range(n), key=lambda i: gradient[row, i].norm().item())
         expected |= {(row, order[i]) for i in range(math.ceil(n * low), math.ceil(n * high))}
     assert found == expected
+
+
+def test_ranks_of_robust_tokens_are_exact_at_every_length():
+    lengths = torch.arange(1, 513)
+    present = torch.arange(512) < lengths[:, None]
+    rows, _ = infobert.robust_tokens(torch.rand(512, 512, 1), present, 0.5, 0.9)
+    expected = [math.ceil(Fraction(9, 10) * n) - math.ceil(Fraction(n, 2)) for n in lengths.tolist()]
+    assert rows.bincount(minlength=512).tolist() == expected
 
 
 def test_anchor_is_infonce_over_all_pairs():

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -149,6 +150,8 @@ def test_a_profile_accounts_for_the_whole_time(small_task, monkeypatch):
     monkeypatch.setattr(training, "matrix_rate", lambda *_: 1e9)
     figures = timed(small_task, "finetune", "orticket", profile=True)["profile"]
     assert all(figures[group] > 0 for group in ("matrix products", "layer norms", "GELU", "optimizer and clipping"))
+    for name in ("_efficient_attention_forward", "_flash_attention_backward", "_scaled_dot_product_flash_attention"):
+        assert re.search(training.GROUPS["matrix products"], f"aten::{name}")  # on CUDA
     assert figures["the rest"] > 0  # Python between the operators, so that no time is counted twice
 
 
@@ -248,7 +251,10 @@ def test_work_counted_without_computing_is_the_formula():
     flops, operators = cost.count(config, tokens, None)
     assert flops == all_tokens * per_layer * (layers - 1) + last + pooler and operators > 8 * layers
     trained, _ = cost.count(config, tokens, ADVERSARIES["vanilla"])
-    assert 2.95 * flops < trained <= 3 * flops
+    again = layers * all_tokens * attention / 2  # fused attention computes its scores again in the backward pass
+    assert 2.95 * flops < trained - again <= 3 * flops
+    deeper = cost.count(replace(config, num_hidden_layers=2 * layers), tokens, None)[1]
+    assert deeper - operators < 45 * layers  # with attention in several operators 61
     freelb, few = cost.count(config, tokens, ADVERSARIES["freelb"])
     assert freelb == pytest.approx(3 * trained, rel=0.02)
     gated, many = cost.count(config, tokens, ADVERSARIES["freelb"], gated=True)

@@ -13,6 +13,7 @@ import search
 from bert import Bert, Config
 from checkpoints import safetensors as our_safetensors
 from inputs.batches import Batch, MaskedBatch
+from runtime import distributed
 from runtime.cli import BadInput
 from runtime.device import pick_device
 from tests.conftest import HERE, call, gradients, inputs, interrupted_at, quick_search, saved, spawn
@@ -47,14 +48,29 @@ def test_devices_are_picked_by_name_and_process(monkeypatch):
     assert pick_device("auto") == pick_device("mps") == torch.device("mps")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    current = []  # the device of calls that name none
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert pick_device() == pick_device("cuda") == torch.device("cuda:1") and pick_device("cpu").type == "cpu"
     assert pick_device("cuda:0") == torch.device("cuda:0")  # all processes
+    assert current == [1, 1, 0]
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(BadInput, match="GPU 2 is none of this machine's 2 GPUs: .* at most --nproc-per-node 2"):
         pick_device()
     with pytest.raises(BadInput, match="GPU 2 is none of this machine's 2 GPUs: the first is cuda:0"):
         pick_device("cuda:2")
+
+
+def test_what_mps_cannot_do_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    options = search.Options(device="mps", checkpointing=True)
+    with pytest.raises(BadInput, match="--checkpointing is not for MPS"):
+        distributed.start(options)
+    monkeypatch.setattr(distributed, "WORLD", 2)
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "0")
+    with pytest.raises(BadInput, match="several processes need CUDA or the CPU"):
+        distributed.start(search.Options(device="mps"))
 
 
 @pytest.mark.parametrize("kind", ["masked words", "padded pairs", "texts"])

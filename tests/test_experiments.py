@@ -220,6 +220,15 @@ def test_table2_is_relative_to_freelb_with_and_without_the_search(scripts, tmp_p
     )
 
 
+def test_speeds_of_several_machines_are_not_compared(scripts, tmp_path, capsys):
+    assert make_table(tmp_path, table=table2) == 0
+    capsys.readouterr()
+    rows = [run | {"machine": "a GPU"} if run["method"] == "ORTicket" else run for run in recorded(tmp_path, "table2")]
+    text = tables.markdown("table2", rows, ("speed", "with search", "GB", "M parameters"))
+    assert "| ORTicket | 1 | - | - | 2.0 | 3.0 |" in text and "| Vanilla | 1 | 2.00 |" in text
+    assert f"Made on {rows[0]['machine']} and a GPU." in text
+
+
 def test_table4_is_a_matrix_of_searches_and_tasks(scripts, tmp_path, capsys):
     assert make_table(tmp_path, "--tasks", "bbc", "rt", table=table4) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
@@ -232,7 +241,7 @@ def test_table4_is_a_matrix_of_searches_and_tasks(scripts, tmp_path, capsys):
     assert searched == {"mlm", "sst2", "qnli", "qqp", "imdb", "agnews"}
 
 
-def test_figure1_is_the_mean_of_the_masks_of_all_searches(tmp_path, monkeypatch):
+def test_figure1_is_the_mean_of_the_masks_of_all_searches(tmp_path, monkeypatch, capsys):
     torch.manual_seed(0)
     found = {}
 
@@ -258,6 +267,10 @@ def test_figure1_is_the_mean_of_the_masks_of_all_searches(tmp_path, monkeypatch)
     torch.testing.assert_close(torch.tensor(share["neurons"])[:, 0], expected)
     assert sum(map(sum, share["heads"])) == 6  # 8 heads, less a quarter
     assert call(figure1, "--models", "tiny", "--draw", "coefficients-seed=1") == 2
+    for ratio, reason in (("tau-head=x", "'x' is not a number"), ("tau-ffn=2", "2 must be below 1")):
+        capsys.readouterr()
+        assert call(figure1, "--models", "tiny", "--draw", ratio) == 2
+        assert f"--draw {ratio}: {reason}" in capsys.readouterr().err
 
 
 def test_figure2_has_a_run_for_each_ratio(scripts, tmp_path):
@@ -527,7 +540,7 @@ def test_the_verdict_takes_runs_of_other_models_and_of_the_default_attack(verdic
     assert "**From bert-base-uncased** (1 seed, with a search and a random ticket of its own; all training" in text
     assert "**From MiniLM trained further on MLM** (MLM loss on held-out text 3.60; 1 seed" in text
     assert "not been trained here" not in text and "| ORTicket | 90.0 | 12.0 | +2.0 | 90.0 | 13.0 | +2.0 |" in summary
-    assert "from bert-base-uncased +2.0 points of Aua%, of one seed; from MiniLM trained further on MLM +2.0" in row
+    assert "from bert-base-uncased +2.0 points of Aua%, of one seed;<br>from MiniLM trained further on MLM +2.0" in row
     for incomplete in ([], verdict_runs(Vanilla=(10, 11))):
         with pytest.raises(BadInput, match="no runs of Vanilla and ORTicket on sst2: python -m experiments.table1 "):
             verdict.verdict(incomplete, [], {})

@@ -62,6 +62,21 @@ def test_keeping_the_dropout_masks_of_the_first_pass_changes_nothing(tiny, only_
     assert counted == 2 + 4 * 2 * 3 * model.config.num_hidden_layers
 
 
+@pytest.mark.parametrize("only_last", [False, True], ids=["freelb", "pgd"])
+def test_the_first_delta_of_the_caller_is_left_as_it_was(tiny, only_last):
+    """Nothing is left from one call to the next with the same delta: not its gradient, and not on another device."""
+    model, ids, mask, labels = adversarial_case(tiny)
+    model.eval()
+    delta = freelb.initial_delta(mask, model.config.hidden_size, 0.3, 0.7)
+    before, found = delta.clone(), []
+    for _ in range(2):
+        loss_of = lambda delta: model.class_loss(ids, mask, None, labels, delta=delta)  # noqa: E731
+        freelb.freelb(loss_of, delta, mask, 4, 0.5, 0.7, only_last=only_last)
+        found.append(gradients(model))
+        assert torch.equal(delta, before) and not delta.requires_grad and delta.grad is None
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0]) and len(found[0]) > 30
+
+
 def test_the_adversary_raises_the_loss(tiny):
     model, ids, mask, labels = adversarial_case(tiny)
     model.eval()
