@@ -37,7 +37,7 @@ def robust_tokens(gradient, token_mask, low=0.5, high=0.9):
     norms = gradient.norm(dim=2).masked_fill(~token_mask.bool(), math.inf)  # (B, T), padding last
     rank = norms.argsort(1).argsort(1)
     n = token_mask.sum(1, keepdim=True)  # (B, 1)
-    first, end = ((n * share - 1e-4).ceil() for share in (low, high))  # 1e-4: in float32, 0.9 x 10 is more than 9
+    first, end = ((n * share - 1e-4).ceil() for share in (low, high))  # 1e-4: in float32, 0.3 x 10 is more than 3
     return ((rank >= first) & (rank < end)).nonzero(as_tuple=True)
 
 
