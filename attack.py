@@ -9,9 +9,8 @@ BERT-Attack (Li et al. 2020), DeepWordBug (Gao et al. 2018); and bertattack-fuda
 The recipes are TextAttack's. Their resources (word vectors, sentence encoder, part-of-speech tagger, masked language
 model) are replaced where the papers' own are not available, and the output says so. The metrics are the paper's:
 Clean% is the accuracy on all test rows. Aua% is the accuracy under attack on the --n attacked rows. Suc% is the share
-of attacks that succeed on correctly classified rows. #Query is the mean number of queries of these attacks, failed ones
-included. Results are written to the model's folder below --output: ATTACK.jsonl has a line per example, ATTACK.json a
-summary. Interrupted runs resume when rerun.
+of attacks that succeed on correctly classified rows. #Query is the mean number of queries of these attacks, also failed
+ones. In the model's folder, ATTACK.jsonl has a line per example, ATTACK.json a summary. Interrupted runs resume.
 """
 
 import runtime.start  # noqa: F401 # isort: skip
@@ -95,7 +94,7 @@ def main():
     clean = clean_accuracy(options, folder, victim, test)
 
     textattack, nltk_data = import_textattack()
-    table = {}
+    table, problems = {}, []
     try:
         for name in RECIPES if options.attack == "all" else (options.attack,):
             attack, used = build(textattack, nltk_data, name, options, task, victim)
@@ -109,8 +108,7 @@ def main():
                     for number in list(examples)[rank::world]:
                         if number in results.rows:
                             continue
-                        # a seed for each row: neither the order nor the number of processes changes a result
-                        textattack.shared.utils.set_seed((options.seed * 1_000_003 + number) % 2**32)
+                        textattack.shared.utils.set_seed((options.seed * 1_000_003 + number) % 2**32)  # of each row
                         results.add(attack_example(attack, task, number, *examples[number]))
                         results.show(bar, world > 1)
                         stop_without_launcher(launcher)
@@ -121,11 +119,13 @@ def main():
                 finally:
                     bar.close()
                     if rank == 0:
-                        table[name] = results.summarize(clean, options.show)
+                        table[name], problem = results.summarize(clean, options.show)
+                        problems += [problem] if problem else []
         distributed.shutdown()
+        if problems:
+            raise BadInput("; ".join(problems))
     finally:
-        if table:
-            print_table(table)
+        print_table(table)
 
 
 def stop_without_launcher(launcher):

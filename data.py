@@ -16,7 +16,7 @@ from pathlib import Path
 
 from checkpoints.huggingface import unpack, weights_sha256
 from inputs import hub
-from inputs.splits import custom_splits, hold_out, split_tenths
+from inputs.splits import custom_splits, hold_out, report_shared, split_tenths
 from inputs.tables import SUFFIXES, UTF8, corpus_encoding, read_lines, read_parquet
 from runtime.cli import BadInput, option
 from runtime.files import sha256
@@ -160,10 +160,15 @@ def hub_task(labels, max_length, repository, folder, columns, test="test", label
     return Task(labels, max_length, load, note, columns if len(columns) > 1 else ("text",), tau_ffn)
 
 
-def bundled_task(labels, max_length, rows, tau_ffn=0.2):
+def bundled_task(name, labels, max_length, rows, tau_ffn=0.2):
     """A Task of the rows of an installed package."""
-    note = "the test rows are a fixed tenth"
-    return Task(labels, max_length, lambda revision: split_tenths(rows()), note, tau_ffn=tau_ffn, rows=rows)
+
+    def load(revision):
+        splits = split_tenths(rows())
+        report_shared(name, splits)
+        return splits
+
+    return Task(labels, max_length, load, "the test rows are a fixed tenth", tau_ffn=tau_ffn, rows=rows)
 
 
 SENTIMENT = ("negative", "positive")
@@ -178,9 +183,9 @@ TASKS = {  # which of the paper's tasks has tau_F = 0.3 follows from the paramet
     "qqp": hub_task(DUPLICATE, 256, GLUE, "qqp", ("question1", "question2"), "validation"),
     "imdb": hub_task(SENTIMENT, 256, "stanfordnlp/imdb", "plain_text", ("text",), tau_ffn=0.3),
     "agnews": hub_task(NEWS, 256, "fancyzhx/ag_news", "data", ("text",), tau_ffn=0.3),
-    "rt": bundled_task(SENTIMENT, 128, lambda: reviews("rotten_tomatoes")),
-    "bbc": bundled_task(TOPICS, 256, bbc),
-    "imdb-bundled": bundled_task(SENTIMENT, 256, lambda: reviews("imdb"), tau_ffn=0.3),
+    "rt": bundled_task("rt", SENTIMENT, 128, lambda: reviews("rotten_tomatoes")),
+    "bbc": bundled_task("bbc", TOPICS, 256, bbc),
+    "imdb-bundled": bundled_task("imdb-bundled", SENTIMENT, 256, lambda: reviews("imdb"), tau_ffn=0.3),
 }
 CORPORA = ("bbc-small", "bbc", "imdb", "wikitext-2-raw-v1")  # the first is the default
 COLUMN_OPTIONS = ("text_columns", "label_column", "drop_labels")

@@ -3,6 +3,7 @@
 An attack is one entry of RECIPES, a resource one entry of NEEDS. What stands behind the resources is in resources.py.
 """
 
+import math
 import sys
 from dataclasses import dataclass
 from functools import cache
@@ -11,6 +12,7 @@ from types import SimpleNamespace
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 
 import data
 from attacks import resources
@@ -126,9 +128,17 @@ def sentence_encoder(setup, attack):
     for constraint in attack.constraints:
         if isinstance(constraint, setup.textattack.constraints.semantics.sentence_encoders.SentenceEncoder):
             constraint.model = encoder
+            if constraint.metric == "angular":
+                constraint.sim_metric = angular_similarity
             if constraint.skip_text_shorter_than_window:
                 encode_only_if_needed(constraint)
     return description
+
+
+def angular_similarity(vectors, others):
+    """TextAttack's, (n, d) and (n, d) -> (n,), but 1 for equal vectors: if their cosine is rounded to more than 1, its
+    arc cosine is NaN, and the most similar text would be refused."""
+    return 1 - F.cosine_similarity(vectors, others).clamp(-1, 1).acos() / math.pi
 
 
 def encode_only_if_needed(constraint):

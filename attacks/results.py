@@ -41,11 +41,14 @@ class Results:
 
     def prepare(self, overwrite):
         """Begin, or go on with what an interrupted run left. Returns whether the run was begun with --overwrite."""
-        if is_up_to_date(self.summary, self.provenance, overwrite):
-            if self.path.is_file():  # an interrupted run may have left half a line
-                os.truncate(self.path, self.path.read_bytes().rfind(b"\n") + 1)
+        found = is_up_to_date(self.summary, self.provenance, overwrite)
+        if overwrite and not found:
+            self.path.unlink(missing_ok=True)
+        read_rows(self.path, self.run_sha256)  # another run's are refused, also where the summary is missing
+        if self.path.is_file():  # an interrupted run may have left half a line
+            os.truncate(self.path, self.path.read_bytes().rfind(b"\n") + 1)
+        if found:
             return read_result(self.summary).get("overwrite", False)
-        self.path.unlink(missing_ok=True)
         write_result(self.summary, self.provenance | {"overwrite": overwrite})
         return overwrite
 
@@ -89,7 +92,7 @@ class Results:
 
     def summarize(self, clean, count):
         """Write the summary: provenance, metrics and errors. Once all examples are done, sort their lines as in the
-        sample and drop errors. Print `count` successful attacks. Returns the metrics."""
+        sample and drop errors. Print `count` successful attacks. Returns (metrics, why they mean nothing or None)."""
         errors = {number: row["reason"] for number, row in self.rows.items() if row["outcome"] == "error"}
         if len(self.rows) == len(self.sample):
             with files.atomic_write(self.path) as tmp_path, open(tmp_path, "wb") as file:
@@ -109,14 +112,12 @@ class Results:
             number, reason = next(iter(errors.items()))
             print(f"errors count in no metric; the first, of example {number}: {reason}")
             if figures["suc"] is None:
-                raise BadInput(f"every attack ended in an error, such as {reason}: see {self.summary}")
+                return figures, f"every attack ended in an error, such as {reason}: see {self.summary}"
         attacked = sum(figures["outcomes"].get(outcome, 0) for outcome in ("failed", "succeeded"))
         if figures["without_substitute"] == attacked > 0 and len(self.rows) == len(self.sample):
-            raise BadInput(
-                f"no word of any text had a substitute, so that {self.path.stem} attacked nothing: "
-                "take another --attack, or --vectors of the texts' language"
-            )
-        return figures
+            remedy = "take another --attack, or --vectors of the texts' language"
+            return figures, f"no word of any text had a substitute, so that {self.path.stem} attacked nothing: {remedy}"
+        return figures, None
 
 
 def read_rows(path, run_sha256):
@@ -138,10 +139,11 @@ def end_of_line(text, run_sha256):
 
 
 def print_table(figures_of):
-    """Print {attack: its metrics} as a table."""
+    """Print {attack: its metrics} as a table, if there are any."""
     formats = {"clean": ".1%", "aua": ".1%", "suc": ".1%", "queries": ".1f", "words_changed": ".1%"}
     formats |= {"similarity": ".3f", "without_substitute": "d"}
-    print("                  Clean%    Aua%    Suc%  #Query  words changed  similarity  no substitute")
+    if figures_of:
+        print("                  Clean%    Aua%    Suc%  #Query  words changed  similarity  no substitute")
     for name, figures in figures_of.items():
         cells = ["-" if figures[column] is None else format(figures[column], form) for column, form in formats.items()]
         print("{:16s}  {:>6s}  {:>6s}  {:>6s}  {:>6s}  {:>13s}  {:>10s}  {:>13s}".format(name, *cells))

@@ -5,7 +5,7 @@
     python -m benchmarks.gpu_check --small --device cpu                the same code on a tiny model
 
 Needs PyTorch, numpy, tokenizers and transformers. Each part is a process of its own: one that fails does not end the
-others. What fails fastest comes first. Writes gpu.json and gpu.md into --results.
+others. What fails fastest comes first. Writes gpu.json and gpu.md into --results, after each part.
 """
 
 import contextlib
@@ -27,6 +27,7 @@ import torch
 
 from bert import Bert, Config
 from checkpoints import safetensors
+from checkpoints.runs import read_metrics
 from freelb import freelb
 from gates import draw_masks
 from inputs.tokenizer import Tokenizer
@@ -38,6 +39,8 @@ ROOT = Path(__file__).resolve().parents[1]
 TINY = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 128}
 STUB = "__version__ = '0'\n\n\nclass Missing(Exception):\n    pass\n\n\ndef __getattr__(name):\n    return Missing\n"
 LIMIT = 180  # seconds of a part, so that one that hangs does not take the time of the others
+LIMITS = {"compiled finetune": 240}
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node"]
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
@@ -72,24 +75,31 @@ def main():
         for part in options.parts or PARTS:
             left = 60 * options.minutes - (time.monotonic() - start)
             rows += run_part(options, part, folder, left)
+            write(options, device, rows, time.monotonic() - start)
+    failed = sum(row["verdict"] == "FAILED" for row in rows)
+    print(f"{failed} of {len(rows)} results failed; {options.results}/gpu.md")
+
+
+def write(options, device, rows, seconds):
     results = {"machine": describe(device), "torch": torch.__version__, "options": asdict(options), "rows": rows}
     files.write_json(Path(options.results) / "gpu.json", results)
-    lines = [f"{describe(device)}, PyTorch {torch.__version__}, {time.monotonic() - start:.0f} s in all.", ""]
+    lines = [f"{describe(device)}, PyTorch {torch.__version__}, {seconds:.0f} s in all.", ""]
     lines += ["| part | what | result | |", "|---|---|---|---|"]
     lines += [f"| {row['part']} | {row['what']} | {row['result']} | {row['verdict']} |" for row in rows]
     with files.atomic_write(Path(options.results) / "gpu.md") as tmp_path:
         Path(tmp_path).write_text("\n".join(lines) + "\n", "utf8")
-    failed = sum(row["verdict"] == "FAILED" for row in rows)
-    print(f"{failed} of {len(rows)} results failed; {options.results}/gpu.md")
 
 
 def run_part(options, part, folder, left):
     """The rows that a part printed as JSON, and one more if it failed. They are printed as they come."""
     flags = ["--device", options.device, "--worker", folder, "--parts", part, *["--small"] * options.small]
-    flags += [] if options.corpus is None else ["--corpus", os.path.abspath(options.corpus)]
-    path, start, limit, failure = Path(folder) / f"{part}.out", time.monotonic(), max(1, min(left, LIMIT)), None
+    for name in ("corpus", "weights"):
+        flags += [] if getattr(options, name) is None else [f"--{name}", os.path.abspath(getattr(options, name))]
+    path, start, most, failure = Path(folder) / f"{part}.out", time.monotonic(), LIMITS.get(part, LIMIT), None
+    limit = max(1, min(left, most))
     paths = [f"{folder}/stubs", *filter(None, [os.environ.get("PYTHONPATH")])]
     env = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "ORTICKET_DEBUG": "1"}
+    env |= {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
     with open(path, "w") as out, open(f"{path}.err", "w") as err:
         command = [sys.executable, "-m", "benchmarks.gpu_check", *flags]
         process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=out, stderr=err, start_new_session=True)
@@ -97,16 +107,20 @@ def run_part(options, part, folder, left):
             code = process.wait(limit)
             failure = (f"exit code {code}", "FAILED") if code else None
         except subprocess.TimeoutExpired:
-            failure = f"stopped after {limit:.0f} s", "FAILED" if limit == LIMIT else "left out"
+            failure = f"stopped after {limit:.0f} s", "too slow" if limit == most else "left out"
         finally:
             stop(process)
-    rows = [{"part": part, **json.loads(line)} for line in path.read_text("utf8").splitlines() if line[:1] == "{"]
+    rows = [
+        {"part": part, **json.loads(line)}
+        for line in path.read_text("utf8", "replace").splitlines()
+        if line[:7] == '{"what"'
+    ]
     if failure:
         log = Path(f"{path}.err").read_text("utf8", "replace").strip().splitlines() or [""]
         row = {"part": part, "what": failure[0], "result": log[-1].replace("|", "/"), "verdict": failure[1]}
         rows.append(row | {"log": log[-30:]})
     for row in rows:
-        print("{part:10} {what:50} {result} {verdict}".format(**row), flush=True)
+        print("{part:10} {what:50} {result} {verdict}".format(**row), *row.get("log", []), sep="\n    ", flush=True)
     print(f"{part:10} {time.monotonic() - start:.0f} s", flush=True)
     return rows
 
@@ -164,10 +178,11 @@ def prepare(options, folder):
 def check_equal(options, folder):
     """Logits, losses and gradients equal the CPU's, of the full model and of an uneven ticket."""
     device = pick_device(options.device)
+    torch.manual_seed(0)
     full = Bert.load(folder / "still", mlm=True)
     shape = full.config.num_hidden_layers, full.config.num_attention_heads, full.config.intermediate_size
     head_mask, ffn_mask = draw_masks(torch.rand(shape[:2]), torch.rand(shape[0], shape[2]), 1 / 6, 0.3)
-    head_mask[0, 1:], ffn_mask[-1] = False, False
+    head_mask[0], ffn_mask[-1] = torch.arange(shape[1]) == 0, False
     ids, mask = torch.randint(31, full.config.vocab_size, (8, 40)), torch.arange(40) < torch.arange(5, 45, 5)[:, None]
     positions, labels = mask.flatten().nonzero().flatten()[::7], torch.arange(8) // 6
     delta = 0.01 * torch.randn(8, 40, full.config.hidden_size)
@@ -202,9 +217,10 @@ def check_equal(options, folder):
                     if value.numel()
                 }
                 worst = max(errors, key=lambda key: (math.isnan(errors[key]), errors[key]))
+                of_bf16 = math.isfinite(errors[worst]) and errors["loss"] < 1e-2 and errors["logits"] < 0.1
                 shown = f"loss {errors['loss']:.1e}, logits {errors['logits']:.1e}, {worst} {errors[worst]:.1e}"
                 what = f"relative errors, {name}, K = {steps}, {str(dtype)[6:]}"
-                record(what, shown, None if bound is None else errors[worst] < bound)
+                record(what, shown, of_bf16 if bound is None else errors[worst] < bound)
 
 
 def start_search(options, folder, model, output, *flags, launcher=()):
@@ -221,7 +237,9 @@ def finish(process, path):
     """The coefficients (head, ffn) of a search."""
     process.wait()
     if not path.is_file():  # its plot may have failed, without matplotlib
-        raise BadInput(f"search.py: {(path.with_name('log').read_text('utf8').splitlines() or ['?'])[-1]}")
+        log = path.with_name("log").read_text("utf8", "replace").splitlines()
+        print(*log[-25:], sep="\n", file=sys.stderr)
+        raise BadInput(f"search.py: {log[-1] if log else '?'}")
     tensors, _ = safetensors.read_with_metadata(path)
     return tensors["head"].clone(), tensors["ffn"].clone()
 
@@ -250,11 +268,43 @@ def check_processes(options, folder):
     device = pick_device(options.device)
     shared = device.type == "cuda" and (torch.cuda.device_count() < 2 or ":" in options.device)
     flags = [*quick(options, folder), *["--device", str(device)] * shared]
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    launcher = [*TORCHRUN, "2"]
     two = finish(*start_search(options, folder, "still", "two", *flags, launcher=launcher))
     one = finish(*start_search(options, folder, "still", "whole", *quick(options, folder)))
     error = max((one - other).abs().mean().item() for one, other in zip(one, two))
     record(f"two processes on {1 if shared else 2} devices: mean difference of c", f"{error:.1e}", error < 1e-4)
+
+
+def check_scripts(options, folder):
+    """draw.py and finetune.py, of an uneven ticket and of the full model."""
+    where = ["--model", folder / "still", "--output", folder / "whole", "--task", folder / "task.csv"]
+    finish(*start_search(options, folder, "still", "whole", *quick(options, folder)))
+    run_script("draw.py", *where)
+    rows = 100 if options.small else 2000
+    for ticket, method in (("drawn", "freelb"), ("none", "infobert")):
+        flags = [
+            "--ticket",
+            ticket,
+            "--method",
+            method,
+            "--epochs",
+            2,
+            "--train-rows",
+            rows,
+            "--device",
+            options.device,
+        ]
+        run_script("finetune.py", *where, *flags)
+        run = folder / "whole" / "still" / "task" / f"{ticket}-{method}-seed0"
+        metrics = read_metrics(run)
+        record(f"finetune.py --ticket {ticket} --method {method}", f"{metrics['seconds']:.0f} s of training", True)
+
+
+def run_script(name, *flags):
+    """Run a script. Raises BadInput with its last line if it fails."""
+    done = subprocess.run([sys.executable, name, *map(str, flags)], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise BadInput(f"{name}: {done.stderr[-3000:]}")
 
 
 def check_speed(options, folder, what, sides, batch_sizes):
@@ -262,7 +312,7 @@ def check_speed(options, folder, what, sides, batch_sizes):
     from benchmarks import training
 
     tolerance = 0.02 if what == "search" else 2e-3  # a new classifier's loss is about ln 2 with any encoder
-    task, rows, steps = str(folder / "task.csv"), 200 if options.small else 3200, 2 if options.small else 10
+    task, rows, steps = str(folder / "task.csv"), 200 if options.small else 1600, 2 if options.small else 10
     for batch_size in (4,) if options.small else batch_sizes:
         given = {"block": 16 if options.small else 128, "batch_size": batch_size, "device": options.device}
         given |= {"what": what, "adv_steps": 3, "steps": steps, "rows": rows, "task": task, "profile": False}
@@ -281,12 +331,18 @@ def check_speed(options, folder, what, sides, batch_sizes):
 
 def check_search(options, folder):
     """Tickets of MiniLM: of the GPU with two seeds, and of the CPU. What they share of the heads and neurons pruned."""
-    found = {}
-    for device, seed in ((options.device, 0), (options.device, 1), ("cpu", 0)):
-        flags = ["--device", device, "--seed", seed, *["--mlm-head-steps", 5, "--block", 32] * options.small]
-        start = time.monotonic()
-        coefficients = finish(*start_search(options, folder, "minilm", f"{device}-{seed}", *flags))
-        found[device, seed] = [~mask for mask in draw_masks(*coefficients, 1 / 6, 0.3)]
+    if not (options.weights or options.small):
+        return record("tickets", "left out: needs --weights")
+    found, more = {}, ["--mlm-head-steps", 5, "--block", 32] * options.small
+
+    def begin(device, seed):
+        flags = ["--device", device, "--seed", seed, *more]
+        return time.monotonic(), *start_search(options, folder, "minilm", f"{device}-{seed}", *flags)
+
+    of_cpu = begin("cpu", 0)  # beside those of the GPU
+    for device, seed in ((options.device, 0), (options.device, 1), ("the CPU, meanwhile", 0)):
+        start, *search = of_cpu if "CPU" in device else begin(device, seed)
+        found[device, seed] = [~mask for mask in draw_masks(*finish(*search), 1 / 6, 0.3)]
         record(f"search on {device}, seed {seed}", f"{time.monotonic() - start:.0f} s")
         if len(found) > 1:
             shares = [(a & b).sum() / a.sum() for a, b in zip(found[options.device, 0], found[device, seed])]
@@ -303,7 +359,7 @@ def check_attack(options, folder):
     subprocess.run([sys.executable, "finetune.py", *flags, "--epochs", "1", "--train-rows", "200"], **run)
     n = 4 if options.small else 64
     for processes in (1, 2 if options.small else 8):
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "--"]
+        launcher = [*TORCHRUN, str(processes), "--"]
         start = time.monotonic()
         subprocess.run([sys.executable, *launcher, "attack.py", *flags, "--n", str(n), "--overwrite"], **run)
         record(f"TextFooler, {processes} processes", f"{n / (time.monotonic() - start):.2f} sentences/s with start-up")
@@ -317,6 +373,7 @@ PARTS = {  # in the order in which they run
     "equal": check_equal,
     "resume": check_resume,
     "processes": check_processes,
+    "scripts": check_scripts,
     "search": lambda *given: check_speed(*given, "search", (OURS, SDPA), (32, 128)),
     "finetune": lambda *given: check_speed(*given, "finetune", (OURS, *TICKETS, SDPA, BY_LENGTH), (32, 128)),
     "tickets": check_search,
@@ -327,4 +384,5 @@ PARTS = {  # in the order in which they run
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the part that runs, too
     cli.run(main)

@@ -19,13 +19,18 @@ def custom_splits(path, text_columns, label_column, drop_labels):
     if not all(splits.values()):
         empty = ", ".join(name for name, rows in splits.items() if not rows)
         raise BadInput(f"{path} has too few rows, none for {empty}: without such files, each takes a tenth of the rows")
-    seen = {texts for texts, _ in splits["train"]}
-    if count := sum(texts in seen for texts, _ in splits["test"]):
-        print(f"{path}: {count:,} of {len(splits['test']):,} test rows have the text of a training row")
+    report_shared(path, splits)
     for name, rows in splits.items():
         if missing := set(range(len(labels))) - {label for _, label in rows}:
             print(f"{path}: the {name} rows have none of {first_few(repr(labels[i]) for i in sorted(missing))}")
     return labels, splits, note
+
+
+def report_shared(name, splits):
+    """Print how many test rows have the text of a training row, unless none has: they may be learned by heart."""
+    seen = {texts for texts, _ in splits["train"]}
+    if count := sum(texts in seen for texts, _ in splits["test"]):
+        print(f"{name}: {count:,} of {len(splits['test']):,} test rows have the text of a training row")
 
 
 def read_splits(path, text_columns, label_column, drop_labels):

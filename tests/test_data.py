@@ -19,7 +19,7 @@ import data
 from checkpoints import cache
 from inputs.batches import TokenizedSplit, rows_sha256
 from inputs.finetuned import correct_by_class, rare_class_metrics
-from inputs.splits import first_rows
+from inputs.splits import first_rows, split_tenths
 from inputs.tokenizer import Tokenizer
 from runtime.cli import BadInput
 from tests.conftest import COMMIT, LARGE, LETTERS
@@ -34,12 +34,31 @@ def test_the_small_bbc_is_two_articles_of_five():
 
 
 @pytest.mark.parametrize("name, rows", [("rt", 8530), ("bbc", 2225), ("imdb-bundled", 25000)])
-def test_splits_are_fixed_disjoint_tenths(name, rows):
+def test_splits_are_fixed_disjoint_tenths(name, rows, capsys):
     first, second = (data.TASKS[name].load(None) for _ in range(2))
     assert first == second and sum(map(len, first.values())) == rows
     assert len(first["test"]) == math.ceil(rows / 10)
     assert len(first["validation"]) == pytest.approx(0.09 * rows, abs=1)
+    parts = split_tenths((number, number % 7) for number in range(rows))
+    assert sorted(number for part in parts.values() for number, _ in part) == list(range(rows))
     assert {label for _, label in first["train"]} == set(range(len(data.TASKS[name].labels)))
+    seen, shown = {texts for texts, _ in first["train"]}, capsys.readouterr().out.splitlines()
+    count = sum(texts in seen for texts, _ in first["test"])
+    line = f"{name}: {count} of {len(first['test']):,} test rows have the text of a training row"
+    assert shown == [line] * 2 * (count > 0) and (count > 0) == (name != "rt")
+
+
+def test_labels_are_in_the_order_of_the_data_sets_on_the_hub():
+    """As their pages on the hub list them."""
+    found = {name: data.TASKS[name].labels for name in COLUMNS}
+    sentiment = ("negative", "positive")
+    assert found == {
+        "sst2": sentiment,
+        "imdb": sentiment,
+        "qnli": ("entailment", "not_entailment"),
+        "qqp": ("not_duplicate", "duplicate"),
+        "agnews": ("World", "Sports", "Business", "Sci/Tech"),
+    }
 
 
 def test_bundled_weights_must_have_the_published_sha256(tmp_path, monkeypatch):
@@ -52,9 +71,8 @@ def test_bundled_weights_must_have_the_published_sha256(tmp_path, monkeypatch):
 
 
 COLUMNS = {"sst2": ["sentence"], "qnli": ["question", "sentence"], "qqp": ["question1", "question2"]}
-
-
 COLUMNS |= {"imdb": ["text"], "agnews": ["text"]}
+REPOSITORIES = {"imdb": "stanfordnlp/imdb", "agnews": "fancyzhx/ag_news"}  # the others': GLUE's
 
 
 def serve_task(server, name, rows=30, **changed):
@@ -77,8 +95,12 @@ def test_tasks_of_the_paper_come_from_the_hub_at_pinned_commits(server, name):
     texts, label = splits["test"][1]
     split = "test" if name in ("imdb", "agnews") else "validation"
     assert [text[:-999] for text in texts] == [f"{split} {column} 1 " for column in COLUMNS[name]] and label == 1
-    revisions = {path.split("/resolve/")[1].split("/")[0] for _, path, _ in server.seen if "/resolve/" in path}
-    assert revisions <= {*data.REVISIONS.values(), COMMIT}  # the server answers with its only commit
+    repository = REPOSITORIES.get(name, "nyu-mll/glue")
+    first = next(
+        path for _, path, _ in server.seen if "/resolve/" in path
+    )  # then the commit that the server answers with
+    assert first.startswith(f"/datasets/{repository}/resolve/{data.REVISIONS[repository]}/")
+    assert all(path.startswith(f"/datasets/{repository}/resolve/") for _, path, _ in server.seen if "/resolve/" in path)
     data.TASKS[name].load("main")
     assert any("/resolve/main/" in path for _, path, _ in server.seen)
 

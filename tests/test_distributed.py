@@ -54,6 +54,7 @@ def test_devices_are_picked_by_name_and_process(monkeypatch):
     assert pick_device() == pick_device("cuda") == torch.device("cuda:1") and pick_device("cpu").type == "cpu"
     assert pick_device("cuda:0") == torch.device("cuda:0")  # all processes
     assert current == [1, 1, 0]
+    assert not torch.backends.cuda.cudnn_sdp_enabled()  # makes a plan for every shape
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(BadInput, match="GPU 2 is none of this machine's 2 GPUs: .* at most --nproc-per-node 2"):
         pick_device()
