@@ -46,7 +46,7 @@ from runtime.device import DEFAULT_MODEL, precision_name
 class Options(data.TaskOptions):
     attack: str = option("textfooler", "all: one after another", choices=(*RECIPES, "all"), group="attack")
     n: int = option(None, "test rows to attack [300, or all if there are fewer]", at_least=1, group="attack")
-    attack_columns: str = option(None, "the one column of a pair to change [both]", group="attack")
+    attack_columns: str = option(None, "the column of a pair to change [both, except in NLI recipes]", group="attack")
     seed: int = option(0, "of fine-tuning and of random edits", at_least=0, below=2**31, group="attack")
     sample_seed: int = option(None, "of the sample of test rows [--seed]", at_least=0, below=2**31, group="attack")
     model: str = option(DEFAULT_MODEL, "the pre-trained model that was fine-tuned, or a classifier", group="model")
@@ -67,7 +67,7 @@ class Options(data.TaskOptions):
     output: str = option("runs", "folder that finetune.py wrote to", group="output")
     suffix: str = option(None, "of the names of the result files: ATTACK-SUFFIX", group="output")
     show: int = option(0, "successful attacks to print, with changed words marked", at_least=0, group="output")
-    overwrite: bool = option(False, "make them anew; to resume an interrupted run, leave it out", group="output")
+    overwrite: bool = option(False, "make them anew; what this command left unfinished is resumed", group="output")
 
 
 NOT_SETTINGS = (

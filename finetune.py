@@ -71,10 +71,10 @@ class Options(data.TaskOptions, MachineOptions):
     seed: int = option(0, "random seed", at_least=0, below=2**63, group="optimization")
     output: str = option("runs", "folder; results go to OUTPUT/MODEL/TASK", group="output")
     export_hf: str = option(None, "also write a dense copy for transformers to this folder", group="output")
-    overwrite: bool = option(False, "make it anew; to resume an interrupted run, leave it out", group="output")
+    overwrite: bool = option(False, "make it anew; what this command left unfinished is resumed", group="output")
 
 
-# options with which a run may resume; --device and --grad-accum-steps change rounding and dropout only
+# options with which a run may resume; --device and --grad-accum-steps change rounding, dropout, InfoBERT's estimates
 NOT_SETTINGS = ("output", "overwrite", "export_hf", "device", "grad_accum_steps", "checkpointing")
 
 

@@ -77,7 +77,7 @@ class Options(data.TaskOptions, MachineOptions):
     seeds: int = option(1, "searches, from --seed on; then file names end in the seed", at_least=1, group="output")
     output: str = option("runs", "folder; results go to OUTPUT/MODEL", group="output")
     save_model: str = option(None, "also write theta after the search to this folder, as a model", group="output")
-    overwrite: bool = option(False, "make it anew; to resume an interrupted run, leave it out", group="output")
+    overwrite: bool = option(False, "make it anew; what this command left unfinished is resumed", group="output")
 
     def __post_init__(self):
         """Options that are not given have the numbers of the preset, of the adversary and of the corpus."""

@@ -136,8 +136,8 @@ def sentence_encoder(setup, attack):
 
 
 def angular_similarity(vectors, others):
-    """TextAttack's, (n, d) and (n, d) -> (n,), but 1 for equal vectors: if their cosine is rounded to more than 1, its
-    arc cosine is NaN, and the most similar text would be refused."""
+    """TextAttack's, (n, d) and (n, d) -> (n,), but never NaN. The cosine of equal vectors may be rounded to more than
+    1, which has no arc cosine, so that the most similar text would be refused."""
     return 1 - F.cosine_similarity(vectors, others).clamp(-1, 1).acos() / math.pi
 
 

@@ -60,7 +60,7 @@ class Options(data.TaskOptions):
     device: str = option("auto", "cpu, cuda, cuda:1, mps; auto: CUDA, then MPS, then CPU", group="machine")
     precision: str = option("auto", "auto: bf16 where it is fast", choices=("auto", "bf16", "fp32"), group="machine")
     output: str = option("runs", "folder of finetune.py; the ticket is written to OUTPUT/MODEL/TASK", group="output")
-    overwrite: bool = option(False, "make it anew; to resume an interrupted run, leave it out", group="output")
+    overwrite: bool = option(False, "make it anew; what this command left unfinished is resumed", group="output")
 
 
 class Gates(nn.Module):

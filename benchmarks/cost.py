@@ -214,7 +214,7 @@ def memory_and_traffic(steps):
     tuning = sum(EPOCHS * math.ceil(task.rows / BATCH) for task in TASKS.values())
     sent = 2 * 7 / 8 * 4 * parameters
     yield f"A step of the search keeps {16 * parameters / 1e9:.1f} GB of weights, gradients and AdamW's moments, and at"
-    yield f"most {kept / 1e9:.1f} GB for its backward pass on a GPU (float32; about half in bfloat16). Its gradients are"
+    yield f"most {kept / 1e9:.1f} GB for its backward pass on a GPU (float32; half in bfloat16). Its gradients are"
     yield f"{4 * parameters / 1e6:.0f} MB; in a ring of eight processes each sends {sent / 1e6:.0f} MB a step:"
     yield f"{steps * sent / 1e12:.2f} TB in the {steps:,} steps of a search, {tuning * sent / 1e12:.0f} TB in the"
     yield f"{tuning:,} steps of one method on all tasks."

@@ -1,7 +1,7 @@
 """Everything that depends on a GPU, checked and timed in at most 9 minutes, without a network.
 
     python -m benchmarks.gpu_check --weights FOLDER                    FOLDER: MiniLM with config.json and vocabulary
-    python -m benchmarks.gpu_check --weights FOLDER --corpus bbc.txt   also searches, and compares with the CPU's ticket
+    python -m benchmarks.gpu_check --weights FOLDER --corpus bbc.txt   searches that text instead of random words
     python -m benchmarks.gpu_check --small --device cpu                the same code on a tiny model
 
 Needs PyTorch, numpy, tokenizers and transformers. Each part is a process of its own: one that fails does not end the
@@ -81,7 +81,9 @@ def main():
 
 
 def write(options, device, rows, seconds):
-    results = {"machine": describe(device), "torch": torch.__version__, "options": asdict(options), "rows": rows}
+    """Write gpu.json and gpu.md, without the paths of this machine."""
+    given = {name: value for name, value in asdict(options).items() if name not in ("weights", "corpus", "results")}
+    results = {"machine": describe(device), "torch": torch.__version__, "options": given, "rows": rows}
     files.write_json(Path(options.results) / "gpu.json", results)
     lines = [f"{describe(device)}, PyTorch {torch.__version__}, {seconds:.0f} s in all.", ""]
     lines += ["| part | what | result | |", "|---|---|---|---|"]
@@ -107,7 +109,7 @@ def run_part(options, part, folder, left):
             code = process.wait(limit)
             failure = (f"exit code {code}", "FAILED") if code else None
         except subprocess.TimeoutExpired:
-            failure = f"stopped after {limit:.0f} s", "too slow" if limit == most else "left out"
+            failure = f"stopped after {limit:.0f} s", "FAILED" if limit == most else "left out"
         finally:
             stop(process)
     rows = [
@@ -118,7 +120,7 @@ def run_part(options, part, folder, left):
     if failure:
         log = Path(f"{path}.err").read_text("utf8", "replace").strip().splitlines() or [""]
         row = {"part": part, "what": failure[0], "result": log[-1].replace("|", "/"), "verdict": failure[1]}
-        rows.append(row | {"log": log[-30:]})
+        rows.append(row | {"log": [line.replace(f"{ROOT}{os.sep}", "") for line in log[-30:]]})
     for row in rows:
         print("{part:10} {what:50} {result} {verdict}".format(**row), *row.get("log", []), sep="\n    ", flush=True)
     print(f"{part:10} {time.monotonic() - start:.0f} s", flush=True)
@@ -266,6 +268,8 @@ def check_resume(options, folder):
 def check_processes(options, folder):
     """Two processes find what one finds: on two GPUs by NCCL, on one by gloo."""
     device = pick_device(options.device)
+    if device.type == "mps":
+        return record("two processes", "left out: they cannot share the work on MPS")
     shared = device.type == "cuda" and (torch.cuda.device_count() < 2 or ":" in options.device)
     flags = [*quick(options, folder), *["--device", str(device)] * shared]
     launcher = [*TORCHRUN, "2"]
@@ -279,7 +283,7 @@ def check_scripts(options, folder):
     """draw.py and finetune.py, of an uneven ticket and of the full model."""
     where = ["--model", folder / "still", "--output", folder / "whole", "--task", folder / "task.csv"]
     finish(*start_search(options, folder, "still", "whole", *quick(options, folder)))
-    run_script("draw.py", *where)
+    run_script("draw.py", folder / "whole" / "still" / "task" / "ticket.safetensors", *where)
     rows = 100 if options.small else 2000
     for ticket, method in (("drawn", "freelb"), ("none", "infobert")):
         flags = [
@@ -294,16 +298,17 @@ def check_scripts(options, folder):
             "--device",
             options.device,
         ]
-        run_script("finetune.py", *where, *flags)
         run = folder / "whole" / "still" / "task" / f"{ticket}-{method}-seed0"
+        run_script("finetune.py", run / "model.safetensors", *where, *flags)
         metrics = read_metrics(run)
         record(f"finetune.py --ticket {ticket} --method {method}", f"{metrics['seconds']:.0f} s of training", True)
 
 
-def run_script(name, *flags):
-    """Run a script. Raises BadInput with its last line if it fails."""
+def run_script(name, result, *flags):
+    """Run a script. Raises BadInput with the end of its errors if it does not write the file `result`. (Its plot may
+    fail, without matplotlib.)"""
     done = subprocess.run([sys.executable, name, *map(str, flags)], cwd=ROOT, capture_output=True, text=True)
-    if done.returncode:
+    if not result.is_file():
         raise BadInput(f"{name}: {done.stderr[-3000:]}")
 
 
@@ -335,15 +340,15 @@ def check_search(options, folder):
         return record("tickets", "left out: needs --weights")
     found, more = {}, ["--mlm-head-steps", 5, "--block", 32] * options.small
 
-    def begin(device, seed):
+    def begin(device, seed, output):
         flags = ["--device", device, "--seed", seed, *more]
-        return time.monotonic(), *start_search(options, folder, "minilm", f"{device}-{seed}", *flags)
+        return time.monotonic(), *start_search(options, folder, "minilm", output, *flags)
 
-    of_cpu = begin("cpu", 0)  # beside those of the GPU
-    for device, seed in ((options.device, 0), (options.device, 1), ("the CPU, meanwhile", 0)):
-        start, *search = of_cpu if "CPU" in device else begin(device, seed)
+    of_cpu = begin("cpu", 0, "searched by the CPU")  # at the same time as those of the GPU
+    for device, seed in ((options.device, 0), (options.device, 1), ("the CPU", 0)):
+        start, *search = of_cpu if device == "the CPU" else begin(device, seed, f"searched-{seed}")
         found[device, seed] = [~mask for mask in draw_masks(*finish(*search), 1 / 6, 0.3)]
-        record(f"search on {device}, seed {seed}", f"{time.monotonic() - start:.0f} s")
+        record(f"search on {device}, seed {seed}, with another beside it", f"{time.monotonic() - start:.0f} s")
         if len(found) > 1:
             shares = [(a & b).sum() / a.sum() for a, b in zip(found[options.device, 0], found[device, seed])]
             record("its ticket shares heads, neurons", ", ".join(f"{share:.0%}" for share in shares))

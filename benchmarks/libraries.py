@@ -133,6 +133,9 @@ def restore_textattack(recipe, textattack, options, pads_to_longest=False):
         if hasattr(constraint, "sim_metric"):
             constraint.model = encode
             vars(constraint).pop("_score_list", None)  # attack.py's, which encodes fewer texts
+            if constraint.metric == "angular":
+                module = textattack.constraints.semantics.sentence_encoders.sentence_encoder
+                constraint.sim_metric = module.get_angular_sim
     if options.attack == "bertattack":
         with tempfile.TemporaryDirectory() as copy:
             recipe.transformation.substitutes.model.save(copy, ("0", "1"), {})

@@ -218,8 +218,8 @@ def by_row(runs):
 
 
 def add_speeds(runs):
-    """Add the speed to the figures of runs of one task, relative to FreeLB's mean on the same machine, without and with
-    the search."""
+    """Add the speed to the figures of runs of one task, relative to FreeLB's mean on a machine of the same description,
+    without and with the search."""
     for machine in {run["machine"] for run in runs}:
         alike = [run for run in runs if run["machine"] == machine]
         freelb = [run["figures"] for run in alike if run["method"] == "FreeLB" and not run["overrides"]]

@@ -22,7 +22,9 @@ class MachineOptions:
     device: str = option("auto", "cpu, cuda, cuda:1, mps; auto: CUDA, then MPS, then CPU", group="machine")
     precision: str = option("auto", "auto: bf16 where supported", choices=("auto", "bf16", "fp32"), group="machine")
     grad_accum_steps: int = option(1, "parts of a step, computed in turn to save memory", at_least=1, group="machine")
-    checkpointing: bool = option(False, "recompute activations to save memory, a third more work", group="machine")
+    checkpointing: bool = option(
+        False, "recompute activations to save memory, a third more work; not on MPS", group="machine"
+    )
 
 
 def run_banner(model, device, dtype):

@@ -19,7 +19,7 @@ from torch import distributed
 
 from runtime.cli import BadInput
 from runtime.cpu import tune_allocator
-from runtime.device import pick_device, pick_precision, run_banner
+from runtime.device import MachineOptions, pick_device, pick_precision, run_banner
 from runtime.optim import seed_step
 from runtime.start import LOCAL_RANK, RANK, WORLD
 
@@ -47,10 +47,6 @@ def init_distributed(device, shared=False):
             raise BadInput(f"WORLD_SIZE is {WORLD} without {', '.join(missing)}: {remedy}")
         if not is_main_process():
             sys.stdout = open(os.devnull, "w")
-        if device.type == "mps":
-            raise BadInput(
-                "several processes need CUDA or the CPU: PyTorch cannot sum over them on MPS; use --device cpu"
-            )
         backend = "nccl" if device.type == "cuda" and not shared else "gloo"
         distributed.init_process_group(backend, timeout=timedelta(days=7))
 
@@ -59,9 +55,14 @@ def start(options):
     """Begin a script: join the other processes and print the first line. Returns (device, torch dtype of products)."""
     tune_allocator()
     device = pick_device(options.device)
-    if device.type == "mps" and getattr(options, "checkpointing", False):
-        reason = "PyTorch would draw other dropout masks when it computes a layer again"
-        raise BadInput(f"--checkpointing is not for MPS, where {reason}: use --grad-accum-steps, or --device cpu")
+    if device.type == "mps" and isinstance(options, MachineOptions):  # a script that trains
+        if WORLD > 1:
+            raise BadInput(
+                "several processes need CUDA or the CPU: on MPS no gradients can be summed; use --device cpu"
+            )
+        if options.checkpointing:
+            reason = "PyTorch would draw other dropout masks when it computes a layer again"
+            raise BadInput(f"--checkpointing is not for MPS, where {reason}: use --grad-accum-steps, or --device cpu")
     init_distributed(device, shared=":" in options.device)
     dtype = pick_precision(device, options.precision)
     print(run_banner(options.model, device, dtype))

@@ -245,6 +245,17 @@ def test_gpu_check_writes_what_it_has_after_each_part(tmp_path, monkeypatch):
     assert "| equal | a figure | 1 |  |" in (tmp_path / "gpu.md").read_text()
 
 
+def test_a_part_of_gpu_check_that_takes_too_long_is_failed_or_left_out(tmp_path, monkeypatch):
+    options = gpu_check.Options(device="cpu", small=True)
+    (tmp_path / "sitecustomize.py").write_text("import time\ntime.sleep(30)")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(gpu_check, "LIMIT", 2)
+    monkeypatch.setattr(gpu_check, "stop", subprocess.Popen.kill)
+    for left, verdict in ((60, "FAILED"), (0.1, "left out")):
+        [row] = gpu_check.run_part(options, "equal", str(tmp_path), left)
+        assert row["verdict"] == verdict and row["what"].startswith("stopped after")
+
+
 def test_saved_rates_of_several_machines_give_no_cost(monkeypatch):
     saved = {"machine": "a", "versions": {}, "figures": {}}
     monkeypatch.setattr(report, "read", lambda what: saved | {"machine": what})

@@ -64,7 +64,7 @@ def test_keeping_the_dropout_masks_of_the_first_pass_changes_nothing(tiny, only_
 
 @pytest.mark.parametrize("only_last", [False, True], ids=["freelb", "pgd"])
 def test_the_first_delta_of_the_caller_is_left_as_it_was(tiny, only_last):
-    """Nothing is left from one call to the next with the same delta: not its gradient, and not on another device."""
+    """A second call with the same delta finds no gradient of the first."""
     model, ids, mask, labels = adversarial_case(tiny)
     model.eval()
     delta = freelb.initial_delta(mask, model.config.hidden_size, 0.3, 0.7)

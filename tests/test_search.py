@@ -57,7 +57,7 @@ def few_articles(monkeypatch):
     """BBC News is 20 articles."""
     few = list(data.bbc())[::112]
     monkeypatch.setattr(data, "bbc", lambda: iter(few))
-    monkeypatch.setitem(data.TASKS, "bbc", data.bundled_task(data.TOPICS, 256, data.bbc))
+    monkeypatch.setitem(data.TASKS, "bbc", data.bundled_task("bbc", data.TOPICS, 256, data.bbc))
 
 
 def begun(monkeypatch, *flags):
