@@ -609,6 +609,15 @@ def test_the_verdict_takes_random_tickets_of_other_seeds_for_the_best_one_alone(
     assert "| Random ticket | 2 | 90.0 ± 0.0 | 6.0 ± 1.4 |" in text
 
 
+def test_the_best_random_ticket_is_judged_by_its_runs_with_other_seeds(verdict_runs):
+    found = verdict_runs(Vanilla=(10, 11, 10, 11), ORTicket=(12, 13, 12, 13), **{"Random ticket": (5, 7, 6, 8)})
+    for run in verdict_runs(**{"Random ticket": (40, 12, 13, 14)}):
+        found.append(run | {"overrides": run["overrides"] | {"finetune": {"ticket_seed": "9"}}})
+    text = " ".join(verdict.verdict(found, [], {"minilm": 6.6})[0].split())
+    assert "(Aua% 40.0) was fine-tuned again with 3 other seeds: Aua% 13.0 ± 1.0, +2.3 ± " in text
+    assert "the best of 5 is +2" in text and "| Random ticket | 4 | 90.0 ± 0.0 | 6.5 ± 1.3 |" in text
+
+
 def figure2_runs(make, seeds, aua):
     """Runs of ORTicket with several ratios of heads. aua: a function of (10 * ratio, seed)."""
     found = []
