@@ -40,11 +40,13 @@ def plot(runs, path):
     """Two panels, one for each ratio. The bars are 95 % intervals over several seeds (Student's t)."""
     settings, points = runs[0]["settings"], {}
     others = [overrides_text({name: of for name, of in run["overrides"].items() if name != "draw"}) for run in runs]
+    kinds = {(run["method"], other) for run, other in zip(runs, others)}
+    are_several = len(kinds) > len({method for method, _ in kinds})  # of one method
     for run, other in zip(runs, others):
         draw = run["overrides"].get("draw", {})
         for column in ("Clean%", *(f"{name} Aua%" for name in settings["attacks"].split())):
             for ratio in draw if len(draw) == 1 else ():
-                line = points.setdefault((ratio, f"{run['method']}, {column}{other * (len(set(others)) > 1)}"), {})
+                line = points.setdefault((ratio, f"{run['method']}, {column}{other * are_several}"), {})
                 line.setdefault(float(Fraction(draw[ratio])), []).append(run["figures"][column])
     figure, axes = new_figure(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
     for (ratio, label), line in points.items():
@@ -56,7 +58,7 @@ def plot(runs, path):
     axes[0].set_ylabel("%")
     handles = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels())}
     figure.legend(handles.values(), handles, loc="outside lower center", ncols=2, fontsize=7)
-    shared = others[0].replace("`", "") if len(set(others)) == 1 else ""
+    shared = "" if are_several else max(others, key=len).replace("`", "")  # a random ticket has no search's
     figure.suptitle(f"{settings['model']} on {runs[0]['task']}{shared}", fontsize=9, parse_math=False)
     save_figure(figure, path)
 
