@@ -87,26 +87,27 @@ def verdict(runs, ratio_runs, losses):
         raise BadInput(f"the table has no runs of Vanilla and ORTicket on sst2: {COMMAND} makes them")
     lines, rows = [asked()], []
     for start, attacks in starts.items():
-        cosine, methods = next(iter(attacks.items()))
+        (cosine, _), methods = next(iter(attacks.items()))
         result = claim(methods)
         lines.append(f"{described(start, losses, cosine, methods)} ORTicket minus Vanilla: {result}.")
         rows.append(f"from {name(start)} {result}")
         others = [
-            f"{with_p(compared(of, *TESTED))} at {other:g} (seeds: {num_seeds(of)})"
-            for other, of in attacks.items()
+            f"{with_p(compared(of, *TESTED))} at {other:g} (seeds: {num_seeds(of)}, sentences: {n})"
+            for (other, n), of in attacks.items()
             if other != cosine
         ]
         if others:
             lines.append(f"**With other limits on the substitutes' cosine** it is {', '.join(others)}.")
-        lines.append(best_random(methods))
+        most = max(attacks, key=lambda attack: len(random_tickets(attacks[attack])))  # the first of several
+        lines.append(best_random(*most, attacks[most]))
     lines += [ratios_line(fits)] if any("ORTicket" in key for key in fits) else []
-    cosine, methods = next(iter(next(iter(starts.values())).items()))  # of the first start
+    (cosine, _), methods = next(iter(next(iter(starts.values())).items()))  # of the first start
     lines += [price(methods), instead(starts)]
     lines += [only_bert_base()] if "bert-base-uncased" not in starts else []
     text = "".join(f"{wrapped(line, '- ', '  ')}\n" for line in lines if line) + f"\n{wrapped(LEGEND)}\n"
     for start, attacks in starts.items():
-        for least, of in attacks.items():
-            text += f"\n{name(start)}, substitutes of cosine {least:g} or more:\n{table(of)}"
+        for (least, n), of in attacks.items():
+            text += f"\n{name(start)}, substitutes of cosine {least:g} or more, {n} sentences:\n{table(of)}"
     text += ratios_table(fits) if fits else ""
     summary = wrapped(
         f"SST-2, {setting(cosine, methods['ORTicket'][0])} ([more](docs/results.md)). Aua%: "
@@ -121,7 +122,8 @@ def wrapped(text, first="", others=""):
 
 
 def grouped(runs):
-    """{start: {least cosine of a substitute: {method: its runs on SST-2}}}, the attack with most seeds first.
+    """{start: {(least cosine of a substitute, sentences): {method: its runs on SST-2}}}, the attack with most seeds, and
+    then with most sentences, first.
 
     Raises BadInput for runs that cannot be compared.
     """
@@ -130,22 +132,22 @@ def grouped(runs):
         if run["task"] != "sst2" or "textfooler" not in run["outcomes"]:
             continue
         overrides, method, start = run["overrides"], run["method"], Path(run["settings"]["model"]).name
-        cosine, training = least_cosine(run), dict(overrides.get("finetune", {}))
+        attack, training = (least_cosine(run), run["settings"]["n"]), dict(overrides.get("finetune", {}))
         label = "more random tickets" if training.pop("ticket_seed", None) else method
         own = {name: overrides.get(name, {}) for name in ("search", "draw", "robustt")} | {"finetune": training}
         shared = {"settings": run["settings"], "attack": overrides.get("attack", {}), "resources": run["resources"]}
-        for kind, of in (((start, cosine), shared), ((start, cosine, method), own)):
+        for kind, of in (((start, attack), shared), ((start, attack, method), own)):
             if differing := [name for name in of if kinds.setdefault(kind, of)[name] != of[name]]:
                 raise BadInput(
-                    f"runs of {method} from {start} at cosine {cosine:g} differ in {', '.join(differing)}: keep one "
-                    "kind of runs in --results"
+                    f"runs of {method} from {start} at cosine {attack[0]:g} on {attack[1]} sentences differ in "
+                    f"{', '.join(differing)}: keep one kind of runs in --results"
                 )
-        groups.setdefault(start, {}).setdefault(cosine, {}).setdefault(label, []).append(run)
+        groups.setdefault(start, {}).setdefault(attack, {}).setdefault(label, []).append(run)
     starts = {}
     for start, attacks in sorted(groups.items()):
-        complete = [cosine for cosine, methods in attacks.items() if num_seeds(methods)]
-        complete.sort(key=lambda cosine: (-num_seeds(attacks[cosine]), cosine))
-        starts |= {start: {cosine: attacks[cosine] for cosine in complete}} if complete else {}
+        complete = [attack for attack, methods in attacks.items() if num_seeds(methods)]
+        complete.sort(key=lambda attack: (-num_seeds(attacks[attack]), -attack[1], attack[0]))
+        starts |= {start: {attack: attacks[attack] for attack in complete}} if complete else {}
     return starts
 
 
@@ -211,15 +213,20 @@ def clean_difference(methods, *pair):
     return {"difference": statistics.mean(d), "interval": stats.t.ppf(0.975, len(d) - 1) * stats.sem(d)}
 
 
-def best_random(methods):
+def random_tickets(methods):
+    """{number of a random ticket: its runs, by seed}."""
+    by_ticket = {}
+    for run in methods.get("Random ticket", []) + methods.get("more random tickets", []):
+        by_ticket.setdefault(int(run["overrides"].get("finetune", {}).get("ticket_seed", run["seed"])), []).append(run)
+    return {number: sorted(of, key=lambda run: run["seed"]) for number, of in sorted(by_ticket.items())}
+
+
+def best_random(cosine, n, methods):
     """Is one of the random tickets better than Vanilla? As many of Vanilla's own runs are the control. "" for one.
 
     Of a ticket with several runs, the one with the smallest seed counts. If the ticket that is best of all has others,
     they tell whether it is good with other seeds as well."""
-    by_ticket = {}
-    for run in methods.get("Random ticket", []) + methods.get("more random tickets", []):
-        by_ticket.setdefault(int(run["overrides"].get("finetune", {}).get("ticket_seed", run["seed"])), []).append(run)
-    by_ticket = {number: sorted(of, key=lambda run: run["seed"]) for number, of in sorted(by_ticket.items())}
+    by_ticket = random_tickets(methods)
     tickets = [held(first, "textfooler") for first, *_ in by_ticket.values()]
     full = [held(run, "textfooler") for run in methods["Vanilla"]]
     count = min(len(tickets), len(full))
@@ -231,8 +238,8 @@ def best_random(methods):
     if len(tickets) > count:
         text += f" (of the first {count}: {shown(best_of(tickets[:count], full.mean(0)))})"
     text = (
-        f"**Is any random ticket better?** Chosen on one half of the sentences and measured on the other, both ways, "
-        f"{text}. The best of {count} runs of Vanilla, chosen alike, is {shown(best_of(full[:count], full.mean(0)))} "
+        f"**Is any random ticket better?** Chosen on one half of {n} sentences and measured on the other, both ways, at "
+        f"cosine {cosine:g}, {text}. The best of {count} runs of Vanilla, chosen alike, is {shown(best_of(full[:count], full.mean(0)))} "
         "from it. These intervals are over the sentences only."
     )
     best, *others = max(by_ticket.values(), key=lambda of: of[0]["figures"][COLUMN])

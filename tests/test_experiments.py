@@ -561,7 +561,7 @@ def test_the_verdict_compares_the_ticket_with_adversarial_training(verdict_runs)
 @pytest.mark.parametrize(
     "name, value",
     [
-        ("settings", {"model": "minilm", "train_rows": 5000, "epochs": 3, "n": 50}),
+        ("settings", {"model": "minilm", "train_rows": 4000, "epochs": 3, "n": 100}),
         ("overrides", {"attack": {"min_cosine": "0.5", "sample_seed": "1"}}),
         ("overrides", {"attack": {"min_cosine": "0.5"}, "search": {"corpus": "bbc"}}),
         ("resources", {"encoder": "another"}),
@@ -571,7 +571,7 @@ def test_the_verdict_refuses_runs_that_cannot_be_compared(verdict_runs, name, va
     found = verdict_runs(Vanilla=(10, 11), ORTicket=(12, 13))
     verdict.verdict(found, [], {})
     differing = next(iter(value.keys() - {"attack"}), "attack") if name == "overrides" else name
-    with pytest.raises(BadInput, match=f"runs of ORTicket from minilm at cosine 0.5 differ in {differing}: keep one"):
+    with pytest.raises(BadInput, match=f"from minilm at cosine 0.5 on 100 sentences differ in {differing}: keep one"):
         verdict.verdict([*found[:-1], found[-1] | {name: value}], [], {})
 
 
@@ -616,6 +616,25 @@ def test_the_best_random_ticket_is_judged_by_its_runs_with_other_seeds(verdict_r
     text = " ".join(verdict.verdict(found, [], {"minilm": 6.6})[0].split())
     assert "(Aua% 40.0) was fine-tuned again with 3 other seeds: Aua% 13.0 ± 1.0, +2.3 ± " in text
     assert "the best of 5 is +2" in text and "| Random ticket | 4 | 90.0 ± 0.0 | 6.5 ± 1.3 |" in text
+
+
+def test_the_verdict_begins_with_the_larger_sample_and_takes_the_most_random_tickets(verdict_runs):
+    few = verdict_runs(Vanilla=(10, 11), ORTicket=(12, 13), **{"Random ticket": (5, 7)})
+    many = verdict_runs(Vanilla=(20, 21), ORTicket=(30, 31))
+    for run in many:
+        run["settings"] |= {"n": 200}
+        run["outcomes"] = {"textfooler": runs.pack(runs.unpack(run["outcomes"]["textfooler"]) + 100 * "0")}
+    text, row, _ = verdict.verdict(few + many, [], {"minilm": 6.6})
+    text = " ".join(text.split())
+    result = verdict.with_p(tables.difference(many[2:], many[:2], "sst2", "textfooler"))
+    assert "TextFooler on 200 sentences" in text and f"minus Vanilla: {result} points" in text and f" {result} " in row
+    assert result.startswith("+5.0") and "other limits" not in text  # both samples are of one cosine
+    assert "on one half of 100 sentences and measured on the other, both ways, at cosine 0.5, the best of 2 is" in text
+    assert text.index("or more, 200 sentences: |") < text.index("or more, 100 sentences: |")
+    for run in many:  # now 5 of 100 more are those of another attack
+        run["overrides"] = {"attack": {"min_cosine": "0.6"}}
+    text = " ".join(verdict.verdict(few + many, [], {"minilm": 6.6})[0].split())
+    assert "limits on the substitutes' cosine** it is +2.0 ± 3.0 (p = 0.500) at 0.5 (seeds: 2, sentences: 100)." in text
 
 
 def figure2_runs(make, seeds, aua):
