@@ -1,6 +1,6 @@
 """Figure 2: Clean% and Aua% of ORTicket and of a random ticket against the pruning ratio of heads and of neurons.
 
-The options are those of table1.py. One ratio varies, the other stays at the task's. Writes figure2.md and a PNG a task.
+One ratio varies, the other stays at the task's. Writes figure2.md and a PNG a task.
 """
 
 import collections
@@ -19,14 +19,12 @@ from sharing.plots import new_figure, save_figure
 
 RATIOS = {"tau_head": ("1/12", "1/6", "1/4", "1/3"), "tau_ffn": ("0.05", "0.1", "0.2", "0.3", "0.4")}
 PRUNED = {"tau_head": "heads", "tau_ffn": "neurons"}
-AUA = "textfooler Aua%"
-ROWS = ("ORTicket", "Random ticket")
 
 
 def main():
     draws = [{ratio: value} for ratio, values in RATIOS.items() for value in values]
     defaults = {"tasks": ("sst2", "qnli", "agnews"), "attacks": ("textfooler",)}
-    options, runs = make_table("figure2", __doc__, ROWS, draws=draws, **defaults)
+    options, runs = make_table("figure2", __doc__, ("ORTicket", "Random ticket"), draws=draws, **defaults)
     numbers = collections.Counter()  # of the pictures of a task: one for all runs with the same settings
     for group in grouped(runs):
         task = group[0]["task"]
@@ -73,7 +71,7 @@ def fit_ratios(runs):
     """
     points, kinds, fits = {}, {}, {}
     for run in runs:
-        draw, aua = run["overrides"].get("draw", {}), run["figures"].get(AUA)
+        draw, aua = run["overrides"].get("draw", {}), run["figures"].get("textfooler Aua%")
         if run["task"] != "sst2" or len(draw) != 1 or aua is None:  # no ratio or several; no attack
             continue
         ((ratio, value),) = draw.items()

@@ -41,7 +41,7 @@ class Options:
 
 def main():
     options = cli.parse(Options, __doc__)
-    output = files.output_folder(options.output, options.model)
+    output = files.writable(files.model_folder(options.output, options.model))
     text, adapted = output / "mlm", output.with_name(f"{output.name}-mlm")
     write_text(text)
     settings = {name: value for name, value in vars(options).items() if name not in ("output", "results", "overwrite")}
@@ -50,8 +50,7 @@ def main():
     where = {"output": text, "corpus": text / "train", "save_model": adapted, "overwrite": options.overwrite}
     run_script("search", **settings, **ordinary, **where)
     # before: with the MLM head that the search began with
-    losses = [held_out_loss(of, text / "held-out", text) for of in (options.model, str(adapted))]
-    (before, of_before), (after, of_after) = losses
+    (before, of_before), (after, of_after) = (held_out_loss(of, text) for of in (options.model, str(adapted)))
     result = {"settings": settings, "loss_before": before, "loss_after": after, "model_sha256": [of_before, of_after]}
     write_result(Path(options.results) / "mlm.json", result)
     print(f"MLM loss on held-out text: {before:.3f} before, {after:.3f} after; {adapted}")
@@ -66,15 +65,15 @@ def write_text(folder):
     files.write_text(folder / "train" / "text.txt", "\n".join(lines))
 
 
-def held_out_loss(name, folder, output):
-    """(mean MLM loss of a model on the text in `folder`, in float32, with the same masks for every model; the model's
+def held_out_loss(name, folder):
+    """(mean MLM loss of a model on FOLDER/held-out, in float32, with the same masks for every model; the model's
     sha256)."""
     path, sha256 = data.find_model(name)
     tokenizer, device = Tokenizer(path), pick_device()
     model = Bert.load(path, mlm=True).to(device).eval()
     if "mlm_head" in model.initialized:
-        find_mlm_head(name, output, model, sha256, tokenizer, device)
-    blocks, losses = Blocks(tokenizer, *data.find_corpus(str(folder)), 128, device), []
+        find_mlm_head(name, folder, model, sha256, tokenizer, device)
+    blocks, losses = Blocks(tokenizer, *data.find_corpus(str(folder / "held-out")), 128, device), []
     optim.seed_step(0, len(blocks))
     for chosen in torch.arange(len(blocks)).split(32):
         ids, positions, labels = blocks.batch(chosen)

@@ -21,27 +21,21 @@ class Options:
 
 def main():
     options = cli.parse(Options, __doc__)
-    tickets, sources = [], []
-    for path, seed in [(path, seed) for path in options.coefficients for seed in seeds_of(path)]:
-        head, ffn, _ = read_coefficients(path, seed)
-        sources.append(f"{path}, seed {seed}")
-        tickets.append(draw_masks(head, ffn, options.tau_head, options.tau_ffn))
-        if [mask.shape for mask in tickets[-1]] != [mask.shape for mask in tickets[0]]:
-            raise BadInput(
-                f"{path} is of a model with other sizes than {options.coefficients[0]}: compare models alike"
-            )
+    tickets = []
+    for path in options.coefficients:
+        metadata = read_coefficients(path)[2]
+        for seed in metadata.get("seeds", [metadata["settings"]["seed"]]):  # several, if `sharing.publish` wrote them
+            head, ffn, _ = read_coefficients(path, seed)
+            tickets.append(draw_masks(head, ffn, options.tau_head, options.tau_ffn))
+            if [mask.shape for mask in tickets[-1]] != [mask.shape for mask in tickets[0]]:
+                raise BadInput(
+                    f"{path} is of a model with other sizes than {options.coefficients[0]}: compare models alike"
+                )
+            print(f"{len(tickets)}: {path}, seed {seed}")
     names = [str(number) for number in range(1, len(tickets) + 1)]
-    for number, source in zip(names, sources):
-        print(f"{number}: {source}")
     cells = [[" / ".join(f"{share:.1%}" for share in overlap(ours, other)) for other in tickets] for ours in tickets]
     print(markdown_table(["heads / neurons", *names], [[name, *row] for name, row in zip(names, cells)]), end="")
     print(f"\nTwo random tickets would share about {options.tau_head:.0%} / {options.tau_ffn:.0%}.")
-
-
-def seeds_of(path):
-    """The seeds of the searches in a file: several, if `sharing.publish` wrote it."""
-    metadata = read_coefficients(path)[2]
-    return metadata.get("seeds", [metadata["settings"]["seed"]])
 
 
 def overlap(ticket, other):

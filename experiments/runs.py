@@ -16,12 +16,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from attacks.results import read_rows
-from checkpoints.provenance import identity, json_sha256, read_result, software
+from checkpoints.provenance import ROOT, identity, json_sha256, read_result, software
 from freelb import ADVERSARIES
 from runtime import files
 from runtime.cli import BadInput
 
-ROOT = Path(__file__).resolve().parents[1]
 PAPER_TASKS = ("sst2", "qnli", "qqp", "imdb", "agnews")
 
 
@@ -195,8 +194,7 @@ def run_method(options, run):
         figures[f"{attack} errors"] = len(summary["errors"])
         for column, key, unit in (("Aua%", "aua", 100), ("Suc%", "suc", 100), ("#Query", "queries", 1)):
             figures[f"{attack} {column}"] = None if summary[key] is None else unit * summary[key]
-    hours = (time.time() - start) / 3600
-    return {"figures": figures, "resources": resources, "outcomes": outcomes, "hours": hours}
+    return {"figures": figures, "resources": resources, "outcomes": outcomes, "hours": (time.time() - start) / 3600}
 
 
 def pack(outcomes):

@@ -1,6 +1,6 @@
 """Table 2: the speed of training relative to FreeLB, with and without the time of the search, and the parameters.
 
-The options are those of table1.py. Nothing is attacked.
+Nothing is attacked.
 """
 
 from experiments.tables import make_table

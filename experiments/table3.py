@@ -1,7 +1,4 @@
-"""Table 3: tickets of a search with and without an adversary, each fine-tuned with and without FreeLB.
-
-The options are those of table1.py.
-"""
+"""Table 3: tickets of a search with and without an adversary, each fine-tuned with and without FreeLB."""
 
 from experiments.tables import make_table
 from runtime import cli

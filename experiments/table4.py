@@ -1,7 +1,4 @@
-"""Table 4: a search on each task, and on masked language modelling, beside a fine-tuning on each task.
-
-The options are those of table1.py.
-"""
+"""Table 4: a search on each task, and on masked language modelling, beside a fine-tuning on each task."""
 
 from experiments.runs import PAPER_TASKS
 from experiments.tables import make_table

@@ -1,7 +1,4 @@
-"""Table 5: another encoder, RoBERTa-base.
-
-The options are those of table1.py.
-"""
+"""Table 5: another encoder, RoBERTa-base."""
 
 from experiments.tables import make_table
 from runtime import cli

@@ -1,7 +1,4 @@
-"""Table 6: ablation of what a ticket keeps, its pre-trained initialization and its structure.
-
-The options are those of table1.py.
-"""
+"""Table 6: ablation of what a ticket keeps, its pre-trained initialization and its structure."""
 
 from experiments.tables import make_table
 from runtime import cli

@@ -5,7 +5,6 @@ RESULTS/TABLE.md has their means, beside them the paper's numbers, and the diffe
 """
 
 import itertools
-import json
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,6 @@ import numpy as np
 import data
 from attacks.recipes import RECIPES
 from checkpoints import provenance
-from checkpoints.provenance import read_result, write_result
 from experiments.compare import VISIBLE, compare
 from experiments.runs import (
     METHODS,
@@ -34,7 +32,7 @@ from runtime import cli, files
 from runtime.cli import BadInput, first_few, option
 from runtime.device import DEFAULT_MODEL, MODEL_HELP, describe, pick_device
 
-PAPER = json.loads((Path(__file__).parent / "paper.json").read_text("utf8"))
+PAPER = files.read_json(Path(__file__).with_name("paper.json"))
 COLUMNS = ("Clean%", "Aua%", "Suc%", "#Query", "GB", "M parameters")
 ATTACKS = ("textfooler", "textbugger", "bertattack")
 SETTINGS = ("model", "train_rows", "epochs", "batch_size", "learning_rate")  # of all runs of a table
@@ -147,7 +145,7 @@ def list_missing(missing, runs):
 
 def load_runs(path):
     """The runs in the .json of a table. Raises BadInput for another .json."""
-    runs = read_result(path).get("runs") if path.is_file() else []
+    runs = provenance.read_result(path).get("runs") if path.is_file() else []
     if runs is None:
         raise BadInput(f"{path} has no runs: give another --results")
     return runs
@@ -166,7 +164,7 @@ def save_run(path, run):
             if key_of(other | {"seed": 0}) != key_of(run | {"seed": 0})
             or (other["seed"] != run["seed"] and other["code"] == run["code"])
         ]
-        write_result(path, {"runs": [*kept, run]})
+        provenance.write_result(path, {"runs": [*kept, run]})
 
 
 def markdown(table, runs, columns=COLUMNS, across=False):
@@ -205,7 +203,7 @@ def grouped(runs, across=False):
     groups = {}
     for run in runs:
         shared = run["settings"] | ({"n": None} if across else {"task": run["task"]})
-        groups.setdefault(json.dumps([shared, run["resources"]], sort_keys=True), []).append(run)
+        groups.setdefault(provenance.json_sha256([shared, run["resources"]]), []).append(run)
     return list(groups.values())
 
 
@@ -290,11 +288,10 @@ def shown(result):
 
 def with_p(result):
     """ "-1.2 ± 2.3 (p = 0.250)" """
-    return shown(result) + (f" ({p_text(result)})" if "p" in result else "")
-
-
-def p_text(result):
-    return "p < 0.001" if result["p"] < 0.001 else f"p = {result['p']:.3f}"
+    if "p" not in result:
+        return shown(result)
+    p = "p < 0.001" if result["p"] < 0.001 else f"p = {result['p']:.3f}"
+    return f"{shown(result)} ({p})"
 
 
 def differences(task, attack, rows):

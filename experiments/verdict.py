@@ -18,14 +18,13 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
-from checkpoints.provenance import read_result
+from checkpoints.provenance import ROOT, read_result
 from experiments.figure2 import PRUNED, fit_ratios, least_cosine
 from experiments.runs import overrides_text
 from experiments.tables import PAPER, cell, difference, held, load_runs, markdown_table, shown, with_p
 from runtime import cli, files
 from runtime.cli import BadInput, option
 
-ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- verdict -->", "<!-- end of the verdict -->"
 ROW = "**The paper's robustness gain**"  # of README.md
 TESTED = ("ORTicket", "Vanilla")
@@ -237,10 +236,11 @@ def best_random(cosine, n, methods):
     text = f"the best of {len(tickets)} is {shown(best_of(tickets, full.mean(0)))} points from Vanilla's mean"
     if len(tickets) > count:
         text += f" (of the first {count}: {shown(best_of(tickets[:count], full.mean(0)))})"
+    control = shown(best_of(full[:count], full.mean(0)))
     text = (
         f"**Is any random ticket better?** Chosen on one half of {n} sentences and measured on the other, both ways, at "
-        f"cosine {cosine:g}, {text}. The best of {count} runs of Vanilla, chosen alike, is {shown(best_of(full[:count], full.mean(0)))} "
-        "from it. These intervals are over the sentences only."
+        f"cosine {cosine:g}, {text}. The best of {count} runs of Vanilla, chosen alike, is {control} from it. These "
+        "intervals are over the sentences only."
     )
     best, *others = max(by_ticket.values(), key=lambda of: of[0]["figures"][COLUMN])
     if len(others) > 1:
