@@ -54,9 +54,7 @@ PARTS = ("the model", "the sentence encoder")  # of the time of an attack
 
 @dataclass
 class Options:
-    what: str = option(
-        "search", "benchmark", choices=("search", "finetune", "attack", "scale", "cost"), positional=True
-    )
+    what: str = option("search", "benchmark", choices=(*SIDES, "attack", "scale", "cost"), positional=True)
     batch_size: int = option(32, "examples per step", at_least=1)
     block: int = option(128, "search: tokens per example", at_least=8)
     adv_steps: int = option(3, "search: K, FreeLB's ascent steps", at_least=1)
@@ -100,20 +98,19 @@ def run_workers(options, cases, folder):
     all, and are left out with a line if it fails."""
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{folder}/compiled"  # nothing is compiled before
     turns = [case for number in range(options.rounds) for case in cases if number == 0 or "compiled" not in case[0]]
-    found, bar = {case: [] for case in cases}, cli.progress(len(turns), description="processes")
-    for case in turns:
-        worker = ["--worker", ";".join((*case, str(folder)))]
-        command = [sys.executable, "-m", "benchmarks.bench", *sys.argv[1:], *worker]
-        try:
-            output = report.run_process(command, " in ".join(case))
-            found[case].append(json.loads(output.splitlines()[-1]))
-        except BadInput as error:
-            if "compiled" not in case[0]:
-                raise
-            print(f"left out: {error}", file=sys.stderr)  # there may be no C++ compiler
-            del found[case]
-        bar.update()
-    bar.close()
+    found, command = {case: [] for case in cases}, [sys.executable, "-m", "benchmarks.bench", *sys.argv[1:]]
+    with cli.progress(len(turns), description="processes") as bar:
+        for case in turns:
+            worker = ["--worker", ";".join((*case, str(folder)))]
+            try:
+                output = report.run_process([*command, *worker], " in ".join(case))
+                found[case].append(json.loads(output.splitlines()[-1]))
+            except BadInput as error:
+                if "compiled" not in case[0]:
+                    raise
+                print(f"left out: {error}", file=sys.stderr)  # there may be no C++ compiler
+                del found[case]
+            bar.update()
     return found
 
 
@@ -140,11 +137,9 @@ def best_ratios(figures, name):
     for precision in (*dict.fromkeys(precision for _, precision in figures), None):
         chosen = {case: row[name] for case, row in figures.items() if precision in (None, case[1])}
         ours = min(seconds for (side, _), seconds in chosen.items() if side == "orticket")
-        theirs = {case: seconds for case, seconds in chosen.items() if "orticket" not in case[0]}
-        theirs = {case: seconds for case, seconds in theirs.items() if case[0] not in ONLY_FIRST}
-        if theirs:
-            best = min(theirs, key=theirs.get)
-            parts.append(f"{theirs[best] / ours:.2f} {f'in {precision}' if precision else 'overall'} ({best[0]})")
+        theirs = {case: seconds for case, seconds in chosen.items() if libraries.is_baseline(case[0])}
+        best = min(theirs, key=theirs.get)
+        parts.append(f"{theirs[best] / ours:.2f} {f'in {precision}' if precision else 'overall'} ({best[0]})")
     return ", ".join(parts)
 
 
@@ -197,10 +192,8 @@ def profile_table(options, results, work):
     figures = {(name,): {"seconds": seconds, "share": seconds / total} for name, seconds in of_process.items()}
     lines = [f"{work} {processes(options)}.", ""]
     lines += [*report.table(figures, {"seconds": "{seconds:.3f}", "share": "{share:.1%}"}), ""]
-    lines.append(
-        f"The products alone reach {rate:.0%} of the peak; profiling took {slower:.2f} times as long as without it."
-    )
-    return f"{options.what}-profile", figures, lines
+    last = f"The products alone reach {rate:.0%} of the peak; profiling took {slower:.2f} times as long as without it."
+    return f"{options.what}-profile", figures, [*lines, last]
 
 
 def bench_attack(options, folder):
@@ -218,10 +211,8 @@ def bench_attack(options, folder):
     columns = {"in all": "{seconds:.2f}", "ratio": "{ratio:.2f}", "queries": "{queries:,}"}
     columns |= {"same outcome": f"{{same}} of {options.n}"} | {f"in {part}": f"{{{part}:.2f}}" for part in PARTS}
     lines = [f"{options.attack} on {options.n} rows of {options.task}, MiniLM, in seconds. {processes(options)};"]
-    lines += [
-        "ratio: to orticket in fp32; longest: TextAttack's wrapper, but with each batch padded to its longest text"
-    ]
-    lines += ["instead of 512 tokens.", "", *report.table(figures, columns), ""]
+    lines += ["ratio: to orticket in fp32; longest: TextAttack's wrapper, but with each batch padded to its longest"]
+    lines += ["text instead of 512 tokens.", "", *report.table(figures, columns), ""]
     lines += [f"Best baseline / orticket: {best_ratios(figures, 'seconds')}."]
     return f"attack-{options.attack}-{options.task}", figures, lines
 

@@ -18,15 +18,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from baselines import robustt
 from benchmarks import report
-from benchmarks.training import freelb_step, full_size, search_loss
+from benchmarks.training import freelb_step, full_size
 from bert import Bert, Config
 from freelb import ADVERSARIES
 from gates import Coefficients
+from inputs.batches import MaskedBatch
 from runtime import files
 from runtime.cli import BadInput
+from search import objective
 
 SHARE = 0.35  # of a GPU's peak, assumed: 0.3 to 0.4 for large products and what is between them
-FULL_MODEL = ("orticket in bf16", "orticket in fp32")  # rows of the saved figures
 LAUNCH = 5e-6  # seconds, assumed, that Python and the driver take per operator on a GPU: what bounds a small step
 PEAKS = {"A100": 312e12, "H100": 989e12}  # FLOP/s in dense bfloat16, for training
 PEAKS_FP32 = {"A100": 19.5e12, "H100": 67e12}  # in float32, which attacks are made in
@@ -103,7 +104,7 @@ def loss_on_meta(config, tokens, masked, gated=False):
     ids = torch.zeros(BATCH, round(tokens), dtype=torch.long)
     positions = torch.zeros(round(masked * BATCH), dtype=torch.long)
     if masked:
-        return search_loss(model, c, ids, positions, positions), ids
+        return lambda delta: objective(model, MaskedBatch(ids, positions, positions), c.gates, delta), ids
     return lambda delta: model.class_loss(ids, None, None, ids[:, 0], delta=delta), ids
 
 
@@ -154,12 +155,10 @@ def bench(options, folder):
     search = count(Config(), BLOCK, ADVERSARIES["freelb"], MASKED * BLOCK)
     steps = math.ceil(CORPUS_TOKENS / (BLOCK - 2) / BATCH)
     lines = ["Hours with BERT-base and one seed: the search on wikitext-2, one epoch at most; each method on all five"]
-    lines += [
-        "tasks, ten epochs; all three attacks on all six methods. Eight GPUs make eight runs at a time, and search"
-    ]
+    lines += ["tasks, ten epochs; all three attacks on all six methods. Eight GPUs make eight runs at a time, and"]
     hours = cost_in_hours(search, steps)
     shown = {name: f"{{{name}:,.2f}}" for name in next(iter(hours.values()))} | {"search": "{search:.4f}"}
-    lines += ["on one.", "", *report.table(hours, shown), "", *memory_and_traffic(steps), ""]
+    lines += ["search on one.", "", *report.table(hours, shown), "", *memory_and_traffic(steps), ""]
     scaling = time_of_steps(
         {"search, 32 x 128 tokens": search}
         | {f"{name}, 32 rows": count(BASE, TASKS[name].tokens, ADVERSARIES["vanilla"]) for name in ("sst2", "imdb")}
@@ -174,9 +173,8 @@ def cost_in_hours(search, steps):
     """{machine: {work: hours}}."""
     saved = [report.read(what) for what in ("search", "finetune", "attack-textfooler-rt")]
     if len({json.dumps([of["machine"], of["versions"]]) for of in saved}) > 1:
-        raise BadInput(
-            "the saved figures are of several machines or versions: run bench search, finetune, attack --save"
-        )
+        remedy = "run bench search, finetune, attack --save"
+        raise BadInput(f"the saved figures are of several machines or versions: {remedy}")
     searching, training = (fastest(of["figures"]) for of in saved[:2])
     machines = {saved[0]["machine"]: (searching, training, 0.0, 0.0)}
     machines |= {f"one {of}": (SHARE * PEAKS[of], SHARE * PEAKS[of], SHARE * PEAKS_FP32[of], LAUNCH) for of in PEAKS}
@@ -201,7 +199,7 @@ def cost_in_hours(search, steps):
 
 def fastest(rows):
     """FLOP/s of orticket with the full model, in its fastest precision."""
-    return max(rows[name]["flops"] / rows[name]["seconds"] for name in FULL_MODEL if name in rows)
+    return max(row["flops"] / row["seconds"] for name, row in rows.items() if name.startswith("orticket in"))
 
 
 def number_of_parameters():

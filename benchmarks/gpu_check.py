@@ -27,6 +27,7 @@ import torch
 
 from bert import Bert, Config
 from checkpoints import safetensors
+from checkpoints.provenance import ROOT
 from checkpoints.runs import read_metrics
 from freelb import freelb
 from gates import draw_masks
@@ -35,7 +36,6 @@ from runtime import cli, files
 from runtime.cli import BadInput, option
 from runtime.device import autocast, describe, pick_device
 
-ROOT = Path(__file__).resolve().parents[1]
 TINY = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 128}
 STUB = "__version__ = '0'\n\n\nclass Missing(Exception):\n    pass\n\n\ndef __getattr__(name):\n    return Missing\n"
 LIMIT = 180  # seconds of a part, so that one that hangs does not take the time of the others
@@ -68,9 +68,7 @@ def main():
         for package in ("pyarrow", "requests", "urllib3"):  # for data that is not used here
             if importlib.util.find_spec(package) is None:
                 for name in ("__init__", "parquet"):
-                    path = Path(folder, "stubs", package, f"{name}.py")
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    path.write_text(STUB, "utf8")
+                    files.write_text(Path(folder, "stubs", package, f"{name}.py"), STUB)
         prepare(options, Path(folder))
         for part in options.parts or PARTS:
             left = 60 * options.minutes - (time.monotonic() - start)
@@ -88,8 +86,7 @@ def write(options, device, rows, seconds):
     lines = [f"{describe(device)}, PyTorch {torch.__version__}, {seconds:.0f} s in all.", ""]
     lines += ["| part | what | result | |", "|---|---|---|---|"]
     lines += [f"| {row['part']} | {row['what']} | {row['result']} | {row['verdict']} |" for row in rows]
-    with files.atomic_write(Path(options.results) / "gpu.md") as tmp_path:
-        Path(tmp_path).write_text("\n".join(lines) + "\n", "utf8")
+    files.write_text(Path(options.results) / "gpu.md", "\n".join(lines) + "\n")
 
 
 def run_part(options, part, folder, left):
@@ -112,11 +109,8 @@ def run_part(options, part, folder, left):
             failure = f"stopped after {limit:.0f} s", "FAILED" if limit == most else "left out"
         finally:
             stop(process)
-    rows = [
-        {"part": part, **json.loads(line)}
-        for line in path.read_text("utf8", "replace").splitlines()
-        if line[:7] == '{"what"'
-    ]
+    lines = path.read_text("utf8", "replace").splitlines()
+    rows = [{"part": part, **json.loads(line)} for line in lines if line.startswith('{"what"')]
     if failure:
         log = Path(f"{path}.err").read_text("utf8", "replace").strip().splitlines() or [""]
         row = {"part": part, "what": failure[0], "result": log[-1].replace("|", "/"), "verdict": failure[1]}
@@ -225,43 +219,53 @@ def check_equal(options, folder):
                 record(what, shown, of_bf16 if bound is None else errors[worst] < bound)
 
 
-def start_search(options, folder, model, output, *flags, launcher=()):
-    """The process of a search, and the path of its coefficients."""
-    command = [sys.executable, *launcher, "search.py", "--model", folder / model, "--output", folder / output]
-    command += ["--corpus", options.corpus or folder / "corpus.txt", *flags]
-    path = folder / output / model / "coefficients.safetensors"
+def start_script(path, name, *flags, launcher=()):
+    """The process of a script, and the path of the file that it writes."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    log = open(path.with_name("log"), "w")
-    return subprocess.Popen(list(map(str, command)), cwd=ROOT, stdout=log, stderr=log), path
+    command = map(str, [sys.executable, *launcher, name, *flags])
+    with open(path.with_name("log"), "w") as log:
+        return subprocess.Popen(list(command), cwd=ROOT, stdout=log, stderr=log), path
 
 
 def finish(process, path):
-    """The coefficients (head, ffn) of a search."""
+    """The tensors of the file that a script writes. Raises BadInput with the script's last line if there is none."""
     process.wait()
-    if not path.is_file():  # its plot may have failed, without matplotlib
-        log = path.with_name("log").read_text("utf8", "replace").splitlines()
+    if not path.is_file():  # the exit code does not tell: the plot may have failed, without matplotlib
+        log = path.with_name("log").read_text("utf8", "replace").splitlines() or ["?"]
         print(*log[-25:], sep="\n", file=sys.stderr)
-        raise BadInput(f"search.py: {log[-1] if log else '?'}")
-    tensors, _ = safetensors.read_with_metadata(path)
-    return tensors["head"].clone(), tensors["ffn"].clone()
+        raise BadInput(f"{path.name} was not written: {log[-1]}")
+    return safetensors.read_with_metadata(path)[0]
 
 
-def quick(options, folder):
-    """The flags of a search of seconds."""
-    more = ["--mini-epoch", 0.1, "--gamma", 1e-9, "--learning-rate", 1e-3, "--precision", "fp32", "--block", 32]
-    return ["--corpus", folder / "quick.txt", "--batch-size", 16, "--device", options.device, *more]
+def start_search(options, folder, model, output, *flags, launcher=()):
+    """The process of a search, and the path of its coefficients."""
+    where = ["--model", folder / model, "--output", folder / output]
+    where += ["--corpus", options.corpus or folder / "corpus.txt"]
+    path = folder / output / model / "coefficients.safetensors"
+    return start_script(path, "search.py", *where, *flags, launcher=launcher)
+
+
+def start_quick(options, folder, output, *flags, launcher=()):
+    """The same for a search of seconds without dropout."""
+    quick = ["--corpus", folder / "quick.txt", "--batch-size", 16, "--block", 32, "--mini-epoch", 0.1, "--gamma", 1e-9]
+    quick += ["--learning-rate", 1e-3, "--precision", "fp32", "--device", options.device]
+    return start_search(options, folder, "still", output, *quick, *flags, launcher=launcher)
+
+
+def difference(tensors, others):
+    """The mean difference of the coefficients of two searches."""
+    return max((tensors[name] - others[name]).abs().mean().item() for name in ("head", "ffn"))
 
 
 def check_resume(options, folder):
     """A search that is killed and run again ends where one that is not killed ends."""
-    process, path = start_search(options, folder, "still", "killed", *quick(options, folder))
+    process, path = start_quick(options, folder, "killed")
     while process.poll() is None and not path.with_name("search.state.safetensors").exists():
         time.sleep(0.01)
     process.kill()
     process.wait()
-    killed = finish(*start_search(options, folder, "still", "killed", *quick(options, folder)))
-    whole = finish(*start_search(options, folder, "still", "whole", *quick(options, folder)))
-    error = max((one - other).abs().mean().item() for one, other in zip(killed, whole))
+    killed, whole = (finish(*start_quick(options, folder, output)) for output in ("killed", "whole"))
+    error = difference(killed, whole)
     record("killed and resumed: mean difference of c", f"{error:.1e}", error < 1e-4)
 
 
@@ -271,45 +275,24 @@ def check_processes(options, folder):
     if device.type == "mps":
         return record("two processes", "left out: they cannot share the work on MPS")
     shared = device.type == "cuda" and (torch.cuda.device_count() < 2 or ":" in options.device)
-    flags = [*quick(options, folder), *["--device", str(device)] * shared]
-    launcher = [*TORCHRUN, "2"]
-    two = finish(*start_search(options, folder, "still", "two", *flags, launcher=launcher))
-    one = finish(*start_search(options, folder, "still", "whole", *quick(options, folder)))
-    error = max((one - other).abs().mean().item() for one, other in zip(one, two))
+    flags = ["--device", device] * shared
+    two = finish(*start_quick(options, folder, "two", *flags, launcher=[*TORCHRUN, 2]))
+    error = difference(finish(*start_quick(options, folder, "whole")), two)
     record(f"two processes on {1 if shared else 2} devices: mean difference of c", f"{error:.1e}", error < 1e-4)
 
 
 def check_scripts(options, folder):
     """draw.py and finetune.py, of an uneven ticket and of the full model."""
     where = ["--model", folder / "still", "--output", folder / "whole", "--task", folder / "task.csv"]
-    finish(*start_search(options, folder, "still", "whole", *quick(options, folder)))
-    run_script("draw.py", folder / "whole" / "still" / "task" / "ticket.safetensors", *where)
-    rows = 100 if options.small else 2000
+    results = folder / "whole" / "still" / "task"
+    finish(*start_quick(options, folder, "whole"))
+    finish(*start_script(results / "ticket.safetensors", "draw.py", *where))
+    size = ["--epochs", 2, "--train-rows", 100 if options.small else 2000, "--device", options.device]
     for ticket, method in (("drawn", "freelb"), ("none", "infobert")):
-        flags = [
-            "--ticket",
-            ticket,
-            "--method",
-            method,
-            "--epochs",
-            2,
-            "--train-rows",
-            rows,
-            "--device",
-            options.device,
-        ]
-        run = folder / "whole" / "still" / "task" / f"{ticket}-{method}-seed0"
-        run_script("finetune.py", run / "model.safetensors", *where, *flags)
-        metrics = read_metrics(run)
-        record(f"finetune.py --ticket {ticket} --method {method}", f"{metrics['seconds']:.0f} s of training", True)
-
-
-def run_script(name, result, *flags):
-    """Run a script. Raises BadInput with the end of its errors if it does not write the file `result`. (Its plot may
-    fail, without matplotlib.)"""
-    done = subprocess.run([sys.executable, name, *map(str, flags)], cwd=ROOT, capture_output=True, text=True)
-    if not result.is_file():
-        raise BadInput(f"{name}: {done.stderr[-3000:]}")
+        run, flags = results / f"{ticket}-{method}-seed0", ["--ticket", ticket, "--method", method]
+        finish(*start_script(run / "model.safetensors", "finetune.py", *where, *size, *flags))
+        seconds = read_metrics(run)["seconds"]
+        record(f"finetune.py --ticket {ticket} --method {method}", f"{seconds:.0f} s of training", True)
 
 
 def check_speed(options, folder, what, sides, batch_sizes):
@@ -347,7 +330,8 @@ def check_search(options, folder):
     of_cpu = begin("cpu", 0, "searched by the CPU")  # at the same time as those of the GPU
     for device, seed in ((options.device, 0), (options.device, 1), ("the CPU", 0)):
         start, *search = of_cpu if device == "the CPU" else begin(device, seed, f"searched-{seed}")
-        found[device, seed] = [~mask for mask in draw_masks(*finish(*search), 1 / 6, 0.3)]
+        tensors = finish(*search)
+        found[device, seed] = [~mask for mask in draw_masks(tensors["head"], tensors["ffn"], 1 / 6, 0.3)]
         record(f"search on {device}, seed {seed}, with another beside it", f"{time.monotonic() - start:.0f} s")
         if len(found) > 1:
             shares = [(a & b).sum() / a.sum() for a, b in zip(found[options.device, 0], found[device, seed])]
@@ -359,17 +343,16 @@ def check_attack(options, folder):
     if importlib.util.find_spec("textattack") is None:
         return record("TextFooler", "left out: TextAttack is not installed")
     flags = ["--model", folder / "minilm", "--task", folder / "task.csv", "--output", folder / "attack", "--device"]
-    flags = [*map(str, flags), options.device if options.device == "cpu" else "cuda:0", "--ticket", "none"]
+    flags = [*map(str, flags), str(pick_device(options.device)), "--ticket", "none"]
     run = {"cwd": ROOT, "check": True, "stdout": subprocess.DEVNULL}
     subprocess.run([sys.executable, "finetune.py", *flags, "--epochs", "1", "--train-rows", "200"], **run)
     n = 4 if options.small else 64
     for processes in (1, 2 if options.small else 8):
         launcher = [*TORCHRUN, str(processes), "--"]
         start = time.monotonic()
-        subprocess.run([sys.executable, *launcher, "attack.py", *flags, "--n", str(n), "--overwrite"], **run)
+        given = ["--n", str(n), "--suffix", str(processes)]  # of the results, which are not reused
+        subprocess.run([sys.executable, *launcher, "attack.py", *flags, *given], **run)
         record(f"TextFooler, {processes} processes", f"{n / (time.monotonic() - start):.2f} sentences/s with start-up")
-        for path in (folder / "attack").rglob("textfooler.json*"):
-            path.unlink()
 
 
 OURS, SDPA, BY_LENGTH = "orticket", "transformers, SDPA", "transformers, SDPA, by length"

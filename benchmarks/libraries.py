@@ -19,7 +19,7 @@ os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 
 
 def is_baseline(side):
-    return side.startswith("transformers")
+    return side.startswith(("transformers", "textattack"))
 
 
 def load(kind, folder, side, device, dynamic=None):
@@ -81,7 +81,8 @@ def classifier(folder, side, rows, test, batch_size, max_length, device):
             yield loss.detach()
 
     def classify():
-        return sum((forward(batch).logits.argmax(1).cpu() == batch["labels"]).sum().item() for batch in test)
+        right = [(forward(batch).logits.argmax(1).cpu() == batch["labels"]).sum().item() for batch in test]
+        return sum(right) / len(test.dataset)
 
     def loss():
         with torch.no_grad():
@@ -98,7 +99,7 @@ def restore_textattack(recipe, textattack, options, pads_to_longest=False):
     import transformers
 
     folder = files.model_folder(options.output, options.model) / files.task_folder(options.task)
-    folder, device = folder / "none-vanilla-seed0", pick_device(options.device)
+    folder, device = folder / files.run_name(options), pick_device(options.device)
     dtype = pick_precision(device, options.precision)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     model = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval().to(device)

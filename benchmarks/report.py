@@ -1,12 +1,11 @@
 """Tables as Markdown, kept in benchmarks/results and docs/speed.md; and processes that are measured."""
 
 import subprocess
-from pathlib import Path
 
+from checkpoints.provenance import ROOT
 from runtime import files
 from runtime.cli import BadInput
 
-ROOT = Path(__file__).resolve().parents[1]
 RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "speed.md"
 
 

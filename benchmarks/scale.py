@@ -12,7 +12,7 @@ import torch
 
 import data
 from benchmarks import report
-from benchmarks.training import freelb_step, full_size, search_loss
+from benchmarks.training import freelb_step, full_size
 from bert import Bert
 from freelb import ADVERSARIES
 from gates import Coefficients
@@ -21,6 +21,7 @@ from inputs.tokenizer import Tokenizer
 from runtime import cli
 from runtime.cpu import tune_allocator
 from runtime.device import autocast, peak_memory, pick_device, pick_precision
+from search import objective
 
 STEPS = 12  # timed steps of a search, after as many for warming up
 
@@ -29,13 +30,11 @@ def bench(options, folder):
     """(name, figures, lines) for report.publish."""
     figures = {}
     sizes = [megabytes for megabytes in (1, 10, 100, 1000) if megabytes < options.megabytes] + [options.megabytes]
-    bar = cli.progress(len(sizes), description="scale", unit="size")
-    # the cache is in the temporary folder, too, so that a gigabyte of tokens is not kept
-    with mock.patch.dict(os.environ, XDG_CACHE_HOME=str(folder)):
+    in_folder = mock.patch.dict(os.environ, XDG_CACHE_HOME=str(folder))  # a gigabyte of tokens is not kept
+    with in_folder, cli.progress(len(sizes), description="scale", unit="size") as bar:
         for megabytes in sizes:
             figures[f"{megabytes:,} MB of text",] = measure_search(megabytes, options, folder)
             bar.update()
-    bar.close()
     columns = {"tokens": "{tokens:,}", "tokenizing": "{preparing:.2f}", "searching": "{searching:.1f}"}
     columns |= {"peak GB": "{memory:.2f}"}
     return "scale", figures, ["Search with MiniLM, seconds per million tokens.", "", *report.table(figures, columns)]
@@ -72,11 +71,11 @@ def measure_search(megabytes, options, folder):
     for step in range(2 * STEPS):
         if step == STEPS:
             start = time.perf_counter()
-        ids, positions, labels = blocks.batch(order[step % len(order)])
-        counted += ids.numel() * (step >= STEPS)
-        loss_of, dim = search_loss(model, c, ids, positions, labels), model.config.hidden_size
+        batch = blocks.batch(order[step % len(order)])
+        counted += batch.ids.numel() * (step >= STEPS)
+        loss_of = lambda delta: objective(model, batch, c.gates, delta)  # noqa: E731
         with autocast(device, dtype):
-            freelb_step(loss_of, torch.ones_like(ids), dim, ADVERSARIES["freelb"]).item()
+            freelb_step(loss_of, batch.token_mask, model.config.hidden_size, ADVERSARIES["freelb"]).item()
         optimizer.step()
         optimizer.zero_grad()
     searching = time.perf_counter() - start

@@ -18,12 +18,13 @@ from benchmarks import libraries
 from bert import Bert, Config
 from freelb import ADVERSARIES, freelb, initial_delta
 from gates import Coefficients, draw_masks
-from inputs.batches import TokenizedSplit
+from inputs.batches import MaskedBatch, TokenizedSplit
 from inputs.splits import first_rows
 from inputs.tokenizer import Tokenizer
 from runtime.cpu import Dropout, linear, tune_allocator
 from runtime.device import autocast, peak_memory, pick_device, pick_precision
 from runtime.embeddings import restrict_vocabulary
+from search import objective
 
 GROUPS = {  # of a profile -> regular expression of its operators; the first that fits
     "matrix products": r"mm$|linear|scaled_dot_product|(efficient|flash|cudnn)_attention",
@@ -75,8 +76,7 @@ def time_training(options, side, precision, folder):
         if not is_search:
             with torch.inference_mode():
                 first.append(seconds_of(work.classify))
-                figures["classify"], right = seconds_of(work.classify)
-            figures["right"] = right / work.test_rows
+                figures["classify"], figures["right"] = seconds_of(work.classify)
         modules.train()
         first.append(seconds_of(epoch))
         count = options.steps if is_search else 1
@@ -132,48 +132,36 @@ def full_size(config):
     return config.num_hidden_layers, config.num_attention_heads, config.intermediate_size
 
 
-def search_loss(model, c, ids, positions, labels):
-    """loss_of(delta) of search.py on a batch."""
-    return lambda delta: model.mlm_loss(model(ids, positions=positions, gates=c.gates, delta=delta), labels)
-
-
 def search_work(options, side, folder, device):
     """A FreeLB step of either side on random words."""
     config = Config.read(folder)
     words = min(1000, config.vocab_size // 2), min(30000, config.vocab_size)
     ids = torch.randint(*words, (options.batch_size, options.block), device=device)
     positions = (torch.rand(ids.shape, device=device) < 0.15).flatten().nonzero().flatten()
-    batch = ids, positions, ids.flatten()[positions]
+    batch = MaskedBatch(ids, positions, ids.flatten()[positions])
     if libraries.is_baseline(side):
         model, loss_of = libraries.masked_lm(folder, side, *batch)
         modules = [model]
     else:
         model, c = Bert.load(folder, mlm=True).to(device), Coefficients(*full_size(config)).to(device)
-        modules, loss_of = [model, c], search_loss(model, c, *batch)
+        modules, loss_of = [model, c], lambda delta: objective(model, batch, c.gates, delta)
     adversary = options.adv_steps, *ADVERSARIES["freelb"][1:]
 
     def loss():
-        return freelb_step(loss_of, torch.ones_like(ids), config.hidden_size, adversary)
+        return freelb_step(loss_of, batch.token_mask, config.hidden_size, adversary)
 
     return SimpleNamespace(modules=modules, loss=loss, steps=lambda: [loss()], tokens=ids.numel())
 
 
 def finetune_work(options, side, folder, device, dtype):
-    """An epoch of either side on the first --rows rows of the task, and classifying its test rows."""
-    task = data.find_task(options.task)
+    """An epoch of either side on the first --rows rows of the task, and classifying its test rows. orticket does what
+    finetune.py does, with the vocabulary of all training rows."""
+    task, batch_size = data.find_task(options.task), options.batch_size
     splits = task.load(None)
-    rows, test = first_rows(splits["train"], options.rows, options.task), splits["test"]
-    given = options.batch_size, task.max_length, device
+    train, test = splits["train"], splits["test"]
+    rows = first_rows(train, options.rows, options.task)
     if libraries.is_baseline(side):
-        work = libraries.classifier(folder, side, rows, test, *given)
-    else:
-        work = classifier(folder, side, dtype, splits["train"], rows, test, *given)
-    work.test_rows = len(test)
-    return work
-
-
-def classifier(folder, side, dtype, train, rows, test, batch_size, max_length, device):
-    """What finetune.py does with these `rows` of the training split `train`, whose whole vocabulary is kept."""
+        return libraries.classifier(folder, side, rows, test, batch_size, task.max_length, device)
     adversary = ADVERSARIES["freelb" if "FreeLB" in side else "vanilla"]
     model, tokenizer = Bert.load(folder), Tokenizer(Path(folder))
     if side.startswith("its ticket"):
@@ -183,9 +171,8 @@ def classifier(folder, side, dtype, train, rows, test, batch_size, max_length, d
             ffn_mask = torch.arange(neurons) < (ffn_mask.sum(1, keepdim=True) / 64).round() * 64
         model = model.pruned(head_mask, ffn_mask)
     model.to(device)
-    sets = [TokenizedSplit(tokenizer, part, max_length, device) for part in (rows, test, train)]
-    model, _ = restrict_vocabulary(model, *sets)
-    rows, test, _ = sets
+    rows, test, train = (TokenizedSplit(tokenizer, part, task.max_length, device) for part in (rows, test, train))
+    model, _ = restrict_vocabulary(model, rows, test, train)
     if "compiled" in side:
         Dropout.forward = lambda self, x: F.dropout(x, self.p, self.training)  # NumPy's is not compiled
         for layer in model.layers:
@@ -202,6 +189,6 @@ def classifier(folder, side, dtype, train, rows, test, batch_size, max_length, d
         return sum(losses) / len(rows)
 
     def classify():
-        return finetune.accuracy(model, test, batch_size, dtype) * len(test)
+        return finetune.accuracy(model, test, batch_size, dtype)
 
     return SimpleNamespace(modules=[model], steps=steps, loss=loss, classify=classify, tokens=len(rows.ids))
