@@ -26,6 +26,7 @@ from runtime.files import atomic_write, read_json, sha256, write_json
 
 SUPPORTED = {"hidden_act": ("gelu",), "position_embedding_type": ("absolute",), "is_decoder": (False, None)}
 LIMITS = {"num_hidden_layers": 2**10, "num_attention_heads": 2**10, "hidden_size": 2**16, "intermediate_size": 2**18}
+print_once = functools.cache(print)  # prints a line the first time only
 
 
 def read_config(path, sizes):
@@ -44,11 +45,10 @@ def read_config(path, sizes):
         if config.get(name, supported[0]) not in supported:
             value = reprlib.repr(config[name])
             raise BadInput(f"{path} has {name} {value}; bert.py runs {' and '.join(map(repr, supported))}")
-    if config.get("classifier_dropout") not in (None, config.get("hidden_dropout_prob", 0.1)):
-        other = reprlib.repr(config["classifier_dropout"])
-        print_once(
-            f"{path} has classifier_dropout {other}; bert.py uses hidden_dropout_prob before the classifier, too"
-        )
+    dropout = config.get("classifier_dropout")
+    if dropout not in (None, config.get("hidden_dropout_prob", 0.1)):
+        used = "bert.py uses hidden_dropout_prob before the classifier, too"
+        print_once(f"{path} has classifier_dropout {reprlib.repr(dropout)}; {used}")
     found = {name: config[name] for name in ("model_type", *sizes) if name in config}
     for name, kind in sizes.items():
         least = 1 if kind is int and name not in ("pad_token_id", *family.defaults) else 0
@@ -56,11 +56,6 @@ def read_config(path, sizes):
         if name in found and (type(found[name]) not in (int, kind) or not least <= found[name] < most):
             raise BadInput(f"{path}: {name} {reprlib.repr(found[name])} is not a valid value")
     return found
-
-
-@functools.cache
-def print_once(line):
-    print(line)
 
 
 def config_json(path):
@@ -84,31 +79,19 @@ def write_config(folder, config, labels):
     config: a Config as a dictionary."""
     family = FAMILIES[config["model_type"]]
     config = {name: value for name, value in config.items() if name not in ("num_labels", "heads", "neurons")}
-    config |= {"architectures": [f"{family.name}ForMaskedLM"], "hidden_act": "gelu"}
+    kind = "ForSequenceClassification" if labels else "ForMaskedLM"
+    config |= {"architectures": [f"{family.name}{kind}"], "hidden_act": "gelu"}
     if labels:
-        config |= {
-            "architectures": [f"{family.name}ForSequenceClassification"],
-            "num_labels": len(labels),
-            "id2label": dict(enumerate(labels)),
-            "label2id": {name: i for i, name in enumerate(labels)},
-        }
+        config |= {"num_labels": len(labels), "id2label": dict(enumerate(labels))}
+        config["label2id"] = {name: i for i, name in enumerate(labels)}
     config = {family.config.get(name, name): value for name, value in config.items()}
     write_json(os.path.join(folder, "config.json"), config)
 
 
-# names of the weights in a model folder, in the order of preference
-PATTERNS = (
-    "model.safetensors",
-    "model.safetensors.index.json",  # of several files (shards)
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-    "*.index",  # TensorFlow's bert_model.ckpt.index, model.ckpt-1000000.index, ...
-    "*.safetensors",
-    "*.bin",
-    "*.pt",
-    "*.pth",
-    "*.ckpt",
-)
+# names of the weights on the hub, in the order of preference; an index is of several files (shards)
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+# and in a model folder; TensorFlow's are bert_model.ckpt.index, model.ckpt-1000000.index, ...
+PATTERNS = (*WEIGHTS, "*.index", "*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt")
 NOT_WEIGHTS = ("training_args", "optimizer", "scheduler", "scaler", "rng_state")  # transformers writes these, too
 # first bytes -> what such a file is
 OTHER_FORMATS = {
@@ -170,10 +153,8 @@ def read_weights(path):
     first, *parts = weight_files(path)
     if first.suffix == ".index":
         return read_tensorflow(first)
-    if first.suffix != ".json":
-        return read_file(first)
     tensors = MappedTensors()
-    for shard in map(read_file, parts):
+    for shard in map(read_file, parts or [first]):
         tensors |= shard
         tensors.files += shard.files
     return tensors
@@ -193,18 +174,9 @@ def read_file(path):
     raise BadInput(f"{path} is neither a safetensors file nor a PyTorch checkpoint")
 
 
-def file_sha256(path):
-    """The sha256 of a file, computed once as long as its size and its time of change are the same."""
-    status = os.stat(path)
-    return cached_sha256(path, status.st_size, status.st_mtime_ns)
-
-
-cached_sha256 = functools.cache(lambda path, *status: sha256(path))
-
-
 def weights_sha256(path):
     """The sha256 of a model's weights; of several files, that of their concatenated sha256."""
-    digests = [file_sha256(file) for file in weight_files(path)]
+    digests = [sha256(file) for file in weight_files(path)]
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
@@ -255,13 +227,13 @@ def read_bin(path, is_zip):
     except Exception as error:  # the unpickler raises many types of exception for a damaged file
         raise BadInput(f"{path} is not a valid PyTorch checkpoint: {one_line(error)}") from None
     entries = tensors if isinstance(tensors, dict) else {}  # perhaps {"epoch", "model_state_dict", ...} of a training
-    states = [entries] if is_state(entries) else [value for value in entries.values() if is_state(value)]
+    states = [value for value in (entries, *entries.values()) if is_state(value)]
     if len(states) != 1:
         names = reprlib.repr(list(entries))
         raise BadInput(f"{path} does not hold named tensors: of its entries {names}, {len(states)} do")
     for name, tensor in states[0].items():
-        is_dense = isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided and tensor.device.type == "cpu"
-        if not is_dense or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        is_dense = tensor.layout == torch.strided and tensor.device.type == "cpu"
+        if not is_dense or tensor.nbytes > tensor.untyped_storage().nbytes():
             raise BadInput(f"{path}: {name} is not a valid tensor")
     return MappedTensors(states[0])
 
@@ -274,7 +246,6 @@ def is_state(value):
 
 PARTS = ("query", "key", "value")  # three published tensors, one in bert.py
 BUFFERS = ("embeddings.position_ids", "embeddings.token_type_ids")  # old versions of transformers saved these
-LAYER = re.compile(r"(?<=\.layer\.)[0-9]{1,4}(?=\.)")
 
 
 def from_huggingface(tensors, model_type, layers, path):
@@ -284,18 +255,17 @@ def from_huggingface(tensors, model_type, layers, path):
     """
     family, found, unused = FAMILIES[model_type], {}, []
     names = family.encoder | {name.removeprefix(f"{model_type}."): ours for name, ours in family.heads.items()}
+    names = {published.format(i): ours.format(i) for published, ours in names.items() for i in range(layers)}
     of_encoder = tuple({f"{name.split('.')[0]}." for name in family.encoder})
     for name, tensor in without_wrapper(tensors, model_type, path).items():
         stem, _, kind = name.rpartition(".")
-        number = LAYER.search(stem)
-        ours = names.get(LAYER.sub("{}", stem))
         if name in BUFFERS:
             continue
         if name.startswith(of_encoder) and not tensor.is_floating_point():
             raise BadInput(f"{path}: {name} has dtype {tensor.dtype}, which is not floating-point")
-        if ours and (number is None or int(number[0]) < layers):
+        if stem in names:
             kind = {"gamma": "weight", "beta": "bias"}.get(kind, kind)  # LayerNorm in TensorFlow
-            found[f"{ours.format(number and number[0])}.{kind}"] = finite = tensor.float()
+            found[f"{names[stem]}.{kind}"] = finite = tensor.float()
             if not finite.sum().isfinite() and not finite.isfinite().all():  # the sum is faster, and may overflow
                 raise BadInput(f"{path}: {name} has NaN or infinity: the file is damaged, or its training diverged")
             if isinstance(tensors, MappedTensors) and tensor.nbytes > 2**22:
@@ -334,13 +304,12 @@ def without_wrapper(tensors, model_type, path):
 
 def layer_widths(tensors, config, path):
     """(heads, neurons) of each layer, from the shapes of the tensors of `from_huggingface`."""
-    heads, neurons = (
-        tuple(
-            tensors.get(f"layers.{i}.{part}.bias", torch.empty(0)).numel() // size
-            for i in range(config.num_hidden_layers)
-        )
-        for part, size in (("query_key_value", 3 * config.head_size), ("intermediate", 1))
-    )
+
+    def widths(part, size):
+        biases = (tensors.get(f"layers.{i}.{part}.bias", torch.empty(0)) for i in range(config.num_hidden_layers))
+        return tuple(bias.numel() // size for bias in biases)
+
+    heads, neurons = widths("query_key_value", 3 * config.head_size), widths("intermediate", 1)
     if max(heads) > config.num_attention_heads or max(neurons) > config.intermediate_size:
         raise BadInput(f"{path} has layers wider than its configuration: {max(heads)} heads, {max(neurons)} neurons")
     return heads, neurons

@@ -10,7 +10,6 @@ import hashlib
 import json
 import math
 import mmap
-import os
 import sys
 
 import torch
@@ -41,7 +40,7 @@ class MappedTensors(dict):
 
     def release(self):
         """On Linux, free the memory of what was read so far. This also undoes what was written to the tensors."""
-        for file in self.files if sys.platform == "linux" and hasattr(mmap, "MADV_DONTNEED") else ():
+        for file in self.files if sys.platform == "linux" else ():
             file.madvise(mmap.MADV_DONTNEED)
 
 
@@ -50,8 +49,6 @@ def read_safetensors(path):
 
     As in the reference implementation, the tensors must fill the file without overlaps or holes.
     """
-    if not os.path.isfile(path):
-        raise BadInput(f"there is no file {path}")
     with open(path, "rb") as file:  # once: another process may replace it meanwhile
         try:
             tensors, metadata, start = parse(file)

@@ -15,6 +15,7 @@ are protocol buffers, BundleEntryProto {1: dtype, 2: shape {2: dimension {1: siz
 7: slices}. The first key is empty: its value is a BundleHeaderProto {1: number of data files, 2: 1 if big endian}.
 """
 
+import io
 import math
 import mmap
 import os
@@ -28,11 +29,6 @@ from runtime.cli import BadInput, one_line
 MAGIC = 0xDB4775248B80FB57
 DTYPES = {1: torch.float32, 2: torch.float64, 3: torch.int32, 9: torch.int64, 14: torch.bfloat16, 19: torch.float16}
 KINDS = ("/kernel", "/bias", "/gamma", "/beta", "_embeddings", "output_weights", "output_bias")  # names of weights
-CRC_TABLE = []
-for remainder in range(256):
-    for _ in range(8):
-        remainder = remainder >> 1 ^ 0x82F63B78 * (remainder & 1)
-    CRC_TABLE.append(remainder)
 
 
 def read_tensorflow(index):
@@ -62,7 +58,7 @@ def read_tensorflow(index):
                 raise ValueError(f"{name} of shape {shape} does not fit at {offset} of {len(file)} bytes")
             tensor = torch.frombuffer(file, dtype=dtype, count=math.prod(shape), offset=offset).view(shape)
             tensors[in_pytorch(name)] = tensor.t() if name.endswith("/kernel") else tensor
-    except (ValueError, IndexError, KeyError, TypeError, RuntimeError) as error:
+    except (ValueError, IndexError, KeyError, TypeError, RuntimeError, OverflowError) as error:
         raise BadInput(f"{index} is not a valid TensorFlow checkpoint: {one_line(error)}") from None
     return tensors
 
@@ -80,8 +76,10 @@ def table(data):
     """{key: value} of a LevelDB table."""
     if int.from_bytes(data[-8:], "little") != MAGIC:
         raise ValueError("no table: its last bytes are not the magic number")
-    (_, _, *where), _ = varints(data[-48:], 0, 4)
-    blocks = [block(data, *varints(handle, 0, 2)[0]) for handle in block(data, *where).values()]
+    footer = io.BytesIO(data[-48:])
+    _, _, *where = (varint(footer) for _ in range(4))
+    handles = map(io.BytesIO, block(data, *where).values())
+    blocks = [block(data, varint(handle), varint(handle)) for handle in handles]
     return {key: value for entries in blocks for key, value in entries.items()}
 
 
@@ -90,43 +88,32 @@ def block(data, offset, length):
     content, compression, crc = (data[offset:][:n] for n in (length, length + 1, length + 5))
     if len(crc) < 5 or crc32c(compression) != int.from_bytes(crc[-4:], "little") or compression[-1]:
         raise ValueError(f"no uncompressed block with its checksum at {offset}")
-    entries, key, at = {}, b"", 0
-    while at < length - 4 - 4 * int.from_bytes(content[-4:], "little"):
-        (kept, new, size), at = varints(content, at, 3)
-        key = key[:kept] + content[at : at + new]
-        entries[key] = content[at + new : at + new + size]
-        at += new + size
+    entries, key, file = {}, b"", io.BytesIO(content)
+    while file.tell() < length - 4 - 4 * int.from_bytes(content[-4:], "little"):
+        kept, new, size = (varint(file) for _ in range(3))
+        key = key[:kept] + file.read(new)
+        entries[key] = file.read(size)
     return entries
 
 
-def varints(data, at, count):
-    """(`count` integers, the position after them)."""
-    numbers = []
-    for _ in range(count):
-        number = shift = 0
-        more = True
-        while more:
-            number |= (data[at] & 127) << shift
-            more = data[at] >= 128
-            shift += 7
-            at += 1
-        numbers.append(number)
-    return numbers, at
+def varint(file):
+    """The next integer of an open file."""
+    number = shift = 0
+    while (byte := file.read(1)[0]) >= 128:
+        number |= (byte & 127) << shift
+        shift += 7
+    return number | byte << shift
 
 
 def protobuf(data):
     """{field number: [values]} of a protocol buffer: varints as integers, everything else as bytes."""
-    fields, at = {}, 0
-    while at < len(data):
-        (tag,), at = varints(data, at, 1)
-        number, kind = tag >> 3, tag & 7
+    fields, file = {}, io.BytesIO(data)
+    while file.tell() < len(data):
+        number, kind = divmod(varint(file), 8)
         if kind == 0:
-            (value,), at = varints(data, at, 1)
-        else:
-            size = {1: 8, 5: 4}.get(kind)
-            if size is None:
-                (size,), at = varints(data, at, 1)
-            value, at = data[at : at + size], at + size
+            value = varint(file)
+        else:  # of 8 bytes, of 4, or of a length that stands before it
+            value = file.read({1: 8, 5: 4}.get(kind) or varint(file))
         fields.setdefault(number, []).append(value)
     return fields
 
@@ -135,6 +122,8 @@ def crc32c(data):
     """The CRC-32C of `data`, masked as LevelDB stores it."""
     crc = 0xFFFFFFFF
     for byte in data:
-        crc = CRC_TABLE[(crc ^ byte) & 255] ^ crc >> 8
+        crc ^= byte
+        for _ in range(8):
+            crc = crc >> 1 ^ 0x82F63B78 * (crc & 1)
     crc ^= 0xFFFFFFFF
     return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
