@@ -82,7 +82,7 @@ def main():
     options = cli.parse(Options, __doc__)
     device, dtype = distributed.start(options)
     task = data.find_task(options.task, tuple(options.text_columns), options.label_column, options.drop_labels)
-    folder = files.output_folder(options.output, options.model) / files.task_folder(options.task)
+    folder = files.writable(files.model_folder(options.output, options.model)) / files.task_folder(options.task)
     with distributed.main_process_first():
         source, model_sha256 = data.find_model(options.model, options.revision)
         tokenizer, config = Tokenizer(source), Config.read(source)

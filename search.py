@@ -96,7 +96,7 @@ NOT_SETTINGS = ("output", "overwrite", "save_model", "seeds", "device", "grad_ac
 def main():
     options = cli.parse(Options, __doc__)
     device, dtype = distributed.start(options)
-    output = files.output_folder(options.output, options.model)
+    output = files.writable(files.model_folder(options.output, options.model))
     with distributed.main_process_first():
         folder, model_sha256 = data.find_model(options.model, options.revision)
         tokenizer, config = Tokenizer(folder), Config.read(folder)

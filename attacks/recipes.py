@@ -4,7 +4,6 @@ An attack is one entry of RECIPES, a resource one entry of NEEDS. What stands be
 """
 
 import math
-import sys
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -78,17 +77,16 @@ def construct(setup, recipe):
     """TextAttack's Attack, still without the word vectors and the masked language model, which it would download."""
     textattack, shared = setup.textattack, setup.textattack.shared
     setup.embedding = shared.WordEmbedding(None, {}, [])
-    builder = recipe if callable(recipe) else getattr(textattack.attack_recipes, recipe)
 
-    def masked_lm_swap(method, **_):
-        swap = textattack.transformations.WordSwap()
+    def without_model(swap, method, **_):
         swap.method = method
-        return swap
 
     vectors = mock.patch.object(shared.WordEmbedding, "counterfitted_GLOVE_embedding", lambda: setup.embedding)
-    model = mock.patch.object(sys.modules[builder.__module__], "WordSwapMaskedLM", masked_lm_swap, create=True)
+    model = mock.patch.object(textattack.transformations.WordSwapMaskedLM, "__init__", without_model)
     with vectors, model:
-        return recipe(textattack, setup.victim) if callable(recipe) else builder.build(setup.victim)
+        if callable(recipe):
+            return recipe(textattack, setup.victim)
+        return getattr(textattack.attack_recipes, recipe).build(setup.victim)
 
 
 def word_vectors(setup, attack):

@@ -13,7 +13,6 @@ import os
 import re
 import sys
 from collections import Counter
-from pathlib import Path
 from statistics import mean
 
 import filelock
@@ -31,8 +30,7 @@ class Results:
 
     def __init__(self, path, provenance, name, used, sample, overwrite):
         self.path, self.summary, self.sample, self.rows = path, path.with_suffix(".json"), sample, {}
-        used_sha256 = hashlib.sha256(json.dumps(used, sort_keys=True).encode()).hexdigest()
-        self.provenance = provenance | {"resources": used, "resources_sha256": used_sha256}
+        self.provenance = provenance | {"resources": used, "resources_sha256": json_sha256(used)}
         self.provenance["settings"] = provenance["settings"] | {"attack": name}
         self.run_sha256 = json_sha256(identity(self.provenance))
         self.lock = filelock.FileLock(path.with_suffix(".lock"))
@@ -98,7 +96,7 @@ class Results:
             with files.atomic_write(self.path) as tmp_path, open(tmp_path, "wb") as file:
                 file.writelines(self.to_line(self.rows[number]) for number in self.sample if number not in errors)
             with contextlib.suppress(OSError):  # on Windows, if another process has it
-                Path(self.lock.lock_file).unlink()
+                os.unlink(self.lock.lock_file)
         figures = {"clean": clean, **self.figures(), "examples": len(self.rows), "errors": errors}
         unfinished = {"overwrite": self.overwrite} if len(self.rows) < len(self.sample) else {}
         write_result(self.summary, self.provenance | figures | unfinished)

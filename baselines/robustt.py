@@ -89,7 +89,7 @@ def main():
         raise BadInput("robustt.py works in one process: start it without torchrun")
     device, dtype = distributed.start(options)
     task = data.find_task(options.task, tuple(options.text_columns), options.label_column, options.drop_labels)
-    folder = files.output_folder(options.output, options.model) / files.task_folder(options.task)
+    folder = files.writable(files.model_folder(options.output, options.model)) / files.task_folder(options.task)
     source = folder / f"none-vanilla-seed{options.seed}"
     if not (source / "model.safetensors").is_file():
         same = ("task", "model", "output", "seed", *data.COLUMN_OPTIONS, "data_revision", "train_rows")

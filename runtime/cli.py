@@ -3,8 +3,6 @@
 import argparse
 import contextlib
 import dataclasses
-import io
-import math
 import operator
 import os
 import re
@@ -13,6 +11,8 @@ import sys
 import time
 import traceback
 from fractions import Fraction
+
+from tqdm import tqdm
 
 from runtime.start import INTERRUPTED, RANK
 
@@ -46,7 +46,7 @@ def run(main):
     """Run a script's main(). Every error ends in one line. ORTICKET_DEBUG=1 shows the traceback as well."""
     sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # None: closed
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
+        if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
         main()
@@ -84,12 +84,9 @@ def explain(error):
     return 1, f"internal error: {one_line(error)}; set ORTICKET_DEBUG=1 for the traceback"
 
 
-def option(
-    default, help, at_least=None, above=None, below=None, at_most=None, choices=None, positional=False, group=None
-):
-    """A field of a script's Options: default, help text, bounds, and the heading under which --help lists it."""
-    bounds = {"at_least": at_least, "above": above, "below": below, "at_most": at_most}
-    metadata = {"help": help, "choices": choices, "positional": positional, "group": group, **bounds}
+def option(default, help, choices=None, positional=False, group=None, **bounds):
+    """A field of a script's Options: default, help text, the heading under which --help lists it; its BOUNDS."""
+    metadata = {"help": help, "choices": choices, "positional": positional, "group": group, "bounds": bounds}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -122,24 +119,18 @@ def add_argument(group, field):
     flag = field.name if metadata["positional"] else "--" + field.name.replace("_", "-")
     help = metadata["help"].replace("%", "%%")
     if field.type is bool:
-        group.add_argument(flag, action="store_true", help=help)
+        more = {"action": "store_true"}
     elif field.type is tuple:
         help += f" [{' '.join(default)}]" if default else ""
-        more = {"nargs": "+", "choices": metadata["choices"]}
-        group.add_argument(flag, default=default, metavar="NAME", help=help, **more)
+        more = {"nargs": "+", "metavar": "NAME", "choices": metadata["choices"]}
     else:
         help += "" if default is None else f" [{shown(default)}]"
-        more = {"nargs": "?"} if metadata["positional"] else {}
-        if not metadata["positional"] and not metadata["choices"]:
+        more = {"type": lambda text: parse_bounded(field, text), "choices": metadata["choices"]}
+        if metadata["positional"]:
+            more["nargs"] = "?"
+        elif not metadata["choices"]:
             more["metavar"] = field.name.split("_")[-1].upper()
-        group.add_argument(
-            flag,
-            type=lambda text: parse_bounded(field, text),
-            default=default,
-            choices=metadata["choices"],
-            help=help,
-            **more,
-        )
+    group.add_argument(flag, default=default, help=help, **more)
 
 
 def shown(default):
@@ -152,14 +143,11 @@ def shown(default):
 def parse_bounded(field, text):
     """Convert `text`, a fraction if need be, to the field's type and check its bounds. argparse prints the error."""
     try:
-        value = float(Fraction(text)) if field.type is float and "/" in text else field.type(text)
-        if field.type is float and not math.isfinite(value):
-            raise ValueError
+        value = float(Fraction(text)) if field.type is float else field.type(text)
     except (ValueError, ZeroDivisionError, OverflowError):
         raise argparse.ArgumentTypeError(f"{text!r} is not {'a number' if field.type is float else 'an integer'}")
-    for name, holds in BOUNDS.items():
-        bound = field.metadata[name]
-        if bound is not None and not holds(value, bound):
+    for name, bound in field.metadata["bounds"].items():
+        if not BOUNDS[name](value, bound):
             raise argparse.ArgumentTypeError(f"{text} must be {name.replace('_', ' ')} {bound}")
     return value
 
@@ -175,7 +163,7 @@ def flags(options, *names):
     return typed
 
 
-class progress:
+class progress(contextlib.AbstractContextManager):
     """The progress of a loop: tqdm's bar on a terminal, elsewhere lines with the time. Only process 0 shows it.
 
     Elsewhere a line is printed at each of `parts` parts of the loop, and whenever there was none for SILENCE seconds.
@@ -188,15 +176,11 @@ class progress:
         self.total, self.n, self.description, self.parts, self.faster = total, initial, description, parts, faster
         self.size, self.units = (1e6, "MB") if unit == "B" else (1, f"{unit}s")
         self.begun = self.shown = time.monotonic()
-        self.initial, self.part, self.rate, self.is_estimated, self.status = initial, self.current_part(), 0, False, ""
-        from tqdm import tqdm
-
-        self.is_terminal = RANK == 0 and sys.stderr.isatty()
-        shape = {"unit": unit, "unit_scale": unit == "B", "dynamic_ncols": True, "disable": not self.is_terminal}
-        self.bar = tqdm(desc=description, total=total, initial=initial, **shape)
-
-    def __enter__(self):
-        return self
+        self.initial, self.part, self.rate, self.is_estimated = initial, self.current_part(), 0, False
+        self.status = lambda: ""
+        shape = {"unit": unit, "unit_scale": unit == "B", "dynamic_ncols": True}
+        # disable=None: unless stderr is a terminal
+        self.bar = tqdm(desc=description, total=total, initial=initial, disable=RANK > 0 or None, **shape)
 
     def __exit__(self, *_):
         self.close()
@@ -214,7 +198,7 @@ class progress:
 
     def set_postfix_str(self, status, refresh=True):
         """What to show beside the rate: a text, or a function that makes it, called only when it is shown."""
-        self.status = status
+        self.status = status if callable(status) else lambda: status
         if refresh:
             self.measure()
             self.show(is_due=self.current_part() > self.part)
@@ -237,21 +221,18 @@ class progress:
             if seconds > self.LONG:
                 to_go = f"{(self.total - self.n) / self.size:,.0f} {self.units} to go"
                 self.print(f"{to_go}, {left} at most{self.faster and '; faster: '}{self.faster}")
-        if self.is_terminal:
+        if not self.bar.disable:
             self.refresh_bar()
         elif is_long and (is_due or now - self.shown > self.SILENCE):
             done = f"{self.n / self.size:,.0f} of {self.total / self.size:,.0f} {self.units}"
-            self.print(", ".join(filter(None, [done, f"{left} left", self.shown_status()])))
+            self.print(", ".join(filter(None, [done, f"{left} left", self.status()])))
         else:
             return
         self.shown, self.part = now, self.current_part()
 
-    def shown_status(self):
-        return self.status() if callable(self.status) else self.status
-
     def refresh_bar(self):
-        if self.is_terminal:
-            self.bar.set_postfix_str(self.shown_status(), refresh=False)
+        if not self.bar.disable:
+            self.bar.set_postfix_str(self.status(), refresh=False)
             self.bar.update(self.n - self.bar.n)
 
     def print(self, text):

@@ -11,11 +11,11 @@ import contextlib
 import os
 import sys
 from datetime import timedelta
-from pathlib import Path
 
 import filelock
 import torch
 from torch import distributed
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from runtime.cli import BadInput
 from runtime.cpu import tune_allocator
@@ -57,9 +57,8 @@ def start(options):
     device = pick_device(options.device)
     if device.type == "mps" and isinstance(options, MachineOptions):  # a script that trains
         if WORLD > 1:
-            raise BadInput(
-                "several processes need CUDA or the CPU: on MPS no gradients can be summed; use --device cpu"
-            )
+            reason = "on MPS no gradients can be summed"
+            raise BadInput(f"several processes need CUDA or the CPU: {reason}; use --device cpu")
         if options.checkpointing:
             reason = "PyTorch would draw other dropout masks when it computes a layer again"
             raise BadInput(f"--checkpointing is not for MPS, where {reason}: use --grad-accum-steps, or --device cpu")
@@ -89,17 +88,15 @@ def micro_batches(batch_size, accum_steps=1):
 
 
 def sum_gradients(parameters):
-    """Replace each parameter's .grad by the sum over all processes."""
+    """Replace the .grad of each of the parameters, a list, by the sum over all processes."""
     if WORLD > 1:
-        parameters = list(parameters)
         for parameter in parameters:
             if parameter.grad is None:  # this process had no rows of the batch
                 parameter.grad = torch.zeros_like(parameter)
         gradients = [parameter.grad for parameter in parameters]
-        flat = torch.cat([gradient.flatten() for gradient in gradients])  # one message instead of hundreds
+        flat = parameters_to_vector(gradients)  # one message instead of hundreds
         distributed.all_reduce(flat)
-        for gradient, total in zip(gradients, flat.split([gradient.numel() for gradient in gradients])):
-            gradient.copy_(total.view_as(gradient))
+        vector_to_parameters(flat, gradients)
 
 
 def all_reduce_sum(tensor):
@@ -143,5 +140,5 @@ def file_lock(path):
     finally:
         if is_main_process():
             with contextlib.suppress(OSError):  # Windows, where `release` does it
-                Path(lock.lock_file).unlink()  # a waiting command notices, and creates a new file
+                os.unlink(lock.lock_file)  # a waiting command notices, and creates a new file
         lock.release()

@@ -25,8 +25,7 @@ def atomic_write(path):
     except OSError as error:
         raise BadInput(f"cannot write {path}: {error.strerror or error}") from None
     finally:
-        if os.path.isdir(tmp_path):
-            shutil.rmtree(tmp_path, ignore_errors=True)
+        shutil.rmtree(tmp_path, ignore_errors=True)  # a folder; below, a file
         with contextlib.suppress(OSError):
             os.remove(tmp_path)
 
@@ -81,11 +80,6 @@ def run_name(options):
     ablation = f"-{options.ablation}" if options.ablation else ""
     number = "" if options.ticket_seed is None else options.ticket_seed
     return f"{Path(options.ticket).stem}{number}-{options.method}{ablation}-seed{options.seed}"
-
-
-def output_folder(root, model):
-    """`model_folder`, created and checked to be writable."""
-    return writable(model_folder(root, model))
 
 
 def writable(folder):

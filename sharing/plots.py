@@ -5,7 +5,7 @@ import math
 import numpy as np
 import torch
 
-from gates import draw_masks, hamming
+from gates import EarlyStopping
 from runtime.files import atomic_write
 
 
@@ -30,17 +30,15 @@ def random_walk_distances(trace, tau_head, tau_ffn, walks=20):
     first distances are NaN. A search that found something comes to rest earlier than this.
     """
     generator, total = torch.Generator().manual_seed(0), torch.zeros(len(trace["trace.head"]), 2)
+    traces = [trace[name] for name in ("trace.head", "trace.ffn")]
+    steps = [c.diff(dim=0, prepend=torch.ones_like(c[:1])) for c in traces]  # c starts at 1
     for _ in range(walks):
-        places, previous = [torch.ones_like(trace[name][0]) for name in ("trace.head", "trace.ffn")], None
-        for number in range(len(total)):
-            for i, name in enumerate(("trace.head", "trace.ffn")):
-                step = trace[name][number] - (trace[name][number - 1] if number else 1)
-                sign = torch.randint(2, step.shape, generator=generator) * 2 - 1
-                places[i] = places[i] + sign * (step - step.mean())
-            masks = draw_masks(*places, tau_head, tau_ffn)
-            distances = [hamming(old, new) for old, new in zip(previous, masks)] if previous else [math.nan] * 2
-            total[number] += torch.tensor(distances)
-            previous = masks
+        places = [torch.ones_like(c[0]) for c in traces]
+        stopping = EarlyStopping(tau_head, tau_ffn, gamma=0, patience=1)  # only measures the distances
+        for number, pair in enumerate(zip(*steps)):
+            signs = [torch.randint(2, step.shape, generator=generator) * 2 - 1 for step in pair]
+            places = [c + sign * (step - step.mean()) for c, sign, step in zip(places, signs, pair)]
+            total[number] += torch.tensor(stopping.update(*places))
     return total / walks
 
 
@@ -60,8 +58,7 @@ def plot_search(trace, settings, path):
     above.set(ylabel="normalized Hamming distance", ylim=(0, None))
     data = settings["corpus"] if settings["objective"] == "mlm" else settings["objective"]
     title = f"Distance between the masks of consecutive mini-epochs: {settings['model']} on {data}"
-    above.set_title(title, fontsize=10)
-    above.title.set_parse_math(False)
+    above.set_title(title, fontsize=10, parse_math=False)
     above.legend()
     below.plot(x, trace["trace.loss"].numpy(), color="gray", marker=".")
     below.set(xlabel=f"mini-epoch ({settings['mini_epoch']:g} epoch each)", ylabel="loss")

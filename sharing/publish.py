@@ -45,10 +45,9 @@ def main():
     safetensors.write_safetensors(path, tensors, metadata)
     settings, seeds = metadata["settings"], metadata["seeds"]
     masks = [draw_masks(*each, settings["tau_head"], settings["tau_ffn"]) for each in zip(*tensors.values())]
-    plot_survival({settings["model"]: survival_shares(masks)}, len(seeds), path.with_suffix(".png"))
-    print(
-        f"searches of {settings['model']} with seeds {', '.join(map(str, seeds))}: {path}, {path.with_suffix('.png')}"
-    )
+    picture = path.with_suffix(".png")
+    plot_survival({settings["model"]: survival_shares(masks)}, len(seeds), picture)
+    print(f"searches of {settings['model']} with seeds {', '.join(map(str, seeds))}: {path}, {picture}")
     print(f"to publish them: hf upload OWNER/NAME {path} {NAME}")
 
 
@@ -67,11 +66,9 @@ def pack(paths):
         if seed in searches:
             raise BadInput(f"{path} is a second search with seed {seed}: give each once")
         common = common or metadata
-        what = differences(common["settings"], metadata["settings"]) or differences(common, metadata)
-        if what:
-            raise BadInput(
-                f"{path} and {paths[0]} differ in {first_few(what)}: give searches that differ in the seed alone"
-            )
+        if what := differences(common["settings"], metadata["settings"]) or differences(common, metadata):
+            remedy = "give searches that differ in the seed alone"
+            raise BadInput(f"{path} and {paths[0]} differ in {first_few(what)}: {remedy}")
         mini_epochs = len(safetensors.read_safetensors(path)[0].get("trace.loss", ()))
         searches[seed] = head, ffn, mini_epochs, stopped_early
     seeds = sorted(searches)
