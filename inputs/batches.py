@@ -51,7 +51,7 @@ class MaskedBatch(NamedTuple):
 
     def rows(self, chosen):
         """The rows in the slice `chosen`, their positions counted from its first token."""
-        if chosen == slice(0, len(self.ids)):
+        if chosen == slice(0, len(self.ids)):  # without waiting for the GPU
             return self
         length = self.ids.shape[1]
         start, stop = (torch.searchsorted(self.positions, row * length) for row in (chosen.start, chosen.stop))

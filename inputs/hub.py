@@ -23,9 +23,9 @@ import requests
 import urllib3
 from huggingface_hub import constants
 
-from checkpoints.huggingface import file_sha256, print_once, relative_path, shards, weight_files
+from checkpoints.huggingface import WEIGHTS, print_once, relative_path, shards, weight_files
 from runtime.cli import BadInput, one_line, progress
-from runtime.files import atomic_write, sha256
+from runtime.files import atomic_write, sha256, write_text
 
 TIMEOUT = (5, 8)  # seconds to connect, and between two pieces of a response
 PATIENCE = 60  # seconds between two measurements of the rate
@@ -55,8 +55,7 @@ def fetch(repository, name, revision="main", dataset=False):
     NotOnHub if the repository has no such file, BadInput if it cannot be fetched.
     """
     folder = cache_folder(repository, dataset)
-    path = in_cache(folder, name, revision)
-    if path is not None:
+    if path := in_cache(folder, name, revision):
         return path
     what = f"{name} of {repository}"
     if constants.HF_HUB_OFFLINE:
@@ -70,7 +69,6 @@ def fetch(repository, name, revision="main", dataset=False):
 
 VOCABULARY = ("tokenizer.json", "vocab.txt", "vocab.json")
 VOCABULARY_MORE = ("merges.txt", "added_tokens.json", "tokenizer_config.json")
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
 def fetch_model(repository, revision="main", alias=None):
@@ -110,7 +108,7 @@ def is_intact(path):
     blob = path.resolve()
     if blob.parent.name != "blobs" or not re.fullmatch(CHECKSUM, blob.name):
         return True
-    found = file_sha256(blob) if len(blob.name) == 64 else file_checksum(blob, blob.name)
+    found = file_checksum(blob, blob.name)
     return found == blob.name or print_once(f"{blob} is damaged, its content has another checksum: it is not used")
 
 
@@ -268,8 +266,7 @@ def link_snapshot(folder, commit, name, blob, revision, is_new):
             except OSError:
                 (os.replace if is_new else shutil.copyfile)(blob, tmp_path)
     if not re.fullmatch(COMMIT, revision):
-        with atomic_write(folder / "refs" / revision) as tmp_path:
-            Path(tmp_path).write_text(commit, "utf8")
+        write_text(folder / "refs" / revision, commit)
     return path
 
 

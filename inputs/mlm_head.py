@@ -84,22 +84,21 @@ def train_mlm_head(model, tokenizer, blocks, dtype=torch.float32, settings=SETTI
     head.bias.data.copy_((counts / counts.sum()).log())
     steps, rate = settings["mlm_head_steps"], settings["mlm_head_learning_rate"]
     optimizer = torch.optim.AdamW(head.parameters(), lr=rate, weight_decay=0.0, fused=True)
-    bar = cli.progress(steps, description="MLM head")
-    for step in range(steps):
-        optim.seed_step(settings["seed"], 3, step)
-        rows = torch.randint(len(blocks), (min(settings["batch_size"], len(blocks)),))
-        ids, positions, labels = (t.to(device) for t in mask_tokens(blocks.rows(rows), tokenizer))
-        with autocast(device, dtype):
-            with torch.no_grad():
-                states = model.eval()(ids, positions=positions)
-            loss = model.mlm_loss(states, labels)
-        loss.backward(inputs=list(head.parameters()))
-        optim.set_learning_rate(optimizer, rate, step, steps, settings["warmup"])
-        optimizer.step()
-        optimizer.zero_grad()
-        bar.update()
-        bar.set_postfix_str(lambda: f"loss {loss:.3f}", refresh=False)
-    bar.close()
+    with cli.progress(steps, description="MLM head") as bar:
+        for step in range(steps):
+            optim.seed_step(settings["seed"], 3, step)
+            rows = torch.randint(len(blocks), (min(settings["batch_size"], len(blocks)),))
+            ids, positions, labels = (t.to(device) for t in mask_tokens(blocks.rows(rows), tokenizer))
+            with autocast(device, dtype):
+                with torch.no_grad():
+                    states = model.eval()(ids, positions=positions)
+                loss = model.mlm_loss(states, labels)
+            loss.backward(inputs=list(head.parameters()))
+            optim.set_learning_rate(optimizer, rate, step, steps, settings["warmup"])
+            optimizer.step()
+            optimizer.zero_grad()
+            bar.update()
+            bar.set_postfix_str(lambda: f"loss {loss:.3f}", refresh=False)
 
 
 def find_mlm_head(name, output, model, model_sha256, tokenizer, device):
@@ -108,12 +107,11 @@ def find_mlm_head(name, output, model, model_sha256, tokenizer, device):
 
     Returns the metadata of the head.
     """
-    path = files.output_folder(output, name) / "mlm_head.safetensors"
+    path = files.writable(files.model_folder(output, name)) / "mlm_head.safetensors"
     with filelock.FileLock(f"{path}.lock"):  # one of several processes fits, the others wait
         found = {}
-        if path.is_file():
-            with contextlib.suppress(BadInput):  # `fit_mlm_head` says what is wrong, and fits another
-                found = safetensors.read_with_metadata(path)[1]
+        with contextlib.suppress(FileNotFoundError, BadInput):  # `fit_mlm_head` says what is wrong, and fits another
+            found = safetensors.read_with_metadata(path)[1]
         if found.get("model_sha256") != model_sha256:
             if published_path(model_sha256):
                 return load_published(name, model, model_sha256)

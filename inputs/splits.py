@@ -74,17 +74,13 @@ def split_tenths(rows):
     return hold_out([row for i, row in enumerate(rows) if i % 10]) | {"test": rows[::10]}
 
 
-def sort_by_label(rows):
-    """Rows sorted by label, and within a label in a pseudo-random order that depends only on their number: in a custom
-    file the labels may alternate, and every tenth row would have the same one."""
-    order = np.random.Generator(np.random.PCG64(0)).permutation(len(rows))
-    return sorted((rows[i] for i in order), key=lambda row: row[1])
-
-
 def with_every_class(split, rows):
-    """`split(rows)`, except that a class of one or two rows keeps the first of them for training."""
+    """`split` the rows after sorting them by label: labels may alternate, and every tenth row would have the same one.
+    Within a label the order is pseudo-random and depends only on the number of rows. A class of one or two rows keeps
+    the first of them for training."""
+    order = np.random.Generator(np.random.PCG64(0)).permutation(len(rows))
     counts, first, others = Counter(label for _, label in rows), [], []
-    for row in sort_by_label(rows):
+    for row in sorted((rows[i] for i in order), key=lambda row: row[1]):
         (first if counts[row[1]] < 3 else others).append(row)
         counts[row[1]] = 3
     splits = split(others)

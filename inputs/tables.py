@@ -26,21 +26,19 @@ def table_files(path):
 
     See SPLITS for other names; every name may be a plural. Prints which tables are not used.
     """
-    files, unused = {}, []
+    files = {}
     for file in sorted(path.iterdir()):
         if file.suffix.lower() in SUFFIXES:
-            split = SPLITS.get(file.stem.lower().removesuffix("s"))
-            if split in files:
-                raise BadInput(f"{path} is not a task: it has both {files[split].name} and {file.name}")
-            if split:
-                files[split] = file
-            else:
-                unused.append(repr(file.name))
+            files.setdefault(SPLITS.get(file.stem.lower().removesuffix("s")), []).append(file)
+    unused = files.pop(None, [])
+    for first, *others in files.values():
+        if others:
+            raise BadInput(f"{path} is not a task: it has both {first.name} and {others[0].name}")
     if not {"train", "test"} <= files.keys():
         raise BadInput(f"{path} is not a task: it has no train.csv and test.csv (or {', '.join(SUFFIXES[1:])})")
     if unused:
-        print(f"{path}: not used: {first_few(unused)}")
-    return files
+        print(f"{path}: not used: {first_few(repr(file.name) for file in unused)}")
+    return {split: file for split, (file,) in files.items()}
 
 
 def read_table(path, text_columns, label_column):
@@ -115,9 +113,8 @@ def separated(path, text, suffix, columns):
     if repeated:
         print(f"{path}: the header is repeated in line {repeated[0]}; {len(repeated)} such lines are left out")
     if quoted:
-        print(
-            f"{path}: {quoted:,} rows have a field in quotes, which are part of the text: in a .csv file they are not"
-        )
+        what = "have a field in quotes, which are part of the text: in a .csv file they are not"
+        print(f"{path}: {quoted:,} rows {what}")
 
 
 def json_lines(path, text):

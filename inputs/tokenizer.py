@@ -62,17 +62,16 @@ class Tokenizer:
 
     def save(self, folder):
         """Write tokenizer.json, and tokenizer_config.json so that transformers loads an equal tokenizer."""
-        parts = json.loads(self.library.to_str())
         if self.family == "bert":
-            normalizer = parts.get("normalizer") or {}
+            normalizer = self.library.normalizer
             settings = {
                 "tokenizer_class": "BertTokenizer",
-                "do_lower_case": normalizer.get("lowercase", True),
-                "strip_accents": normalizer.get("strip_accents"),
-                "tokenize_chinese_chars": normalizer.get("handle_chinese_chars", True),
+                "do_lower_case": getattr(normalizer, "lowercase", True),
+                "strip_accents": getattr(normalizer, "strip_accents", None),
+                "tokenize_chinese_chars": getattr(normalizer, "handle_chinese_chars", True),
             }
         else:
-            spaced = (parts.get("pre_tokenizer") or {}).get("add_prefix_space", False)
+            spaced = getattr(self.library.pre_tokenizer, "add_prefix_space", False)
             settings = {"tokenizer_class": "RobertaTokenizer", "add_prefix_space": spaced}
         settings["model_max_length"] = self.config.max_length
         write_json(Path(folder) / "tokenizer_config.json", settings)
@@ -155,11 +154,9 @@ def word_piece(folder, settings):
 
 def byte_level_bpe(folder, settings):
     """RoBERTa's tokenizer from vocab.json and merges.txt."""
-    spaced = settings.get("add_prefix_space", False)
-    files = str(folder / "vocab.json"), str(folder / "merges.txt")
-    tokenizer = tokenizers.ByteLevelBPETokenizer.from_file(*files, add_prefix_space=spaced, trim_offsets=True)
+    tokenizer = tokenizers.ByteLevelBPETokenizer.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
     *plain, mask = SPECIAL_TOKENS["roberta"]
     tokenizer.add_special_tokens([*plain, AddedToken(mask, lstrip=True)])
     cls, sep = ((token, tokenizer.token_to_id(token)) for token in ("<s>", "</s>"))
-    tokenizer.post_processor = RobertaProcessing(sep, cls, trim_offsets=True, add_prefix_space=spaced)
+    tokenizer.post_processor = RobertaProcessing(sep, cls, add_prefix_space=settings.get("add_prefix_space", False))
     return tokenizer._tokenizer
