@@ -121,8 +121,8 @@ def wrapped(text, first="", others=""):
 
 
 def grouped(runs):
-    """{start: {(least cosine of a substitute, sentences): {method: its runs on SST-2}}}, the attack with most seeds, and
-    then with most sentences, first.
+    """{start: {(least cosine of a substitute, sentences): {method: its runs on SST-2}}}, the attack with most seeds,
+    and then with most sentences, first.
 
     Raises BadInput for runs that cannot be compared.
     """
@@ -238,8 +238,8 @@ def best_random(cosine, n, methods):
         text += f" (of the first {count}: {shown(best_of(tickets[:count], full.mean(0)))})"
     control = shown(best_of(full[:count], full.mean(0)))
     text = (
-        f"**Is any random ticket better?** Chosen on one half of {n} sentences and measured on the other, both ways, at "
-        f"cosine {cosine:g}, {text}. The best of {count} runs of Vanilla, chosen alike, is {control} from it. These "
+        f"**Is any random ticket better?** Chosen on one half of {n} sentences and measured on the other, both ways, "
+        f"at cosine {cosine:g}, {text}. The best of {count} runs of Vanilla, chosen alike, is {control} from it. These "
         "intervals are over the sentences only."
     )
     best, *others = max(by_ticket.values(), key=lambda of: of[0]["figures"][COLUMN])

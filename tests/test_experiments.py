@@ -634,7 +634,7 @@ def test_the_verdict_begins_with_the_larger_sample_and_takes_the_most_random_tic
     for run in many:  # now 5 of 100 more are those of another attack
         run["overrides"] = {"attack": {"min_cosine": "0.6"}}
     text = " ".join(verdict.verdict(few + many, [], {"minilm": 6.6})[0].split())
-    assert "limits on the substitutes' cosine** it is +2.0 ± 3.0 (p = 0.500) at 0.5 (seeds: 2, sentences: 100)." in text
+    assert "on the substitutes' cosine** it is +2.0 ± 3.0 (p = 0.500) at 0.5 (seeds: 2, sentences: 100)." in text
 
 
 def figure2_runs(make, seeds, aua):
