@@ -40,7 +40,7 @@ class MappedTensors(dict):
 
     def release(self):
         """On Linux, free the memory of what was read so far. This also undoes what was written to the tensors."""
-        for file in self.files if sys.platform == "linux" else ():
+        for file in self.files if sys.platform == "linux" and hasattr(mmap, "MADV_DONTNEED") else ():
             file.madvise(mmap.MADV_DONTNEED)
 
 

@@ -12,8 +12,6 @@ import time
 import traceback
 from fractions import Fraction
 
-from tqdm import tqdm
-
 from runtime.start import INTERRUPTED, RANK
 
 BOUNDS = {"at_least": operator.ge, "above": operator.gt, "below": operator.lt, "at_most": operator.le}
@@ -178,6 +176,8 @@ class progress(contextlib.AbstractContextManager):
         self.begun = self.shown = time.monotonic()
         self.initial, self.part, self.rate, self.is_estimated = initial, self.current_part(), 0, False
         self.status = lambda: ""
+        from tqdm import tqdm
+
         shape = {"unit": unit, "unit_scale": unit == "B", "dynamic_ncols": True}
         # disable=None: unless stderr is a terminal
         self.bar = tqdm(desc=description, total=total, initial=initial, disable=RANK > 0 or None, **shape)
