@@ -79,7 +79,7 @@ def construct(setup, recipe):
     setup.embedding = shared.WordEmbedding(None, {}, [])
 
     def without_model(swap, method, **_):
-        swap.method = method
+        vars(swap).update(dict.fromkeys(swap.extra_repr_keys()), method=method)
 
     vectors = mock.patch.object(shared.WordEmbedding, "counterfitted_GLOVE_embedding", lambda: setup.embedding)
     model = mock.patch.object(textattack.transformations.WordSwapMaskedLM, "__init__", without_model)

@@ -29,7 +29,7 @@ def get(path, read, build):
     folder.
     """
     if os.path.exists(path):  # False, and no error, in a folder that may not be read
-        with contextlib.suppress(BadInput):
+        with contextlib.suppress(BadInput, FileNotFoundError):  # it may have been removed meanwhile
             return read(path)  # without the lock: the cache may be read-only
     path = writable_folder(path.parent) / path.name
     with filelock.FileLock(f"{path}.lock"):

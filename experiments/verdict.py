@@ -3,10 +3,10 @@
     python -m experiments.verdict
 
 It reads the runs of `python -m experiments.table1 --results experiments/results/verdict`: seeds of Vanilla, FreeLB,
-ORTicket, the vanilla ticket and the random ticket, from one or several starts, under attacks of several strengths. Runs
-with `--finetune ticket-seed=N` are more random tickets. Those of `python -m experiments.figure2` in the same folder say
-how Aua% changes with the pruning ratios. The text stands between two marks in docs/results.md. README.md has a row of
-it in the table of the state, and a table between the same marks.
+ORTicket, the vanilla ticket and the random ticket, from one or several starts, under attacks of several strengths and
+on samples of several sizes. Runs with `--finetune ticket-seed=N` are more random tickets. Those of `python -m
+experiments.figure2` in the same folder say how Aua% changes with the pruning ratios. The text stands between two marks
+in docs/results.md. README.md has a row of it in the table of the state, and a table between the same marks.
 """
 
 import re
@@ -92,12 +92,11 @@ def verdict(runs, ratio_runs, losses):
         rows.append(f"from {name(start)} {result}")
         others = [
             f"{with_p(compared(of, *TESTED))} at {other:g} (seeds: {num_seeds(of)}, sentences: {n})"
-            for (other, n), of in attacks.items()
-            if other != cosine
+            for (other, n), of in list(attacks.items())[1:]
         ]
         if others:
-            lines.append(f"**With other limits on the substitutes' cosine** it is {', '.join(others)}.")
-        most = max(attacks, key=lambda attack: len(random_tickets(attacks[attack])))  # the first of several
+            lines.append(f"**With other limits on the substitutes' cosine, or samples,** it is {', '.join(others)}.")
+        most = max(attacks, key=lambda of: (len(attacks[of]["Vanilla"]) > 1, len(random_tickets(attacks[of]))))
         lines.append(best_random(*most, attacks[most]))
     lines += [ratios_line(fits)] if any("ORTicket" in key for key in fits) else []
     (cosine, _), methods = next(iter(next(iter(starts.values())).items()))  # of the first start
@@ -121,8 +120,8 @@ def wrapped(text, first="", others=""):
 
 
 def grouped(runs):
-    """{start: {(least cosine of a substitute, sentences): {method: its runs on SST-2}}}, the attack with most seeds,
-    and then with most sentences, first.
+    """{start: {(least cosine of a substitute, sentences): {method: its runs on SST-2}}}. The first is the attack with
+    most seeds; of these, with most methods; and of these, with most sentences.
 
     Raises BadInput for runs that cannot be compared.
     """
@@ -134,8 +133,9 @@ def grouped(runs):
         attack, training = (least_cosine(run), run["settings"]["n"]), dict(overrides.get("finetune", {}))
         label = "more random tickets" if training.pop("ticket_seed", None) else method
         own = {name: overrides.get(name, {}) for name in ("search", "draw", "robustt")} | {"finetune": training}
-        shared = {"settings": run["settings"], "attack": overrides.get("attack", {}), "resources": run["resources"]}
-        for kind, of in (((start, attack), shared), ((start, attack, method), own)):
+        shared = {"attack": overrides.get("attack", {}), "resources": run["resources"]}
+        always = {"settings": run["settings"] | {"n": None}}
+        for kind, of in (((start,), always), ((start, attack), shared), ((start, attack, method), own)):
             if differing := [name for name in of if kinds.setdefault(kind, of)[name] != of[name]]:
                 raise BadInput(
                     f"runs of {method} from {start} at cosine {attack[0]:g} on {attack[1]} sentences differ in "
@@ -145,7 +145,7 @@ def grouped(runs):
     starts = {}
     for start, attacks in sorted(groups.items()):
         complete = [attack for attack, methods in attacks.items() if num_seeds(methods)]
-        complete.sort(key=lambda attack: (-num_seeds(attacks[attack]), -attack[1], attack[0]))
+        complete.sort(key=lambda of: (-num_seeds(attacks[of]), -len(attacks[of].keys() & METHODS), -of[1], of[0]))
         starts |= {start: {attack: attacks[attack] for attack in complete}} if complete else {}
     return starts
 
@@ -355,14 +355,16 @@ def table(methods):
 
 def small_table(starts):
     """For README.md: the starts side by side, under the attack that comes first."""
-    first = {start: next(iter(attacks.values())) for start, attacks in starts.items()}
-    rows = {method: [method] for method in METHODS if any(method in methods for methods in first.values())}
-    for methods in first.values():
+    first = {start: next(iter(attacks.items())) for start, attacks in starts.items()}
+    rows = {method: [method] for method in METHODS if any(method in methods for _, methods in first.values())}
+    is_one, heads = len({attack for attack, _ in first.values()}) == 1, [""]
+    for start, ((cosine, n), methods) in first.items():
+        label = name(start) if is_one else f"{name(start)} (cosine {cosine:g}, {n} sentences)"
+        heads += [f"{label}: {head}" for head in ("Clean%", "Aua%", "Aua% minus Vanilla's")]
         for method, row in rows.items():
             row += [cell("verdict", methods.get(method, []), "sst2", column) for column in COLUMNS[:2]]
             row.append(shown(compared(methods, method, "Vanilla")))
-    heads = [f"{name(start)}: {head}" for start in first for head in ("Clean%", "Aua%", "Aua% minus Vanilla's")]
-    return markdown_table(["", *heads], list(rows.values()))
+    return markdown_table(heads, list(rows.values()))
 
 
 def compared(methods, ours, reference):

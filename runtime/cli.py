@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import dataclasses
+import math
 import operator
 import os
 import re
@@ -83,7 +84,9 @@ def explain(error):
 
 
 def option(default, help, choices=None, positional=False, group=None, **bounds):
-    """A field of a script's Options: default, help text, the heading under which --help lists it; its BOUNDS."""
+    """A field of a script's Options: default, help text, the heading under which --help lists it, and bounds, which are
+    keys of BOUNDS."""
+    assert bounds.keys() <= BOUNDS.keys(), bounds
     metadata = {"help": help, "choices": choices, "positional": positional, "group": group, "bounds": bounds}
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -141,7 +144,9 @@ def shown(default):
 def parse_bounded(field, text):
     """Convert `text`, a fraction if need be, to the field's type and check its bounds. argparse prints the error."""
     try:
-        value = float(Fraction(text)) if field.type is float else field.type(text)
+        value = float(Fraction(text)) if field.type is float and "/" in text else field.type(text)
+        if field.type is float and not math.isfinite(value):
+            raise ValueError
     except (ValueError, ZeroDivisionError, OverflowError):
         raise argparse.ArgumentTypeError(f"{text!r} is not {'a number' if field.type is float else 'an integer'}")
     for name, bound in field.metadata["bounds"].items():
@@ -182,8 +187,8 @@ class progress(contextlib.AbstractContextManager):
         # disable=None: unless stderr is a terminal
         self.bar = tqdm(desc=description, total=total, initial=initial, disable=RANK > 0 or None, **shape)
 
-    def __exit__(self, *_):
-        self.close()
+    def __exit__(self, kind, *_):
+        self.bar.close() if kind else self.close()  # after an error the status may be another error
 
     def close(self):
         self.refresh_bar()

@@ -619,22 +619,27 @@ def test_the_best_random_ticket_is_judged_by_its_runs_with_other_seeds(verdict_r
 
 
 def test_the_verdict_begins_with_the_larger_sample_and_takes_the_most_random_tickets(verdict_runs):
-    few = verdict_runs(Vanilla=(10, 11), ORTicket=(12, 13), **{"Random ticket": (5, 7)})
-    many = verdict_runs(Vanilla=(20, 21), ORTicket=(30, 31))
+    few = verdict_runs(Vanilla=(10, 11), ORTicket=(12, 13), **{"Random ticket": (5, 7, 6)})
+    many = verdict_runs(Vanilla=(20, 21), ORTicket=(30, 31), **{"Random ticket": (20,)})
     for run in many:
         run["settings"] |= {"n": 200}
         run["outcomes"] = {"textfooler": runs.pack(runs.unpack(run["outcomes"]["textfooler"]) + 100 * "0")}
     text, row, _ = verdict.verdict(few + many, [], {"minilm": 6.6})
     text = " ".join(text.split())
-    result = verdict.with_p(tables.difference(many[2:], many[:2], "sst2", "textfooler"))
+    result = verdict.with_p(tables.difference(many[2:4], many[:2], "sst2", "textfooler"))
     assert "TextFooler on 200 sentences" in text and f"minus Vanilla: {result} points" in text and f" {result} " in row
-    assert result.startswith("+5.0") and "other limits" not in text  # both samples are of one cosine
-    assert "on one half of 100 sentences and measured on the other, both ways, at cosine 0.5, the best of 2 is" in text
+    assert result.startswith("+5.0") and "it is +2.0 ± 3.0 (p = 0.500) at 0.5 (seeds: 2, sentences: 100)." in text
+    assert "on one half of 100 sentences and measured on the other, both ways, at cosine 0.5, the best of 3 is" in text
     assert text.index("or more, 200 sentences: |") < text.index("or more, 100 sentences: |")
-    for run in many:  # now 5 of 100 more are those of another attack
-        run["overrides"] = {"attack": {"min_cosine": "0.6"}}
-    text = " ".join(verdict.verdict(few + many, [], {"minilm": 6.6})[0].split())
-    assert "on the substitutes' cosine** it is +2.0 ± 3.0 (p = 0.500) at 0.5 (seeds: 2, sentences: 100)." in text
+    text, _, summary = verdict.verdict(few + many[:-1], [], {"minilm": 6.6})  # a method is missing
+    assert "TextFooler on 100 sentences" in " ".join(text.split()) and "| Random ticket | 90.0 ± 0.0 | 6.0" in summary
+    for run in many:
+        run["settings"] |= {"model": "bert-base-uncased"}
+    _, _, summary = verdict.verdict(few + many, [], {"minilm": 6.6})
+    assert "| bert-base-uncased (cosine 0.5, 200 sentences): Clean% | " in summary
+    many[0]["settings"] |= {"model": "minilm", "epochs": 4}
+    with pytest.raises(BadInput, match="from minilm at cosine 0.5 on 200 sentences differ in settings: keep one"):
+        verdict.verdict(few + many, [], {"minilm": 6.6})
 
 
 def figure2_runs(make, seeds, aua):
