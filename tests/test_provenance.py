@@ -502,6 +502,20 @@ def test_a_cache_that_cannot_be_written_is_read(tmp_path, monkeypatch):
     assert cache.get(path, Path.read_text, None) == "kept"
 
 
+def test_a_cache_that_is_removed_while_it_is_opened_is_made_again(tmp_path):
+    path, read = tmp_path / "folder" / "words.txt", []
+    path.parent.mkdir()
+    path.write_text("old")
+
+    def remove_and_read(path):
+        read.append(path)
+        if len(read) == 1:
+            path.unlink()
+        return path.read_text()
+
+    assert cache.get(path, remove_and_read, lambda path: path.write_text("new")) == "new" and len(read) == 2
+
+
 def test_a_damaged_cache_is_made_again_with_a_line(made, tmp_path, monkeypatch, capsys):
     files = Files(made, tmp_path, monkeypatch)
     for kind in ("tokens", "encoding"):
