@@ -1,16 +1,16 @@
 """Attack a fine-tuned model by word substitution: TextFooler (Jin et al. 2020), TextBugger (Li et al. 2019),
-BERT-Attack (Li et al. 2020), DeepWordBug (Gao et al. 2018); and bertattack-fudan, the authors' group's.
+BERT-Attack (Li et al. 2020), DeepWordBug (Gao et al. 2018), and bertattack-fudan, from the code of the authors' group.
 
     python attack.py --task rt --attack textfooler         the model of finetune.py --task rt
     python attack.py --task rt --attack all --ticket none  all attacks on the full model
-    python attack.py --task sst2 --model FOLDER            any model with a classifier, also from the hub
+    python attack.py --task sst2 --model FOLDER            any model with a classifier, local or from the hub
     torchrun --nproc-per-node 4 -- attack.py --task rt     four processes share the examples
 
 The recipes are TextAttack's. Their resources (word vectors, sentence encoder, part-of-speech tagger, masked language
 model) are replaced where the papers' own are not available, and the output says so. The metrics are the paper's:
 Clean% is the accuracy on all test rows. Aua% is the accuracy under attack on the --n attacked rows. Suc% is the share
-of attacks that succeed on correctly classified rows. #Query is the mean number of queries of these attacks, also failed
-ones. In the model's folder, ATTACK.jsonl has a line per example, ATTACK.json a summary. Interrupted runs resume.
+of attacks that succeed on correctly classified rows. #Query is the mean number of queries of all attacks on these rows.
+In the model's folder, ATTACK.jsonl has a line per example, ATTACK.json a summary. Interrupted runs resume when rerun.
 """
 
 import runtime.start  # noqa: F401 # isort: skip
@@ -44,11 +44,11 @@ from runtime.device import DEFAULT_MODEL, precision_name
 
 @dataclass
 class Options(data.TaskOptions):
-    attack: str = option("textfooler", "all: one after another", choices=(*RECIPES, "all"), group="attack")
+    attack: str = option("textfooler", "all: every attack in turn", choices=(*RECIPES, "all"), group="attack")
     n: int = option(None, "test rows to attack [300, or all if there are fewer]", at_least=1, group="attack")
-    attack_columns: str = option(None, "the column of a pair to change [both, except in NLI recipes]", group="attack")
-    seed: int = option(0, "of fine-tuning and of random edits", at_least=0, below=2**31, group="attack")
-    sample_seed: int = option(None, "of the sample of test rows [--seed]", at_least=0, below=2**31, group="attack")
+    attack_columns: str = option(None, "column of a pair to change [both, except in NLI recipes]", group="attack")
+    seed: int = option(0, "seed of fine-tuning and of random edits", at_least=0, below=2**31, group="attack")
+    sample_seed: int = option(None, "seed of the sample of test rows [--seed]", at_least=0, below=2**31, group="attack")
     model: str = option(DEFAULT_MODEL, "the pre-trained model that was fine-tuned, or a classifier", group="model")
     revision: str = option(None, "branch or commit of a model on the hub", group="model")
     ticket: str = option("drawn", "as in finetune.py: drawn, none, random, or a file", group="model")
@@ -60,14 +60,14 @@ class Options(data.TaskOptions):
     vectors: str = option(None, "bundled, textattack or a .npz file [textattack if cached]", group="resources")
     min_cosine: float = option(0.5, "minimum similarity of substitutes", at_least=-1, at_most=1, group="resources")
     encoder: str = option("use-multilingual", "sentence encoder", choices=resources.ENCODERS, group="resources")
-    masked_lm: str = option(None, "of BERT-Attack [the pre-trained or the default model]", group="resources")
+    masked_lm: str = option(None, "masked LM of BERT-Attack [the pre-trained or default model]", group="resources")
     bert_attack_k: int = option(48, "candidates per word in BERT-Attack", at_least=1, group="resources")
     device: str = option("auto", "cpu, cuda, cuda:1, mps; auto: CUDA, then MPS, then CPU", group="machine")
-    precision: str = option("fp32", "auto: bf16 where it is fast", choices=("auto", "bf16", "fp32"), group="machine")
+    precision: str = option("fp32", "auto: bf16 where supported", choices=("auto", "bf16", "fp32"), group="machine")
     output: str = option("runs", "folder that finetune.py wrote to", group="output")
-    suffix: str = option(None, "of the names of the result files: ATTACK-SUFFIX", group="output")
+    suffix: str = option(None, "name the result files ATTACK-SUFFIX", group="output")
     show: int = option(0, "successful attacks to print, with changed words marked", at_least=0, group="output")
-    overwrite: bool = option(False, "make them anew; what this command left unfinished is resumed", group="output")
+    overwrite: bool = option(False, "replace results; an unfinished run of this command resumes", group="output")
 
 
 NOT_SETTINGS = (
@@ -131,7 +131,7 @@ def main():
 def stop_without_launcher(launcher):
     """Raise BadInput if torchrun, which started this process, is gone, and perhaps other processes with it."""
     if distributed.WORLD > 1 and distributed.parent() != launcher:
-        raise BadInput("torchrun is gone: run the same command again to resume")
+        raise BadInput("torchrun has ended: run the same command again to resume")
 
 
 def find_victim(options, task, splits, device, dtype):
@@ -183,8 +183,8 @@ def align_labels(model, names, labels):
         for parameter in model.classifier.parameters():  # (classes, d) and (classes,)
             parameter.data = parameter.data[order]
     else:
-        shown = ", ".join(names) or "without names"
-        print(f"the model's classes {shown} are taken for {', '.join(labels)}, in this order")
+        shown = ", ".join(names) or "(unnamed)"
+        print(f"the model's classes {shown} are assumed to be {', '.join(labels)}, in this order")
 
 
 def sample(options, rows):
@@ -202,13 +202,13 @@ def clean_accuracy(options, folder, victim, test):
     """Clean%, the accuracy on all test rows: measured by finetune.py, or here for classifiers and with --max-length."""
     if options.max_length is None and (folder / "metrics.json").is_file():
         metrics = read_metrics(folder)
-        accuracy, source = metrics["test_accuracy"], f", as finetune.py measured in {metrics['settings']['precision']}"
+        accuracy, source = metrics["test_accuracy"], f", measured by finetune.py in {metrics['settings']['precision']}"
     else:
         predicted = victim([texts for texts, _ in test]).argmax(1)
         accuracy, source = (predicted == torch.tensor([label for _, label in test])).float().mean().item(), ""
     print(f"attacking {options.n} of {len(test):,} test rows; {folder} has {accuracy:.2%} accuracy{source}")
     if accuracy < 1 / victim.model.config.num_labels:
-        print("this is below chance: are the model's classes in another order, or its texts prepared in another way?")
+        print("this is below chance: check the order of the model's classes and the preprocessing of its texts")
     return accuracy
 
 

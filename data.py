@@ -1,8 +1,8 @@
 """Models, tasks and corpora by name.
 
-Bundled with requirements.txt, without a network: the model `minilm`, the tasks `bbc` (BBC News), `rt` (Rotten Tomatoes
+Installed by requirements.txt, usable offline: the model `minilm`, the tasks `bbc` (BBC News), `rt` (Rotten Tomatoes
 sentences) and `imdb-bundled` (the 25,000 training reviews of IMDb), the corpora `bbc`, `bbc-small` (two of every five
-articles) and `imdb`. These tasks have no published test split: a fixed tenth, the same for every seed, is held out.
+articles) and `imdb`. These tasks come without a test split: a fixed tenth, the same for every seed, is held out.
 From the Hugging Face hub: the paper's tasks sst2, qnli, qqp, imdb and agnews, its corpus wikitext-2-raw-v1, and models.
 Custom: a CSV, TSV or JSON-lines file as a task, a text file as a corpus.
 """
@@ -57,7 +57,7 @@ def find_model(name, revision=None):
     """
     path = Path(name)
     if revision and (name in BUNDLED or path.exists() and name not in ON_HUB):
-        raise BadInput(f"--revision {revision} applies to models on the hub: {name} is on this machine")
+        raise BadInput(f"--revision {revision} applies only to models on the hub: {name} is on this machine")
     if name in BUNDLED:
         package, folder, expected = BUNDLED[name]
         path = package_folder(package) / folder
@@ -130,7 +130,7 @@ def fetch_parquet(repository, shards, revision):
                 raise BadInput(f"{error}; {bundled} need no network") from None
             commit = paths[name][-1].parents[file.count("/")].name  # the branch may move while the others are fetched
     if revision is None and repository not in REVISIONS:
-        print(f"{repository} on the hub may change: --data-revision {commit} keeps what was read now")
+        print(f"{repository} on the hub may change: --data-revision {commit} pins the current version")
     return paths
 
 
@@ -195,9 +195,9 @@ COLUMN_OPTIONS = ("text_columns", "label_column", "drop_labels")
 class TaskOptions:
     """Options of all scripts that read a task."""
 
-    text_columns: tuple = option(("text",), "of a custom task: the text, or two columns for pairs", group="data")
-    label_column: str = option("label", "of a custom task", group="data")
-    drop_labels: tuple = option(None, "labels of a custom task whose rows are left out", group="data")
+    text_columns: tuple = option(("text",), "text column of a custom task, or two for pairs", group="data")
+    label_column: str = option("label", "label column of a custom task", group="data")
+    drop_labels: tuple = option(None, "leave out rows of a custom task with these labels", group="data")
     data_revision: str = option(None, "branch or commit of data on the hub", group="data")
 
 
@@ -214,7 +214,7 @@ def find_task(name, text_columns=("text",), label_column="label", drop_labels=()
             )
         return TASKS[name]
     if len(text_columns) > 2 or len(set(text_columns)) < len(text_columns):
-        raise BadInput(f"--text-columns {' '.join(text_columns)}: BERT reads one text or a pair of two")
+        raise BadInput(f"--text-columns {' '.join(text_columns)}: give one column, or two for pairs of texts")
     if path.is_dir() or path.is_file() and path.suffix.lower() in SUFFIXES:
         labels, splits, note = custom_splits(path, text_columns, label_column, drop_labels or ())
         return Task(labels, 256, lambda revision: splits, note, tuple(text_columns))

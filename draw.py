@@ -2,11 +2,11 @@
 
     python draw.py --task sst2                             with the paper's ratios for SST-2
     python draw.py --task mine.csv --tau-ffn 0.25
-    python draw.py --coefficients OWNER/NAME               with coefficients that were published on the hub
+    python draw.py --coefficients OWNER/NAME               with coefficients from the hub
 
-The least important heads and neurons of all layers together are pruned, and every layer keeps at least one head. All
-tasks share the coefficients and differ only in the ratio of the neurons, so that no data and no model are needed here.
-finetune.py continues with line 6: it applies the masks to theta_0. If no search was run, the published
+The heads and neurons with the smallest coefficients over all layers are pruned, except that every layer keeps at least
+one head. All tasks share the coefficients and differ only in the pruning ratio of the neurons, so no data and no model
+are needed here. finetune.py continues with line 6: it applies the masks to theta_0. If no search was run, the published
 coefficients of MiniLM are used.
 """
 
@@ -33,14 +33,12 @@ from sharing.publish import load_coefficients
 class Options:
     task: str = option("rt", f"sets tau_F: {', '.join(data.TASKS)}; 0.2 for a custom file", group="pruning")
     tau_head: float = option(1 / 6, "pruning ratio of the heads", at_least=0, below=1, group="pruning")
-    tau_ffn: float = option(
-        None, "pruning ratio of the neurons, instead of the task's", at_least=0, below=1, group="pruning"
-    )
+    tau_ffn: float = option(None, "pruning ratio of the neurons [the task's]", at_least=0, below=1, group="pruning")
     model: str = option(DEFAULT_MODEL, "the model that was searched", group="files")
     coefficients: str = option(None, "a file, a folder, or OWNER/NAME on the hub [that in OUTPUT/MODEL]", group="files")
-    coefficients_seed: int = option(None, "the search, if the file holds several [the first]", group="files")
+    coefficients_seed: int = option(None, "seed of the search, if the file has several [the first]", group="files")
     output: str = option("runs", "folder; the ticket goes to OUTPUT/MODEL/TASK", group="files")
-    overwrite: bool = option(False, "draw it anew, in place of what is there", group="files")
+    overwrite: bool = option(False, "replace an existing ticket", group="files")
 
 
 def main():
@@ -48,7 +46,7 @@ def main():
     task = data.TASKS.get(options.task)
     if task is None and not Path(options.task).exists() and options.tau_ffn is None:
         known = ", ".join(data.TASKS)
-        raise BadInput(f"unknown task {options.task!r}: give one of {known}, a file, or --tau-ffn as well")
+        raise BadInput(f"unknown task {options.task!r}: give one of {known}, a file, or also --tau-ffn")
     default, classes = (task.tau_ffn, len(task.labels)) if task else (data.Task.tau_ffn, 2)
     tau_ffn = default if options.tau_ffn is None else options.tau_ffn
     folder = files.model_folder(options.output, options.model) / files.task_folder(options.task)
@@ -85,13 +83,13 @@ def warn_of_ties(coefficients, mask, name):
     """Print a line if more than 1 % of the entries are kept although their coefficient equals the largest pruned one,
     as after a search in which c stayed 1: `search.py --learning-rate-c 0`."""
     if not mask.all() and (ties := int((coefficients[mask] == coefficients[~mask].max()).sum())) > 0.01 * mask.numel():
-        print(f"{ties:,} of the kept {name} have the same coefficient as a pruned one: the earlier ones were pruned")
+        print(f"{ties:,} of the kept {name} have the same coefficient as a pruned one: ties are pruned by position")
 
 
 def report(head_mask, ffn_mask, config):
     """Print what the masks keep in each layer, and the number of parameters before and after."""
     columns = "  ".join(f"{layer + 1:5}" for layer in range(len(head_mask)))
-    print(f"  kept in layer   {columns}    of each    total")
+    print(f"  kept in layer   {columns}     out of    total")
     for name, mask in (("heads", head_mask), ("neurons", ffn_mask)):
         row = "  ".join(f"{kept:5,}" for kept in mask.sum(1).tolist())
         print(f"  {name:15s} {row}    {mask.shape[1]:7,}   {int(mask.sum()):,} of {mask.numel():,}")

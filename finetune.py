@@ -1,4 +1,4 @@
-"""Algorithm 2, lines 6 to 10: fine-tune a ticket on a task at ordinary cost, or a baseline to compare it with.
+"""Algorithm 2, lines 6 to 10: fine-tune a ticket, or a baseline for comparison, on a task.
 
     python finetune.py --task rt                            the ticket that draw.py drew for rt
     python finetune.py --task rt --ticket none              the full model; or random, a random ticket of the same size
@@ -7,7 +7,7 @@
     torchrun --nproc-per-node 2 finetune.py --task rt       on two GPUs, each with half of every batch
 
 Fine-tuning starts from the pre-trained weights theta_0, not from those of the search. Only the epoch with the best
-accuracy on held-out training rows is kept and tested. Interrupted runs resume when rerun, from the last epoch.
+accuracy on held-out training rows is kept and tested. Interrupted runs resume from the last epoch when rerun.
 """
 
 import runtime.start  # noqa: F401 # isort: skip
@@ -43,35 +43,33 @@ class Options(data.TaskOptions, MachineOptions):
     model: str = option(DEFAULT_MODEL, MODEL_HELP, group="model")
     revision: str = option(None, "branch or commit of a model on the hub", group="model")
     ticket: str = option("drawn", "drawn (by draw.py), none, random, or a file", group="model")
-    ticket_seed: int = option(None, "of a random ticket [--seed]", at_least=0, below=2**63, group="model")
+    ticket_seed: int = option(None, "seed of a random ticket [--seed]", at_least=0, below=2**63, group="model")
     ablation: str = option(
         None,
-        "no-initialization: new matrices in the ticket; no-structure: new weights where it prunes",
+        "no-initialization: new matrices in the ticket; no-structure: new weights instead of pruning",
         choices=ABLATIONS,
         group="model",
     )
     task: str = option("rt", f"{', '.join(data.TASKS)}; or a custom .csv, .tsv or .jsonl file", group="data")
-    train_rows: int = option(None, "train on this many rows, always the same [all]", at_least=1, group="data")
-    max_length: int = option(None, "tokens to which a text is truncated [the task's]", at_least=3, group="data")
+    train_rows: int = option(None, "train on this many rows, the same for every seed [all]", at_least=1, group="data")
+    max_length: int = option(None, "truncate texts to this many tokens [the task's]", at_least=3, group="data")
     method: str = option("vanilla", "ordinary or adversarial training", choices=tuple(ADVERSARIES), group="adversary")
     adv_steps: int = option(None, "K, passes per step [the method's]", at_least=1, group="adversary")
     adv_lr: float = option(None, "size of an ascent step [the method's]", at_least=0, group="adversary")
-    adv_init_mag: float = option(None, "of the first delta [the method's]", at_least=0, group="adversary")
-    adv_max_norm: float = option(None, "epsilon; 0: no bound [the method's]", at_least=0, group="adversary")
+    adv_init_mag: float = option(None, "size of the first delta [the method's]", at_least=0, group="adversary")
+    adv_max_norm: float = option(None, "norm bound epsilon; 0: none [the method's]", at_least=0, group="adversary")
     alpha: float = option(5e-3, "weight of InfoBERT's anchored features", at_least=0, group="adversary")
     beta: float = option(5e-3, "weight of InfoBERT's information bottleneck", at_least=0, group="adversary")
     epochs: int = option(10, "N, number of epochs", at_least=1, group="optimization")
     batch_size: int = option(32, "rows per step", at_least=1, group="optimization")
-    learning_rate: float = option(
-        None, "eta [2e-5; 1e-4 for models of less than base size]", above=0, group="optimization"
-    )
+    learning_rate: float = option(None, "eta [2e-5; 1e-4 for models smaller than base]", above=0, group="optimization")
     warmup: float = option(0.1, "fraction of the steps with warm-up", at_least=0, below=1, group="optimization")
-    weight_decay: float = option(0.01, "of AdamW, on matrices only", at_least=0, group="optimization")
-    clip_norm: float = option(1.0, "largest norm of the gradient", above=0, group="optimization")
+    weight_decay: float = option(0.01, "of AdamW, only on matrices", at_least=0, group="optimization")
+    clip_norm: float = option(1.0, "maximum norm of the gradient", above=0, group="optimization")
     seed: int = option(0, "random seed", at_least=0, below=2**63, group="optimization")
     output: str = option("runs", "folder; results go to OUTPUT/MODEL/TASK", group="output")
     export_hf: str = option(None, "also write a dense copy for transformers to this folder", group="output")
-    overwrite: bool = option(False, "make it anew; what this command left unfinished is resumed", group="output")
+    overwrite: bool = option(False, "replace results; an unfinished run of this command resumes", group="output")
 
 
 # options with which a run may resume; --device and --grad-accum-steps change rounding, dropout, InfoBERT's estimates
@@ -241,7 +239,7 @@ def report(options, folder):
     )
     if by_class := metrics.get("test_correct_by_class"):  # where a class is rare
         shown = first_few(f"{name} {correct:,} of {rows:,}" for name, (correct, rows) in by_class.items())
-        print(f"correct test rows of each class: {shown}")
+        print(f"correct test rows per class: {shown}")
     print(f"{metrics['parameters']:,} parameters, {metrics['seconds']:.0f} s of training; model: {folder}")
 
 

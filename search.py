@@ -3,11 +3,11 @@ with FreeLB as the adversary, until the masks drawn from c stop changing.
 
     python search.py --model minilm                     the bundled MiniLM on part of BBC News, offline
     python search.py --adversary vanilla                the vanilla ticket, without an adversary (Table 3)
-    python search.py --objective rt                     on the loss of a task instead of MLM (Table 4)
+    python search.py --objective rt                     with the loss of a task instead of MLM (Table 4)
     python search.py --seeds 10                         ten searches, one after another
     torchrun --nproc-per-node 2 search.py               on two GPUs, each with half of every batch
 
-Interrupted runs resume when rerun, from the last mini-epoch, and on a CPU end with the same bytes. The defaults are
+Interrupted runs resume from the last mini-epoch when rerun; on a CPU, the result is byte-identical. The defaults are
 those of section 3.5 of the paper where it gives them, except for the corpus and, without CUDA, the model.
 """
 
@@ -47,18 +47,18 @@ PRESETS = {  # earlyrobust: the numbers of its authors' scripts (Xi et al. 2022)
 class Options(data.TaskOptions, MachineOptions):
     model: str = option(DEFAULT_MODEL, MODEL_HELP, group="model")
     revision: str = option(None, "branch or commit of a model on the hub", group="model")
-    mlm_head_steps: int = option(None, "to fit an MLM head [200, or a published head]", at_least=1, group="model")
-    mlm_head_learning_rate: float = option(None, "peak learning rate of those steps [3e-3]", above=0, group="model")
-    objective: str = option("mlm", "mlm on the corpus; or a task, for its classification loss", group="data")
+    mlm_head_steps: int = option(None, "steps to fit an MLM head [200, or a published head]", at_least=1, group="model")
+    mlm_head_learning_rate: float = option(None, "peak learning rate of these steps [3e-3]", above=0, group="model")
+    objective: str = option("mlm", "mlm (on the corpus), or a task (its classification loss)", group="data")
     corpus: str = option(data.CORPORA[0], f"{', '.join(data.CORPORA)}, a text file or a folder", group="data")
-    encoding: str = option(None, "of the corpus's files [UTF-8]", group="data")
-    block: int = option(128, "tokens per example, with [CLS] and [SEP]", at_least=4, group="data")
-    preset: str = option("orticket", "sets adversary and lambda", choices=tuple(PRESETS), group="adversary")
-    adversary: str = option(None, "[the preset's: freelb]", choices=SEARCH_ADVERSARIES, group="adversary")
+    encoding: str = option(None, "encoding of the corpus files [UTF-8]", group="data")
+    block: int = option(128, "tokens per example, including [CLS] and [SEP]", at_least=4, group="data")
+    preset: str = option("orticket", "sets the adversary and lambda", choices=tuple(PRESETS), group="adversary")
+    adversary: str = option(None, "method [the preset's: freelb]", choices=SEARCH_ADVERSARIES, group="adversary")
     adv_steps: int = option(None, "K, passes per step [the adversary's]", at_least=1, group="adversary")
     adv_lr: float = option(None, "size of an ascent step [the adversary's]", at_least=0, group="adversary")
-    adv_init_mag: float = option(None, "of the first delta [the adversary's]", at_least=0, group="adversary")
-    adv_max_norm: float = option(None, "epsilon; 0: no bound [the adversary's]", at_least=0, group="adversary")
+    adv_init_mag: float = option(None, "size of the first delta [the adversary's]", at_least=0, group="adversary")
+    adv_max_norm: float = option(None, "norm bound epsilon; 0: none [the adversary's]", at_least=0, group="adversary")
     gamma: float = option(0.1, "threshold of the normalized Hamming distance", above=0, group="early stopping")
     patience: int = option(5, "mini-epochs in a row below gamma", at_least=1, group="early stopping")
     mini_epoch: float = option(0.05, "length in epochs", at_least=1e-4, at_most=1, group="early stopping")
@@ -66,18 +66,18 @@ class Options(data.TaskOptions, MachineOptions):
     tau_ffn: float = option(0.3, "pruning ratio of the neurons", at_least=0, below=1, group="early stopping")
     lambda_head: float = option(None, "lambda_H of eq. 5 [1e-4]", at_least=0, group="optimization")
     lambda_ffn: float = option(None, "lambda_F of eq. 5 [1e-4]", at_least=0, group="optimization")
-    epochs: int = option(1, "passes over the corpus, at most", at_least=1, group="optimization")
+    epochs: int = option(1, "maximum passes over the corpus", at_least=1, group="optimization")
     batch_size: int = option(None, f"blocks per step [32; bbc-small: {SMALL_BATCH}]", at_least=1, group="optimization")
     learning_rate: float = option(2e-5, "eta_0, of theta and c (AdamW)", above=0, group="optimization")
-    learning_rate_c: float = option(None, "that of c, if not eta_0; 0: c stays 1", at_least=0, group="optimization")
+    learning_rate_c: float = option(None, "learning rate of c [eta_0]; 0: c stays 1", at_least=0, group="optimization")
     warmup: float = option(0.1, "fraction of the steps with warm-up", at_least=0, below=1, group="optimization")
-    weight_decay: float = option(0.01, "of AdamW, on the matrices of theta only", at_least=0, group="optimization")
-    clip_norm: float = option(1.0, "largest norm of the gradient", above=0, group="optimization")
+    weight_decay: float = option(0.01, "of AdamW, only on the matrices of theta", at_least=0, group="optimization")
+    clip_norm: float = option(1.0, "maximum norm of the gradient", above=0, group="optimization")
     seed: int = option(0, "random seed", at_least=0, below=2**63, group="optimization")
-    seeds: int = option(1, "searches, from --seed on; then file names end in the seed", at_least=1, group="output")
+    seeds: int = option(1, "number of searches, from --seed on, one file each", at_least=1, group="output")
     output: str = option("runs", "folder; results go to OUTPUT/MODEL", group="output")
-    save_model: str = option(None, "also write theta after the search to this folder, as a model", group="output")
-    overwrite: bool = option(False, "make it anew; what this command left unfinished is resumed", group="output")
+    save_model: str = option(None, "also save theta after the search in this folder, as a model", group="output")
+    overwrite: bool = option(False, "replace results; an unfinished run of this command resumes", group="output")
 
     def __post_init__(self):
         """Options that are not given have the numbers of the preset, of the adversary and of the corpus."""
@@ -216,7 +216,7 @@ def report(path, plot_path, options):
     trace, metadata = safetensors.read_with_metadata(path)
     settings = metadata["settings"]
     plot_search(trace, settings, plot_path)
-    reason = f"both distances stayed below gamma = {settings['gamma']:g} {settings['patience']} times in a row"
+    reason = f"both distances stayed below gamma = {settings['gamma']:g} for {settings['patience']} mini-epochs"
     if not metadata["stopped_early"]:
         reason = "stopped by --epochs before the masks were stable"
     print(f"searched {len(trace['trace.loss'])} of {metadata['mini_epochs_at_most']} mini-epochs: {reason}")

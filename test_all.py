@@ -273,7 +273,7 @@ def test_one_step_of_a_search_without_adversary_follows_the_gradient_of_transfor
 def test_search_draw_and_finetune_chain(tiny, corpus, tmp_path, capsys):
     assert call(search, *quick_search(tiny, corpus, tmp_path)[1:], "--gamma", "0.9", "--patience", "2") == 0
     lines = capsys.readouterr().out.splitlines()
-    assert "searched 3 of 10 mini-epochs: both distances stayed below gamma = 0.9 2 times in a row" in lines[-3]
+    assert "searched 3 of 10 mini-epochs: both distances stayed below gamma = 0.9 for 2 mini-epochs" in lines[-3]
     assert lines[-1].startswith("next: python draw.py --task rt --model")
     tensors, metadata = our_safetensors.read_with_metadata(tmp_path / "tiny" / "coefficients.safetensors")
     assert tensors["head"].shape == (2, 3) and tensors["ffn"].shape == (2, 40)

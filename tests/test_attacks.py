@@ -550,7 +550,7 @@ def test_process_stops_when_torchrun_is_gone(textattack, victim, tmp_path, capsy
     parents = itertools.chain(["torchrun"], itertools.repeat(None))  # on Unix init follows it, on Windows nothing
     monkeypatch.setattr(distributed, "parent", lambda: next(parents))
     code, path, summary = run_attack(victim, tmp_path, "--n", "2", "--attack", "deepwordbug")
-    assert code == 2 and "torchrun is gone" in capsys.readouterr().err
+    assert code == 2 and "torchrun has ended" in capsys.readouterr().err
     assert summary["examples"] == 1
 
 
@@ -562,7 +562,7 @@ def test_custom_task_with_other_rows_is_refused(victim, tmp_path, capsys, monkey
     write_metrics(folder, 0.125)
     flags = ["--n", "2", "--ticket", "none", "--output", tmp_path, "--attack", "deepwordbug", "--task"]
     assert call(attack, *flags, tmp_path / "mine.jsonl") == 0
-    assert f"{folder} has 12.50% accuracy, as finetune.py measured in bf16" in capsys.readouterr().out
+    assert f"{folder} has 12.50% accuracy, measured by finetune.py in bf16" in capsys.readouterr().out
     (tmp_path / "mine.jsonl").write_text("\n".join(lines[:-1]))
     monkeypatch.setattr(batches, "encode", None)  # rows are compared without tokenizing them
     (tmp_path / "other").mkdir()
@@ -581,8 +581,10 @@ def test_classes_of_a_classifier_are_matched_by_name(victim, tmp_path, capsys):
         model = Bert.load(folder).eval()
         attack.align_labels(model, names, ("a", "b"))
         assert torch.equal(model.class_logits(ids), logits.flip(1) if names == "BA" else logits)
-        shown = ", ".join(names).lower() or "without names"
-        expected = "" if names in ("BA", "ab") else f"the model's classes {shown} are taken for a, b, in this order\n"
+        shown = ", ".join(names).lower() or "(unnamed)"
+        expected = (
+            "" if names in ("BA", "ab") else f"the model's classes {shown} are assumed to be a, b, in this order\n"
+        )
         assert capsys.readouterr().out == expected
     attack.align_labels(model, ("Yes", "yes"), ("yes", "Yes"))
     assert torch.equal(model.class_logits(ids), logits.flip(1))
