@@ -1,13 +1,13 @@
 """BERT (Devlin et al. 2019) from scratch, with a coefficient on every attention head and every FFN neuron.
 
 The encoder is the published one: token, position and segment embeddings, post-norm blocks, exact GELU, a pooler, an
-MLM head tied to the token embeddings, and a classifier head. Its outputs equal those of `transformers`. RoBERTa and
-other families differ as `checkpoints/families.py` lists. ORTicket adds two things: `gates` scale heads and neurons
-(eq. 3 and 4), and `pruned` removes them, which leaves layers of different widths.
+MLM head tied to the token embeddings, and a classifier head. Its outputs equal those of `transformers`.
+`checkpoints/families.py` lists how RoBERTa and other families differ. ORTicket adds two things: `gates` scale heads
+and neurons (eq. 3 and 4), and `pruned` removes them, which leaves layers of different widths.
 
-Left out: decoding, cross attention, next-sentence prediction, relative positions, activations other than GELU.
+Not supported: decoding, cross attention, next-sentence prediction, relative positions, activations other than GELU.
 
-Shapes: B examples, T tokens, d hidden size, H heads of size s, N neurons, V vocabulary; H and N that pruning left.
+Shapes: B examples, T tokens, d hidden size, H heads of size s, N neurons, V vocabulary size. H and N are after pruning.
 """
 
 import os
@@ -26,7 +26,7 @@ from runtime.cpu import Dropout, linear, redrawn_dropout
 
 @dataclass(frozen=True)
 class Config:
-    """The sizes of a BERT, named as in its config.json, and the widths that pruning left."""
+    """The sizes of a BERT, named as in its config.json, and the layer widths after pruning."""
 
     model_type: str = "bert"  # a key of FAMILIES
     vocab_size: int = 30522
@@ -61,7 +61,7 @@ class Config:
 
     @property
     def max_length(self):
-        """The largest number of tokens of a text."""
+        """The maximum number of tokens in a text."""
         return self.max_position_embeddings - self.first_position
 
     @staticmethod
@@ -91,7 +91,7 @@ class Embedding(nn.Embedding):
     reset_parameters = Linear.reset_parameters
 
 
-CLS_ONLY = object()  # as `positions`: compute the last layer at the first token of every example only
+CLS_ONLY = object()  # a value of `positions`: compute the last layer only at the first token of each example
 
 
 class Layer(nn.Module):
@@ -135,8 +135,8 @@ class Layer(nn.Module):
     def forward(self, x, bias=None, gates=None, positions=None):
         """x (B, T, d) -> (B, T, d); with `positions`, n indices into the B T tokens: (n, d); with CLS_ONLY: (B, d).
 
-        gates: the coefficients of the layer (c_H (H,), c_F (N,)), on the outputs of the heads (eq. 3) and on the
-        neurons (eq. 4). They scale the columns of the next matrix: the same product with fewer multiplications.
+        gates: the coefficients of the layer (c_H (H,), c_F (N,)). They scale the outputs of the heads (eq. 3) and the
+        neurons (eq. 4), by scaling the columns of the next matrix: the same result with fewer multiplications.
         """
         context = self.attention(x, bias, first_only=positions is CLS_ONLY)
         if positions is CLS_ONLY:
@@ -174,7 +174,7 @@ class Bert(nn.Module):
         self.apply(self.initialize)
 
     def initialize(self, module):
-        """BERT's initialization: normal weights with deviation initializer_range, biases 0, LayerNorm weights 1."""
+        """BERT's initialization: normal weights with std initializer_range, biases 0, LayerNorm weights 1."""
         if any(parameter.is_meta for parameter in module.parameters(recurse=False)):
             return
         if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -207,11 +207,11 @@ class Bert(nn.Module):
     def encode(self, x, attention_mask=None, positions=None, gates=None):
         """Apply the layers to x (B, T, d). The other arguments are those of `forward`.
 
-        With `self.checkpointing` a layer keeps only its input and is computed again in the backward pass.
+        With `self.checkpointing` a layer keeps only its input and is recomputed in the backward pass.
         """
         bias = None
         if attention_mask is not None:
-            lowest = torch.finfo(torch.bfloat16).min  # finite: a row of padding alone gives no NaN
+            lowest = torch.finfo(torch.bfloat16).min  # finite: a row with only padding gives no NaN
             bias = torch.zeros(attention_mask.shape, device=x.device)
             bias = bias.masked_fill_(~attention_mask.bool(), lowest)[:, None, None]  # (B, 1, 1, T)
         for i, layer in enumerate(self.layers):
@@ -234,9 +234,9 @@ class Bert(nn.Module):
         return (self.word_embeddings if self.mlm_head.decoder is None else self.mlm_head.decoder).weight
 
     def mlm_loss(self, states, labels):
-        """The mean cross entropy of `mlm_logits(states)` and labels (n,), computed in float32 also under autocast."""
+        """The mean cross entropy of `mlm_logits(states)` and labels (n,), computed in float32 even under autocast."""
         products = linear(self.mlm_head(states), self.decoder)  # (n, V)
-        size = max(1, len(labels)) if products.device.type != "cpu" else 32  # on a CPU, rows that stay in the cache
+        size = max(1, len(labels)) if products.device.type != "cpu" else 32  # on a CPU, few enough to fit in the cache
         losses = [
             F.cross_entropy(rows.float() + self.mlm_head.bias, expected, reduction="sum")
             for rows, expected in zip(products.split(size), labels.split(size))
@@ -248,7 +248,7 @@ class Bert(nn.Module):
         return self.classify(self(ids, attention_mask, segments, CLS_ONLY, gates, delta))
 
     def class_loss(self, ids, attention_mask, segments, labels, gates=None, delta=None):
-        """The mean cross entropy of `class_logits` and labels (B,), computed in float32 also under autocast."""
+        """The mean cross entropy of `class_logits` and labels (B,), computed in float32 even under autocast."""
         return F.cross_entropy(self.class_logits(ids, attention_mask, segments, gates, delta).float(), labels)
 
     def classify(self, states):
@@ -261,8 +261,8 @@ class Bert(nn.Module):
         """A smaller Bert without the heads and neurons whose mask, (layers, H) and (layers, N) bool, is False.
 
         It equals this model with those gates at 0, and is m * theta_0 of Algorithm 2, line 6. Only a full model can be
-        pruned; load theta_0 again for each ticket, since embeddings and norms are shared with it. A layer may lose all
-        its neurons: its FFN is then the output bias.
+        pruned. Load theta_0 again for each ticket: the result shares embeddings and norms with this model. A layer may
+        lose all its neurons; its FFN then adds only the output bias.
         """
         config = replace(self.config, heads=tuple(head_mask.sum(1).tolist()), neurons=tuple(ffn_mask.sum(1).tolist()))
         state = self.state_dict()
@@ -281,7 +281,7 @@ class Bert(nn.Module):
         return self.with_state(replace(self.config, heads=None, neurons=None), state)
 
     def with_state(self, config, state):
-        """A Bert of another configuration with the tensors of `state`."""
+        """A Bert with this configuration and the tensors of `state`."""
         with torch.device("meta"):
             model = Bert(config, mlm=self.mlm_head is not None)
         model.load_state_dict(state, assign=True)
@@ -299,7 +299,7 @@ class Bert(nn.Module):
 
         mlm: with an MLM head. num_labels: classes of the classifier; None: as in the file. A head that is missing, or
         has another number of classes, is initialized and listed in `model.initialized`; `model.unused` lists unused
-        tensors. Parameters are memory-mapped: the file must not change meanwhile. BadInput if a tensor does not fit.
+        tensors. Parameters are memory-mapped: do not change a file in use. Raises BadInput if a tensor does not fit.
         """
         config = Config.read(path)
         mapped = huggingface.read_weights(path)
@@ -311,7 +311,7 @@ class Bert(nn.Module):
         if num_labels != found_labels:
             tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("classifier.")}
         config = replace(config, heads=heads, neurons=neurons, num_labels=num_labels)
-        with torch.device("meta"):  # no memory yet: a wrong configuration cannot fill the machine
+        with torch.device("meta"):  # allocates nothing: a wrong configuration cannot exhaust memory
             model = Bert(config, mlm)
         expected = {name: parameter.shape for name, parameter in model.state_dict().items()}
         model.initialized = huggingface.missing_modules(tensors, expected, path)
@@ -325,7 +325,7 @@ class Bert(nn.Module):
 
 
 def pruning_slices(head_mask, ffn_mask, head_size):
-    """Yield (name, mask of the entries kept, dimension) of every tensor that pruning with these masks slices."""
+    """Yield (name, mask of the kept entries, dimension) for every tensor that pruning with these masks slices."""
     for i, (heads, neurons) in enumerate(zip(head_mask, ffn_mask)):
         columns = heads.repeat_interleave(head_size)  # (H s,)
         for kind in ("weight", "bias"):

@@ -33,9 +33,9 @@ def initial_delta(token_mask, dim, init_mag, max_norm):
 def freelb(loss_of, delta, token_mask, steps, lr, max_norm, extra_loss=None, only_last=False):
     """Add the gradient of L_adv (eq. 6) to the parameters' .grad, and return L_adv, a scalar, without extra_loss.
 
-    FreeLB averages the K = `steps` passes; with only_last (PGD) the last counts. loss_of(delta): the loss, a scalar,
-    with delta (B, T, dim) on the token embeddings. token_mask (B, T): 0 at padding. Between passes delta moves by `lr`
-    along each example's gradient, in the L2 ball of radius max_norm. extra_loss(delta's gradient): InfoBERT's second.
+    FreeLB averages the K = `steps` passes; with only_last (PGD), only the last counts. loss_of(delta): the scalar loss
+    with delta (B, T, dim) added to the token embeddings. token_mask (B, T): 0 at padding. Between passes delta
+    moves by `lr` along each example's gradient, within the L2 ball of radius max_norm. extra_loss(gradient): InfoBERT.
     """
     mask, adversarial_loss = token_mask.float()[..., None], 0.0
     same_dropout = RepeatedDropout(steps, delta.device)

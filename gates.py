@@ -36,8 +36,8 @@ class Coefficients(nn.Module):
 def draw_mask(coefficients, tau, at_least_one=False):
     """The mask (layers, N) bool that prunes the ceil(tau layers N) smallest coefficients (Algorithm 2, lines 1 to 5).
 
-    The threshold is global, over all layers. Of equal coefficients the earlier one is pruned first. at_least_one: every
-    layer keeps its largest (section 2.3), and the next smallest is pruned instead; BadInput if tau leaves too few.
+    The threshold is global, over all layers. Of equal coefficients the earlier is pruned first. at_least_one: a layer
+    keeps its largest (section 2.3), and the next smallest is pruned instead; BadInput if tau is too large for that.
     """
     layers, n = coefficients.shape
     count = math.ceil(tau * layers * n - 1e-9)  # rounding must not prune one more: 0.1 * 3 * 10 is 3.0000000000000004
@@ -47,7 +47,7 @@ def draw_mask(coefficients, tau, at_least_one=False):
                 f"tau {tau:.4g} prunes {count} of {layers * n} heads, but each of the {layers} layers keeps one: "
                 f"choose at most {n - 1}/{n}"
             )
-        best = coefficients.argsort(dim=1, stable=True)[:, -1:]  # (layers, 1): the largest, the last of equals
+        best = coefficients.argsort(dim=1, stable=True)[:, -1:]  # (layers, 1): the largest, the last among equals
         coefficients = coefficients.scatter(1, best, math.inf)  # never among the smallest
     mask = torch.ones(layers * n, dtype=torch.bool)  # line 1: m <- 1
     smallest = coefficients.flatten().argsort(stable=True)[:count]  # c* is the last of these
@@ -61,7 +61,7 @@ def draw_masks(head, ffn, tau_head, tau_ffn):
 
 
 def hamming(mask, other):
-    """The normalized Hamming distance of two masks of one shape: the share of entries that differ, from 0 to 1."""
+    """The normalized Hamming distance of two masks of the same shape: the share of entries that differ, from 0 to 1."""
     return (mask != other).float().mean().item()
 
 

@@ -1,4 +1,4 @@
-"""The specification: what holds for every model, mask and batch. tests/ holds the rest, a file per folder or script.
+"""The specification: what holds for every model, mask and batch. tests/ holds the rest, one file per folder or script.
 
 In the order of the paper: BERT and its gates (eq. 1 to 4), drawing and early stopping (section 2.2.2 and 2.3), the
 adversary (eq. 6), one step of Algorithm 1, Algorithms 1 and 2 in a chain, an interrupted search. References are
@@ -75,13 +75,13 @@ def test_class_logits_equal_transformers(tmp_path, labels):
         torch.testing.assert_close(model.class_logits(ids, mask, segments), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_gates_of_one_change_nothing_to_the_bit(tiny):
+def test_gates_of_one_leave_all_outputs_bitwise_equal(tiny):
     model, c = Bert.load(tiny).eval(), gates.Coefficients(2, 3, 40)
     ids, mask, segments = inputs(model.config, 3, 17)
     assert torch.equal(model(ids, mask, segments, gates=c.gates), model(ids, mask, segments))
 
 
-def test_gates_scale_heads_and_neurons_as_transformers_does_with_its_own_hooks(tmp_path):
+def test_gates_scale_heads_and_neurons_like_head_mask_and_hooks_in_transformers(tmp_path):
     reference = saved(tmp_path).bert
     head, ffn = torch.rand(2, 3) * 2, torch.rand(2, 40) * 2
     for layer, c in zip(reference.encoder.layer, ffn):
@@ -94,7 +94,7 @@ def test_gates_scale_heads_and_neurons_as_transformers_does_with_its_own_hooks(t
 
 
 @pytest.mark.parametrize("masks", MASKS.values(), ids=MASKS.keys())
-def test_a_gate_of_zero_equals_its_physical_pruning(tiny, tmp_path, masks):
+def test_a_gate_of_zero_equals_pruning(tiny, tmp_path, masks):
     model = Bert.load(tiny, mlm=True, num_labels=2).eval()
     head, ffn = (torch.tensor(mask).bool() for mask in masks)
     small = model.pruned(head, ffn).eval()
@@ -107,7 +107,7 @@ def test_a_gate_of_zero_equals_its_physical_pruning(tiny, tmp_path, masks):
     again = Bert.load(tmp_path, mlm=True).eval()
     assert again.initialized == [] and again.config.heads == tuple(head.sum(1).tolist())
     assert torch.equal(again.class_logits(ids, mask, segments), small.class_logits(ids, mask, segments))
-    small.train()(ids, mask).sum().backward()  # a layer without neurons trains, too
+    small.train()(ids, mask).sum().backward()  # a layer without neurons can be trained, too
 
 
 def test_the_mlm_loss_over_gathered_positions_equals_the_loss_over_all_logits(tmp_path):
@@ -132,7 +132,7 @@ def test_parameter_counts_equal_those_of_the_paper():
 
 @pytest.mark.parametrize("tau", [0, 0.1, 1 / 6, 0.2, 0.3, 0.5, 0.9])
 @pytest.mark.parametrize("ties", ["none", "some", "all"])
-def test_exactly_ceil_tau_n_are_pruned_whatever_the_ties(tau, ties):
+def test_exactly_ceil_tau_n_are_pruned_even_with_ties(tau, ties):
     c = {"none": torch.randn(5, 30), "some": torch.randint(0, 4, (5, 30)).float(), "all": torch.ones(5, 30)}[ties]
     for at_least_one in (False, True):
         mask = gates.draw_mask(c, tau, at_least_one)

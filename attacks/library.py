@@ -60,7 +60,7 @@ def import_textattack():
     logging.disable(logging.NOTSET)
     warnings.filterwarnings("ignore", category=DeprecationWarning, module="textattack")
     if not was_marked:
-        with contextlib.suppress(OSError):  # it is not there, or its folder is not
+        with contextlib.suppress(OSError):  # it or its folder does not exist
             marker.unlink()  # so that TextAttack still downloads its data when it is used on its own
     for name in ("textattack.shared.utils.install", "jieba"):
         logging.getLogger(name).setLevel(logging.ERROR)

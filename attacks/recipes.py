@@ -1,6 +1,6 @@
 """The attacks: TextAttack's recipes, each with the resources that it needs.
 
-An attack is one entry of RECIPES, a resource one entry of NEEDS. What stands behind the resources is in resources.py.
+An attack is one entry of RECIPES, a resource one entry of NEEDS. The resources themselves are in resources.py.
 """
 
 import math
@@ -90,7 +90,7 @@ def construct(setup, recipe):
 
 
 def word_vectors(setup, attack):
-    """Put the vectors into the embedding that the attack's parts share, and --min-cosine into the recipe's test."""
+    """Put the vectors into the embedding that the attack's parts share. The recipe's bound becomes --min-cosine."""
     synonyms, embedding = resources.find_synonyms(setup.options.vectors, setup.options.min_cosine), setup.embedding
     embedding._word2index = {word: number for number, word in enumerate(synonyms.words)}
     embedding._index2word, embedding.embedding_matrix = synonyms.words, synonyms.vectors
@@ -135,7 +135,7 @@ def sentence_encoder(setup, attack):
 
 def angular_similarity(vectors, others):
     """TextAttack's, (n, d) and (n, d) -> (n,), but never NaN. The cosine of equal vectors may be rounded to more than
-    1, which has no arc cosine, so that the most similar text would be refused."""
+    1, which has no arc cosine; the most similar text would then be rejected."""
     return 1 - F.cosine_similarity(vectors, others).clamp(-1, 1).acos() / math.pi
 
 

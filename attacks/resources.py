@@ -32,7 +32,7 @@ class TextModel:
     """The model under attack: n texts or pairs -> class logits (n, labels), float32 on the CPU.
 
     Batches have texts of similar length. Equal token sequences, such as different misspellings of a word, are computed
-    once. This saves time, and rounding errors do not choose among them.
+    once. This saves time, and rounding errors cannot rank them.
     """
 
     def __init__(self, model, tokenizer, max_length, device, dtype, batch_size=64):
@@ -116,8 +116,8 @@ def find_encoder(name, device, dtype):
 class Synonyms:
     """Counter-fitted word vectors (Mrksic et al. 2016), and the nearest neighbours of each word among them.
 
-    vectors (n, d), of `words`, the most frequent first. antonyms (m, 2): numbers of words that are no neighbours.
-    table (n, k): the nearest words, the word itself first, where they are known already.
+    vectors: (n, d), those of `words`, the most frequent first. antonyms: (m, 2), pairs of word numbers that are never
+    neighbours. table: (n, k), the nearest words of each word, itself first, if already known.
     """
 
     def __init__(self, description, words, vectors, min_cosine, antonyms=None, table=None):
@@ -133,8 +133,8 @@ class Synonyms:
             self.excluded.setdefault(a, []).append(b)
 
     def cosine(self, a, b=slice(None)):
-        """The cosine of word number `a` with number `b`, several numbers or all. Of the bundled vectors, which have
-        integers of 8 bits, it is the same on every machine, since their products are exact."""
+        """The cosine of word number `a` with `b`: a number, several, or by default all. For the bundled vectors, 8-bit
+        integers, it is the same on every machine, since their products are exact."""
         return self.vectors[b] @ self.vectors[a] / (self.norms[b] * self.norms[a])
 
     def neighbours(self, number, count):
@@ -147,7 +147,7 @@ class Synonyms:
         count = min(count, len(cosines))
         least = max(np.partition(cosines, -count)[-count], self.min_cosine)
         near = (cosines >= least).nonzero()[0]
-        return near[np.argsort(-cosines[near], kind="stable")][:count].tolist()  # the more frequent first among equals
+        return near[np.argsort(-cosines[near], kind="stable")][:count].tolist()  # among equals, the more frequent first
 
 
 def find_synonyms(name, min_cosine):
@@ -162,11 +162,11 @@ def find_synonyms(name, min_cosine):
     except Exception as error:  # numpy, pickle, zipfile and zlib each raise their own
         remedy = "; TextAttack fetches it: WordEmbedding.counterfitted_GLOVE_embedding()" if is_cached else ""
         reason = cli.one_line(error) + remedy
-        raise BadInput(f"--vectors {name or 'textattack'} is no table of word vectors: {reason}") from None
+        raise BadInput(f"--vectors {name or 'textattack'} is not a table of word vectors: {reason}") from None
 
 
 def npz_synonyms(path, min_cosine):
-    """Synonyms of a file as counterfit.py writes it."""
+    """Synonyms from a file in the format of counterfit.py."""
     with np.load(path) as table:  # does not unpickle
         words, vectors = table["words"].astype(str).tolist(), table["vectors"]
         antonyms = table["antonyms"] if "antonyms" in table else None
@@ -194,9 +194,9 @@ def cached_synonyms(folder, min_cosine):
 class MaskedWords:
     """BERT-Attack's substitutes for a word (Li et al. 2020), equal to those of TextAttack's WordSwapMaskedLM.
 
-    For a word of one token they are the k tokens that the masked language model finds most likely in its place, with
-    the word unmasked; for a word of n tokens, the first k combinations of the k most likely per token, in the order of
-    a nested loop. (TextAttack computes their perplexities too, but does not order them by it.)
+    A word of one token gets the k tokens that the masked language model finds most likely in its place, with the word
+    unmasked. A word of n tokens gets the first k combinations of the k most likely tokens per position, in the order of
+    nested loops. (TextAttack also computes their perplexities, but does not sort by them.)
     """
 
     def __init__(self, model, tokenizer, k, count_words, device, dtype):  # count_words: TextAttack's

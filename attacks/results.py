@@ -2,7 +2,7 @@
 
 Aua% is failed / (succeeded + failed + skipped), where examples that are misclassified without an attack are skipped.
 Suc% is succeeded / (succeeded + failed), and #Query the mean number of queries of these. Attacks that end in an error
-count nowhere, and are tried again when the command is rerun. The other figures are means over successful attacks.
+are not counted, and are retried when the command is rerun. The other figures are means over successful attacks.
 """
 
 import contextlib
@@ -38,11 +38,11 @@ class Results:
         self.read()
 
     def prepare(self, overwrite):
-        """Begin, or go on with what an interrupted run left. Returns whether the run was begun with --overwrite."""
+        """Start a run, or continue an interrupted one. Returns whether it was started with --overwrite."""
         found = is_up_to_date(self.summary, self.provenance, overwrite)
         if overwrite and not found:
             self.path.unlink(missing_ok=True)
-        read_rows(self.path, self.run_sha256)  # another run's are refused, also where the summary is missing
+        read_rows(self.path, self.run_sha256)  # rows of another run are refused, even without a summary
         if self.path.is_file():  # an interrupted run may have left half a line
             os.truncate(self.path, self.path.read_bytes().rfind(b"\n") + 1)
         if found:
@@ -61,12 +61,12 @@ class Results:
             file.write(self.to_line(row))
 
     def to_line(self, row):
-        """A row as a line of JSON, with a checksum that depends on the run, too."""
+        """A row as a line of JSON, with a checksum that also depends on the run."""
         text = json.dumps(row, ensure_ascii=False).encode("utf8", "replace")
         return text[:-1] + end_of_line(text, self.run_sha256) + b"\n"
 
     def show(self, bar, is_shared):
-        """Update the progress bar. is_shared: whether other processes write as well."""
+        """Update the progress bar. is_shared: whether other processes also write."""
         if is_shared:
             self.read()
         bar.n = len(self.rows)
@@ -90,7 +90,7 @@ class Results:
 
     def summarize(self, clean, count):
         """Write the summary: provenance, metrics and errors. Once all examples are done, sort their lines as in the
-        sample and drop errors. Print `count` successful attacks. Returns (metrics, why they mean nothing or None)."""
+        sample and drop errors. Print `count` successful attacks. Returns (metrics, None or why they mean nothing)."""
         errors = {number: row["reason"] for number, row in self.rows.items() if row["outcome"] == "error"}
         if len(self.rows) == len(self.sample):
             with files.atomic_write(self.path) as tmp_path, open(tmp_path, "wb") as file:
@@ -108,12 +108,12 @@ class Results:
             print(f"{figures['without_substitute']} failed because no word of the text had a substitute")
         if errors:
             number, reason = next(iter(errors.items()))
-            print(f"errors count in no metric; the first, of example {number}: {reason}")
+            print(f"errors are excluded from the metrics; the first, of example {number}: {reason}")
             if figures["suc"] is None:
                 return figures, f"every attack ended in an error, such as {reason}: see {self.summary}"
         attacked = sum(figures["outcomes"].get(outcome, 0) for outcome in ("failed", "succeeded"))
         if figures["without_substitute"] == attacked > 0 and len(self.rows) == len(self.sample):
-            remedy = "take another --attack, or --vectors of the texts' language"
+            remedy = "use another --attack, or --vectors in the texts' language"
             return figures, f"no word of any text had a substitute, so that {self.path.stem} attacked nothing: {remedy}"
         return figures, None
 

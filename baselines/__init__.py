@@ -1,3 +1,3 @@
-"""The baselines of Table 1 that have a concept of their own: InfoBERT and RobustT."""
+"""The baselines of Table 1 that need their own code: InfoBERT and RobustT."""
 
 import runtime.start  # noqa: F401 # isort: skip

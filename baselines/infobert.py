@@ -8,10 +8,10 @@ Let X_i be the n tokens, T_i their embeddings, Z the sentence vector and Y the l
 - The information bottleneck, the second term (section 3.2 of the paper), is bounded from above by the distances between
   embeddings: `bottleneck`.
 - The third term (section 3.3) anchors the sentence vector to the locally robust tokens k_j. InfoNCE bounds it from
-  below: `Anchor`. Robust are tokens whose gradient is neither small, as at irrelevant tokens, nor among the largest, as
-  at tokens that an attack changes first: `robust_tokens`.
+  below: `Anchor`. Tokens are robust if their gradient is neither small, as for irrelevant tokens, nor among the
+  largest, as for tokens that an attack changes first: `robust_tokens`.
 
-docs/decisions.md says which version of the authors' code it follows.
+docs/decisions.md says which version of the authors' code this follows.
 """
 
 import math
@@ -24,8 +24,11 @@ from bert import CLS_ONLY
 
 
 def bottleneck(embeddings, token_mask):
-    """An upper bound of sum_i I(X_i; T_i), up to a constant: the mean over tokens of 1/2 |T_i - T_j|^2, j random: CLUB
-    (Cheng et al. 2020) with unit variances, whose positive term is 0. embeddings: (B, T, d). token_mask: (B, T)."""
+    """An upper bound of sum_i I(X_i; T_i), up to a constant: the mean over tokens of 1/2 |T_i - T_j|^2, j random. This
+    is CLUB (Cheng et al. 2020) for unit variances. Its positive term is 0.
+
+    embeddings: (B, T, d). token_mask: (B, T).
+    """
     tokens = embeddings[token_mask.bool()].float()  # (N, d)
     others = tokens[torch.randint(len(tokens), (len(tokens),), device=tokens.device)]
     return ((tokens - others) ** 2).sum(1).mean() / 2
@@ -50,8 +53,8 @@ class Anchor(nn.Module):
         self.score = nn.Linear(width, 1)
 
     def forward(self, tokens, sentences):
-        """tokens (N, d), the sentence of each (N, d) -> the bound: the mean score of the pairs that belong together,
-        minus the mean over sentences of log mean exp of the scores with every token."""
+        """tokens (N, d), the sentence of each (N, d) -> the bound: the mean score of matching pairs, minus the mean
+        over sentences of log mean exp of the scores with every token."""
         hidden = F.relu(self.of_token(tokens) + self.of_sentence(sentences)[:, None])  # (sentences, tokens, width)
         scores = F.softplus(self.score(hidden).squeeze(2).float())  # (N, N)
         return scores.diagonal().mean() - (scores.logsumexp(1).mean() - math.log(len(tokens)))
@@ -66,8 +69,8 @@ class InfoBERT:
             layer.attention_dropout.p = 0.0
 
     def losses(self, ids, mask, segments, labels, share=1):
-        """(loss_of(delta), extra_loss(gradient at delta)) of some rows. The second uses the states of the first's call.
-        share: of these rows in the batch, a factor of both."""
+        """(loss_of(delta), extra_loss(gradient at delta)) of some rows. The second uses the states that the first
+        computed. share: of these rows in the batch, a factor of both losses."""
         token_mask = torch.ones_like(ids) if mask is None else mask
         seen = {}
 

@@ -32,7 +32,7 @@ from runtime.cli import BadInput, option
 from runtime.device import DEFAULT_MODEL, autocast, faster_ways, precision_name
 
 LEFT, RIGHT, TEMPERATURE = -0.1, 1.1, 2 / 3  # the stretched interval and the temperature of hard concrete gates
-RETRAINED = (  # settings of the fine-tuned model with which its ticket is retrained
+RETRAINED = (  # settings of the fine-tuned model, reused for retraining its ticket
     *("revision", *data.COLUMN_OPTIONS, "data_revision", "seed", "epochs", "train_rows", "batch_size"),
     *("max_length", "learning_rate", "warmup", "weight_decay", "clip_norm", "precision"),
 )
@@ -60,7 +60,7 @@ class Options(data.TaskOptions):
     device: str = option("auto", "cpu, cuda, cuda:1, mps; auto: CUDA, then MPS, then CPU", group="machine")
     precision: str = option("auto", "auto: bf16 where it is fast", choices=("auto", "bf16", "fp32"), group="machine")
     output: str = option("runs", "folder of finetune.py; the ticket is written to OUTPUT/MODEL/TASK", group="output")
-    overwrite: bool = option(False, "make it anew; what this command left unfinished is resumed", group="output")
+    overwrite: bool = option(False, "replace results; an unfinished run of this command resumes", group="output")
 
 
 class Gates(nn.Module):
@@ -86,7 +86,7 @@ class Gates(nn.Module):
 def main():
     options = cli.parse(Options, __doc__)
     if distributed.WORLD > 1:
-        raise BadInput("robustt.py works in one process: start it without torchrun")
+        raise BadInput("robustt.py runs in one process: start it without torchrun")
     device, dtype = distributed.start(options)
     task = data.find_task(options.task, tuple(options.text_columns), options.label_column, options.drop_labels)
     folder = files.writable(files.model_folder(options.output, options.model)) / files.task_folder(options.task)
@@ -131,7 +131,7 @@ def retrain_command(options, settings, ticket):
 
 
 def add_gates(model, initial):
-    """Put gates on the weights of the encoder's and the pooler's products: ({name: module}, their Gates)."""
+    """Put gates on the weights of the encoder and the pooler. Returns ({name: module}, their Gates)."""
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     gated = {name: module for name, module in linear.items() if name.startswith("layers.") or name == "pooler"}
     gates = nn.ModuleList(Gates(of.weight.shape, initial).to(of.weight.device) for of in gated.values())
@@ -154,7 +154,7 @@ def learn_scores(options, model, rows, checkpoint, dtype):
     bar = cli.progress(steps, first_epoch * steps_per_epoch, "masks", parts=options.epochs, faster=faster)
     model.train()
     for epoch in range(first_epoch, options.epochs):
-        model.zero_grad()  # so that an interrupted run, which saves no gradients, resumes with the same
+        model.zero_grad()  # an interrupted run does not save gradients, so each epoch starts without any
         batches = map(rows.batch, rows.epoch(options.batch_size, options.seed, epoch))
         for step, batch in enumerate(batches, epoch * steps_per_epoch):
             optim.seed_step(options.seed, step)
@@ -167,7 +167,7 @@ def learn_scores(options, model, rows, checkpoint, dtype):
             # The authors' norm includes the gradients of the weights, which they do not set to zero between steps
             nn.utils.clip_grad_norm_(model.parameters(), options.clip_norm)
             # 2. the gradient of lambda x the expected share of open gates. lambda is meant to rise from a tenth to four
-            # tenths of the steps, but the authors' counter of steps adds 3, the tensors of a batch, each time
+            # tenths of the steps, but the authors' step counter adds 3 per step, the number of tensors in a batch
             ramp = min(1.0, max(0.0, (3 * (step + 1) / steps - 0.1) / 0.3))
             open_share = mean_open_share(dict(zip(gated, gates)))
             (options.regularization * ramp * open_share).backward()

@@ -8,9 +8,9 @@
     python -m benchmarks.bench scale                   how the cost grows with the work
     python -m benchmarks.bench cost                    the paper's experiments on other machines, computed
 
-Every measurement is a process of its own, and the sides take turns. The first steps of each process warm up and are not
-counted. Both sides have the same allocator settings and threads, start from the same weights and see the same examples.
-Their losses (without dropout) or adversarial texts are compared, so that a fast wrong answer
+Every measurement runs in a separate process, and the sides take turns. The first steps of each process are a warm-up
+and not counted. Both sides have the same allocator settings and threads, start from the same weights and see the same
+examples. Their losses (without dropout) or adversarial texts are compared, so that a fast wrong answer
 cannot win. --save keeps the figures in benchmarks/results and puts the table into docs/speed.md.
 """
 
@@ -61,7 +61,7 @@ class Options:
     steps: int = option(3, "search: counted steps per process", at_least=1)
     rows: int = option(640, "finetune: training rows", at_least=1)
     task: str = option("rt", "finetune, attack: the task; attack needs the model of finetune.py --ticket none")
-    compile: bool = option(False, "search, finetune: torch.compile, too, which compiles for minutes")
+    compile: bool = option(False, "search, finetune: also torch.compile, which takes minutes")
     profile: bool = option(False, "search, finetune: profile orticket instead")
     attack: str = option("textfooler", "attack: the recipe", choices=tuple(recipes.RECIPES))
     n: int = option(20, "attack: attacked test rows", at_least=1)
@@ -94,9 +94,9 @@ def main():
 
 
 def run_workers(options, cases, folder):
-    """{case: [figures of each of its processes]}. Every round starts one process per case; compiled sides have one in
-    all, and are left out with a line if it fails."""
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{folder}/compiled"  # nothing is compiled before
+    """{case: [figures of each of its processes]}. Every round starts one process per case. A compiled side has one in
+    all, and is left out with a message if it fails."""
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{folder}/compiled"  # nothing is compiled beforehand
     turns = [case for number in range(options.rounds) for case in cases if number == 0 or "compiled" not in case[0]]
     found, command = {case: [] for case in cases}, [sys.executable, "-m", "benchmarks.bench", *sys.argv[1:]]
     with cli.progress(len(turns), description="processes") as bar:

@@ -1,7 +1,7 @@
 """What the paper's experiments cost on machines that were not measured: `python -m benchmarks.bench cost`.
 
 The work of a step (FLOPs, operators, memory) is counted on PyTorch's meta device, which computes nothing. The rates of
-2 CPU cores are those that `bench search`, `finetune` and `attack` saved; those of GPUs are their makers', times SHARE.
+2 CPU cores are those that `bench search`, `finetune` and `attack` saved; the rates of GPUs are their peaks times SHARE.
 """
 
 import contextlib
@@ -27,10 +27,10 @@ from runtime import files
 from runtime.cli import BadInput
 from search import objective
 
-SHARE = 0.35  # of a GPU's peak, assumed: 0.3 to 0.4 for large products and what is between them
-LAUNCH = 5e-6  # seconds, assumed, that Python and the driver take per operator on a GPU: what bounds a small step
+SHARE = 0.35  # of a GPU's peak, assumed: 0.3 to 0.4 for large products and the operators between them
+LAUNCH = 5e-6  # seconds of Python and the driver per operator on a GPU, assumed: they bound a small step
 PEAKS = {"A100": 312e12, "H100": 989e12}  # FLOP/s in dense bfloat16, for training
-PEAKS_FP32 = {"A100": 19.5e12, "H100": 67e12}  # in float32, which attacks are made in
+PEAKS_FP32 = {"A100": 19.5e12, "H100": 67e12}  # in float32, for attacks
 LINKS = {"NVLink 4": 450e9, "PCIe 4": 25e9, "100 Gbit/s": 12.5e9, "10 Gbit/s": 1.25e9}  # bytes/s in one direction
 BATCH, EPOCHS, BLOCK, MASKED = 32, 10, 128, 0.15
 CORPUS_TOKENS = 2_400_000  # of wikitext-2-raw-v1 in BERT's word pieces, assumed: 2,088,628 words
@@ -84,7 +84,7 @@ def count(config, tokens, adversary, masked=0, gated=False):
 
 @contextlib.contextmanager
 def as_on_a_gpu():
-    """Run the block on the meta device, with attention in one operator, where PyTorch has several on that device."""
+    """Run the block on the meta device, with attention as one operator, where PyTorch has several."""
 
     def fused(q, k, v, bias, p):
         wants_gradient = torch.is_grad_enabled()
@@ -118,14 +118,14 @@ def activations(config, tokens, masked):
 
     with as_on_a_gpu(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         loss_of, _ = loss_on_meta(config, tokens, masked)
-        loss = loss_of(0.0)  # lives until all are counted, so that no storage takes another's place
+        loss = loss_of(0.0)  # kept until all are counted, so that no storage is reused
     del loss
     return sum(kept.values())
 
 
 def fine_tuning(task):
     """{method: (FLOPs, operators) of fine-tuning on a task}."""
-    forward = count(BASE, task.tokens, None)  # a backward pass to the embeddings alone is as much
+    forward = count(BASE, task.tokens, None)  # a backward pass to the embeddings alone costs as much
     vanilla, freelb = (count(BASE, task.tokens, ADVERSARIES[name]) for name in ("vanilla", "freelb"))
     pgd = vanilla + 2 * 2 * forward  # only the last of three passes trains
     infobert = freelb + 3 * forward  # its second loss needs the gradient at delta first
@@ -174,7 +174,7 @@ def cost_in_hours(search, steps):
     saved = [report.read(what) for what in ("search", "finetune", "attack-textfooler-rt")]
     if len({json.dumps([of["machine"], of["versions"]]) for of in saved}) > 1:
         remedy = "run bench search, finetune, attack --save"
-        raise BadInput(f"the saved figures are of several machines or versions: {remedy}")
+        raise BadInput(f"the saved figures are from several machines or versions: {remedy}")
     searching, training = (fastest(of["figures"]) for of in saved[:2])
     machines = {saved[0]["machine"]: (searching, training, 0.0, 0.0)}
     machines |= {f"one {of}": (SHARE * PEAKS[of], SHARE * PEAKS[of], SHARE * PEAKS_FP32[of], LAUNCH) for of in PEAKS}

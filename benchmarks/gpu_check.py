@@ -4,8 +4,8 @@
     python -m benchmarks.gpu_check --weights FOLDER --corpus bbc.txt   searches that text instead of random words
     python -m benchmarks.gpu_check --small --device cpu                the same code on a tiny model
 
-Needs PyTorch, numpy, tokenizers and transformers. Each part is a process of its own: one that fails does not end the
-others. What fails fastest comes first. Writes gpu.json and gpu.md into --results, after each part.
+Needs PyTorch, numpy, tokenizers and transformers. Each part is a separate process: a failure does not end the
+others. The parts that fail fastest come first. Writes gpu.json and gpu.md into --results, after each part.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ from runtime.device import autocast, describe, pick_device
 
 TINY = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 128}
 STUB = "__version__ = '0'\n\n\nclass Missing(Exception):\n    pass\n\n\ndef __getattr__(name):\n    return Missing\n"
-LIMIT = 180  # seconds of a part, so that one that hangs does not take the time of the others
+LIMIT = 180  # seconds per part: a part that hangs must leave time for the others
 LIMITS = {"compiled finetune": 240}
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node"]
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -132,7 +132,7 @@ def stop(process):
 
 
 def record(what, result, holds=None):
-    """Print a row as JSON. holds: whether it is as it must be; None: a figure."""
+    """Print a row as JSON. holds: whether the check passed; None: only a figure."""
     verdict = {None: "", True: "ok", False: "FAILED"}[holds]
     print(json.dumps({"what": what, "result": result, "verdict": verdict}), flush=True)
 
@@ -230,7 +230,7 @@ def start_script(path, name, *flags, launcher=()):
 def finish(process, path):
     """The tensors of the file that a script writes. Raises BadInput with the script's last line if there is none."""
     process.wait()
-    if not path.is_file():  # the exit code does not tell: the plot may have failed, without matplotlib
+    if not path.is_file():  # the exit code is no proof: without matplotlib only the plot fails
         log = path.with_name("log").read_text("utf8", "replace").splitlines() or ["?"]
         print(*log[-25:], sep="\n", file=sys.stderr)
         raise BadInput(f"{path.name} was not written: {log[-1]}")
@@ -246,7 +246,7 @@ def start_search(options, folder, model, output, *flags, launcher=()):
 
 
 def start_quick(options, folder, output, *flags, launcher=()):
-    """The same for a search of seconds without dropout."""
+    """`start_search` for a search of a few seconds, without dropout."""
     quick = ["--corpus", folder / "quick.txt", "--batch-size", 16, "--block", 32, "--mini-epoch", 0.1, "--gamma", 1e-9]
     quick += ["--learning-rate", 1e-3, "--precision", "fp32", "--device", options.device]
     return start_search(options, folder, "still", output, *quick, *flags, launcher=launcher)
@@ -258,7 +258,7 @@ def difference(tensors, others):
 
 
 def check_resume(options, folder):
-    """A search that is killed and run again ends where one that is not killed ends."""
+    """A search that is killed and rerun finds the same coefficients as one that is not killed."""
     process, path = start_quick(options, folder, "killed")
     while process.poll() is None and not path.with_name("search.state.safetensors").exists():
         time.sleep(0.01)
@@ -270,7 +270,7 @@ def check_resume(options, folder):
 
 
 def check_processes(options, folder):
-    """Two processes find what one finds: on two GPUs by NCCL, on one by gloo."""
+    """Two processes find the same coefficients as one: by NCCL on two GPUs, by gloo on one."""
     device = pick_device(options.device)
     if device.type == "mps":
         return record("two processes", "left out: they cannot share the work on MPS")
@@ -296,7 +296,7 @@ def check_scripts(options, folder):
 
 
 def check_speed(options, folder, what, sides, batch_sizes):
-    """Each side beside the first one, on BERT-base's sizes."""
+    """Each side compared with the first one, at BERT-base's sizes."""
     from benchmarks import training
 
     tolerance = 0.02 if what == "search" else 2e-3  # a new classifier's loss is about ln 2 with any encoder
@@ -318,7 +318,7 @@ def check_speed(options, folder, what, sides, batch_sizes):
 
 
 def check_search(options, folder):
-    """Tickets of MiniLM: of the GPU with two seeds, and of the CPU. What they share of the heads and neurons pruned."""
+    """MiniLM's tickets from the GPU, with two seeds, and from the CPU: the pruned heads and neurons that they share."""
     if not (options.weights or options.small):
         return record("tickets", "left out: needs --weights")
     found, more = {}, ["--mlm-head-steps", 5, "--block", 32] * options.small
@@ -350,7 +350,7 @@ def check_attack(options, folder):
     for processes in (1, 2 if options.small else 8):
         launcher = [*TORCHRUN, str(processes), "--"]
         start = time.monotonic()
-        given = ["--n", str(n), "--suffix", str(processes)]  # of the results, which are not reused
+        given = ["--n", str(n), "--suffix", str(processes)]  # a suffix for the results, so that none are reused
         subprocess.run([sys.executable, *launcher, "attack.py", *flags, *given], **run)
         record(f"TextFooler, {processes} processes", f"{n / (time.monotonic() - start):.2f} sentences/s with start-up")
 

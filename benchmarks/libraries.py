@@ -1,6 +1,6 @@
-"""The baselines of bench.py: transformers and TextAttack, used as their documentation shows, and as well as it allows.
+"""The baselines of bench.py: transformers and TextAttack, used as their documentation shows, and as fast as it allows.
 
-The name of a side of transformers says how it is used. SDPA or eager: its implementation of attention. by length: the
+The name of a side of transformers lists its settings. SDPA or eager: the implementation of attention. by length: the
 Trainer's option group_by_length. compiled: torch.compile.
 """
 
@@ -63,8 +63,8 @@ def classifier(folder, side, rows, test, batch_size, max_length, device):
         features = [{key: encoded[key][i] for key in encoded} | {"label": label} for i, (_, label) in enumerate(rows)]
         how = {"shuffle": shuffle}
         if "by length" in side:
-            # LengthGroupedSampler calls this with pools of 50 batches, but of fewer if there are less than 200 batches.
-            # These rows stand for a whole task, so its pools are taken here, too.
+            # LengthGroupedSampler calls this with pools of 50 batches, or of fewer if there are fewer than 200 batches.
+            # These rows stand for a whole task, so the pools have 50 batches here, too.
             lengths = [len(ids) for ids in encoded["input_ids"]]
             how = {"sampler": get_length_grouped_indices(lengths, batch_size, mega_batch_mult=50)}
         return torch.utils.data.DataLoader(features, batch_size, collate_fn=DataCollatorWithPadding(tokenizer), **how)
@@ -94,8 +94,8 @@ def classifier(folder, side, rows, test, batch_size, max_length, device):
 
 def restore_textattack(recipe, textattack, options, pads_to_longest=False):
     """Change the recipe of attack.py back to TextAttack's own model wrapper, batches and masked-LM transformation. Both
-    sides share the word vectors, the tagger and the encoder's weights. pads_to_longest: the wrapper's users may pad to
-    the longest text of a batch, where TextAttack pads to 512 tokens."""
+    sides share the word vectors, the tagger and the encoder's weights. pads_to_longest: pad to the longest text
+    of a batch, as users of the wrapper may, where TextAttack pads to 512 tokens."""
     import transformers
 
     folder = files.model_folder(options.output, options.model) / files.task_folder(options.task)

@@ -1,4 +1,4 @@
-"""Tables as Markdown, kept in benchmarks/results and docs/speed.md; and processes that are measured."""
+"""Write tables as Markdown into docs/speed.md, with their figures in benchmarks/results. Run measured processes."""
 
 import subprocess
 

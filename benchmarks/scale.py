@@ -1,6 +1,6 @@
 """How the cost grows with the work: `python -m benchmarks.bench scale`.
 
-Measures searching on corpora of several sizes. It should cost the same per token, and the same memory, at every size.
+Measures searching on corpora of several sizes. Time per token and memory should be the same at every size.
 """
 
 import os
@@ -23,7 +23,7 @@ from runtime.cpu import tune_allocator
 from runtime.device import autocast, peak_memory, pick_device, pick_precision
 from search import objective
 
-STEPS = 12  # timed steps of a search, after as many for warming up
+STEPS = 12  # timed steps of a search, after as many warm-up steps
 
 
 def bench(options, folder):

@@ -26,7 +26,7 @@ from runtime.device import autocast, peak_memory, pick_device, pick_precision
 from runtime.embeddings import restrict_vocabulary
 from search import objective
 
-GROUPS = {  # of a profile -> regular expression of its operators; the first that fits
+GROUPS = {  # group of a profile -> regular expression of its operators; the first match counts
     "matrix products": r"mm$|linear|scaled_dot_product|(efficient|flash|cudnn)_attention",
     "dropout": r"dropout|draw_mask|aten::ge_|aten::mul_?$",  # forward and backward multiply by the masks
     "layer norms": "layer_norm",
@@ -105,7 +105,7 @@ def matrix_rate(device, dtype, seconds_of):
 def profiled(epoch, seconds_of, device):
     """{group of GROUPS, or "the rest": seconds of an epoch}. The rest is Python, and operators of no group."""
 
-    def draw_mask(*arguments):  # NumPy's part of it is no operator of PyTorch
+    def draw_mask(*arguments):  # its NumPy part is not an operator of PyTorch
         with torch.profiler.record_function("draw_mask"):
             return original(*arguments)
 
@@ -114,7 +114,7 @@ def profiled(epoch, seconds_of, device):
         total, _ = seconds_of(epoch)
     groups = dict.fromkeys((*GROUPS, "the rest"), 0.0)
     operators = [of for of in profiler.key_averages() if of.device_type == torch.autograd.DeviceType.CPU]
-    for event in operators:  # the time of a GPU's kernels counts at their operators
+    for event in operators:  # the time of a GPU's kernels is attributed to their operators
         group = next((name for name, pattern in GROUPS.items() if re.search(pattern, event.key)), "the rest")
         groups[group] += getattr(event, f"self_{kind}_time_total") / 1e6
     return groups | {"the rest": total - sum(groups[name] for name in GROUPS)}

@@ -1,4 +1,4 @@
-"""Files that can be made again: unpacked archives, tokens."""
+"""A cache of files that can be rebuilt: unpacked archives, tokens."""
 
 import atexit
 import contextlib
@@ -15,7 +15,7 @@ from runtime.files import writable
 
 
 def folder():
-    """The folder of files that can be rebuilt: $XDG_CACHE_HOME/orticket, or ~/.cache/orticket."""
+    """The folder of the cache: $XDG_CACHE_HOME/orticket, or ~/.cache/orticket."""
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "orticket"
     except RuntimeError as error:  # this user has no home
@@ -23,12 +23,12 @@ def folder():
 
 
 def get(path, read, build):
-    """read(path) of a file or folder in the cache. build(path) makes it if it is missing or `read` raises BadInput.
+    """read(path) of a file or folder in the cache. If it is missing or `read` raises BadInput, build(path) makes it.
 
     Of several processes, one builds it and the others wait. A cache that cannot be written is replaced by a temporary
     folder.
     """
-    if os.path.exists(path):  # False, and no error, in a folder that may not be read
+    if os.path.exists(path):  # False, not an error, in a folder without read permission
         with contextlib.suppress(BadInput, FileNotFoundError):  # it may have been removed meanwhile
             return read(path)  # without the lock: the cache may be read-only
     path = writable_folder(path.parent) / path.name
@@ -43,7 +43,7 @@ def get(path, read, build):
 
 
 def writable_folder(path):
-    """The folder `path`, created if need be, or a temporary one if it cannot be written."""
+    """The folder `path`, created if needed, or a temporary one if it cannot be written."""
     try:
         return writable(path)
     except BadInput as error:

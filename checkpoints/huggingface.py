@@ -1,6 +1,6 @@
 """Published models: config.json, the files of the weights, PyTorch's .bin, and the names of the tensors in `bert.py`.
 
-Not here: HDF5 (tf_model.h5), Flax, ONNX.
+Not supported: HDF5 (tf_model.h5), Flax, ONNX.
 """
 
 import functools
@@ -26,7 +26,7 @@ from runtime.files import atomic_write, read_json, sha256, write_json
 
 SUPPORTED = {"hidden_act": ("gelu",), "position_embedding_type": ("absolute",), "is_decoder": (False, None)}
 LIMITS = {"num_hidden_layers": 2**10, "num_attention_heads": 2**10, "hidden_size": 2**16, "intermediate_size": 2**18}
-print_once = functools.cache(print)  # prints a line the first time only
+print_once = functools.cache(print)  # prints each line only once
 
 
 def read_config(path, sizes):
@@ -75,8 +75,8 @@ def label_names(path):
 
 
 def write_config(folder, config, labels):
-    """Write config.json of a classifier, or without labels of a masked language model, with transformers' names.
-    config: a Config as a dictionary."""
+    """Write the config.json of a classifier, or of a masked language model if there are no labels, with transformers'
+    names. config: a Config as a dictionary."""
     family = FAMILIES[config["model_type"]]
     config = {name: value for name, value in config.items() if name not in ("num_labels", "heads", "neurons")}
     kind = "ForSequenceClassification" if labels else "ForMaskedLM"
@@ -88,15 +88,15 @@ def write_config(folder, config, labels):
     write_json(os.path.join(folder, "config.json"), config)
 
 
-# names of the weights on the hub, in the order of preference; an index is of several files (shards)
+# names of weights on the hub, in order of preference; an index lists several files (shards)
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-# and in a model folder; TensorFlow's are bert_model.ckpt.index, model.ckpt-1000000.index, ...
+# the same in a model folder; TensorFlow's are bert_model.ckpt.index, model.ckpt-1000000.index, ...
 PATTERNS = (*WEIGHTS, "*.index", "*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt")
 NOT_WEIGHTS = ("training_args", "optimizer", "scheduler", "scaler", "rng_state")  # transformers writes these, too
 # first bytes -> what such a file is
 OTHER_FORMATS = {
     b"\x89HDF": "an HDF5 file of Keras",
-    b"version https://git-lfs": "the pointer of a Git LFS file: `git lfs pull` fetches it",
+    b"version https://git-lfs": "a Git LFS pointer: `git lfs pull` fetches the file",
     b"<": "a web page",
 }
 
@@ -104,7 +104,7 @@ OTHER_FORMATS = {
 def weight_files(path):
     """The files with the weights of a model; an index of several files comes first.
 
-    path: a model folder, or one file of the weights; of TensorFlow's, also bert_model.ckpt, the stem of their names.
+    path: a model folder, or a weights file; for TensorFlow also bert_model.ckpt, the common stem of the file names.
     """
     path = Path(path)
     if path.is_dir():
@@ -138,7 +138,7 @@ def weight_files(path):
 
 
 def shards(index):
-    """The names of the files beside an index of shards, {"weight_map": {tensor name: file name}}."""
+    """The names of the files in an index of shards, {"weight_map": {tensor name: file name}}."""
     entries = read_json(index).get("weight_map")
     if not isinstance(entries, dict) or not entries:
         raise BadInput(f"{index} has no weight_map, so it does not say where the tensors are")
@@ -161,7 +161,7 @@ def read_weights(path):
 
 
 def read_file(path):
-    """Mapped {published name: tensor} of a safetensors file or of PyTorch's, told by its first bytes."""
+    """Mapped {published name: tensor} of a safetensors or PyTorch file, recognized by its first bytes."""
     with open(path, "rb") as file:
         first = file.read(40)
     for start, what in OTHER_FORMATS.items():
@@ -222,15 +222,15 @@ def read_bin(path, is_zip):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except pickle.UnpicklingError:  # nothing of it has run
+    except pickle.UnpicklingError:  # none of its code has run
         raise BadInput(f"{path} does not only hold tensors: damaged, or a pickle that would run code") from None
     except Exception as error:  # the unpickler raises many types of exception for a damaged file
         raise BadInput(f"{path} is not a valid PyTorch checkpoint: {one_line(error)}") from None
-    entries = tensors if isinstance(tensors, dict) else {}  # perhaps {"epoch", "model_state_dict", ...} of a training
+    entries = tensors if isinstance(tensors, dict) else {}  # perhaps a training checkpoint
     states = [value for value in (entries, *entries.values()) if is_state(value)]
     if len(states) != 1:
         names = reprlib.repr(list(entries))
-        raise BadInput(f"{path} does not hold named tensors: of its entries {names}, {len(states)} do")
+        raise BadInput(f"{path} has {len(states)} sets of named tensors, not one, among its entries {names}")
     for name, tensor in states[0].items():
         is_dense = tensor.layout == torch.strided and tensor.device.type == "cpu"
         if not is_dense or tensor.nbytes > tensor.untyped_storage().nbytes():
@@ -271,7 +271,7 @@ def from_huggingface(tensors, model_type, layers, path):
             if isinstance(tensors, MappedTensors) and tensor.nbytes > 2**22:
                 tensors.release()
         elif name.startswith(of_encoder):
-            raise BadInput(f"{path} has a tensor {name}, for which its configuration has no place")
+            raise BadInput(f"{path} has a tensor {name}, which does not fit its configuration")
         else:
             unused.append(name)
     for name in (f"layers.{i}.query_key_value.{kind}" for i in range(layers) for kind in ("weight", "bias")):
@@ -288,8 +288,8 @@ def from_huggingface(tensors, model_type, layers, path):
 
 
 def without_wrapper(tensors, model_type, path):
-    """The tensors by their names without the family's prefix and without a wrapper's, such as `module.` or `model.`,
-    which is what stands before the token embeddings."""
+    """The tensors under their names without the family's prefix and without a wrapper's, such as `module.` or `model.`.
+    The wrapper's prefix is found from the name of the token embeddings."""
     anchor = f"{next(iter(FAMILIES[model_type].encoder))}.weight"
     wrappers = [name.removesuffix(anchor) for name in tensors if f".{name}".endswith(f".{anchor}")]
     if len(wrappers) != 1:
@@ -348,9 +348,9 @@ def to_huggingface(state, model_type):
 
 
 def load_report(model):
-    """Lines for the user: which modules of a loaded Bert are new, unused, or a classifier that may be of another task.
+    """Lines for the user: modules of a loaded Bert that are new or unused, and a classifier, perhaps of another task.
 
-    Without the MLM head: search.py fits it, and reports that.
+    Leaves out the MLM head, which search.py fits and reports.
     """
     initialized = [name for name in model.initialized if name != "mlm_head"]
     unused = sorted({name.rpartition(".")[0] or name for name in model.unused})

@@ -22,7 +22,7 @@ NAMES = ("model", "corpus", "objective", "revision", "data_revision")  # their c
 
 
 class ModuleFinder(modulefinder.ModuleFinder):
-    """Finds the project's modules. A folder without __init__.py, such as one of tables named csv, is none."""
+    """Finds the project's modules. A folder without __init__.py, such as one named csv, is no module."""
 
     def find_module(self, name, path, parent=None):
         spec = importlib.machinery.PathFinder.find_spec(name, path or self.path)
@@ -33,7 +33,7 @@ class ModuleFinder(modulefinder.ModuleFinder):
 
 def software(*scripts):
     """The "code" and "versions" of a provenance: {file: digest} of the scripts at these paths and of the project's
-    files that they import, directly or not; {package: version}."""
+    files that they import, directly or indirectly; {package: version}."""
     finder = ModuleFinder([str(ROOT)])
     for script in scripts:
         finder.load_file(str(script))
@@ -72,7 +72,7 @@ def read_result(path):
 
 
 def json_sha256(value):
-    """The sha256 of what a JSON file of this value says."""
+    """The sha256 of a value as JSON with sorted keys."""
     value = json.loads(json.dumps(value))
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
@@ -87,7 +87,7 @@ def identity(provenance):
 
 
 def without_paths(settings):
-    """Settings for a file that others get: of paths, to model, corpus or task, the last name is kept."""
+    """Settings for a file to be shared: of the paths of model, corpus and task, only the last name is kept."""
     model = Path(settings["model"])
     if model.is_absolute() or model.exists() or model.with_name(f"{model.name}.index").is_file():  # TensorFlow's
         settings = settings | {"model": str(model_folder("", model))}
@@ -96,7 +96,7 @@ def without_paths(settings):
 
 
 def read_made_by(path, provenance):
-    """({name: tensor}, metadata) of a file, without tensors for JSON.
+    """({name: tensor}, metadata) of a file. A JSON file has no tensors.
 
     Raises BadInput if the file was not made with this provenance: the message says what differs.
     """
@@ -123,7 +123,7 @@ def differences(old, new):
 
 
 def is_up_to_date(path, provenance, overwrite, elsewhere="another --output"):
-    """Whether the file at `path` was made by the same command and code, so that it need not be made again. Says so.
+    """Whether the file at `path` was made by the same command and code, and can be reused. Prints a line if so.
 
     `overwrite` removes it, unless it is the state of an unfinished run with `overwrite`, which the same command
     resumes. elsewhere: the alternative to --overwrite, for the message.
@@ -145,14 +145,14 @@ def is_up_to_date(path, provenance, overwrite, elsewhere="another --output"):
 
 
 def check_tensors(path, tensors, expected):
-    """Raise BadInput unless the tensors of the file have the names, shapes and types of the `expected`."""
+    """Raise BadInput unless the tensors of the file have the names, shapes and types of `expected`."""
     kinds = ({name: f"{t.dtype} {tuple(t.shape)}" for name, t in of.items()} for of in (tensors, expected))
     for name, (found, wanted) in differences(*kinds).items():
-        raise BadInput(f"{path} is of another model: {name} is {found}, not {wanted}: make it again")
+        raise BadInput(f"{path} belongs to another model: {name} is {found}, not {wanted}: make it again")
 
 
 def load_module(module, tensors, path):
-    """Put the tensors of the file into the module. Raises BadInput if they are not the module's."""
+    """Load the tensors of the file into the module. Raises BadInput if they do not fit."""
     check_tensors(path, tensors, module.state_dict())
     module.load_state_dict(tensors)
 
@@ -165,7 +165,7 @@ class Checkpoint:
 
     def __init__(self, path=None, provenance={}, overwrite=False):
         self.path, self.provenance = path, provenance
-        # no state is taken for a result
+        # so that a state is never taken for a result
         self.unfinished = provenance | {"script": f"{provenance.get('script')}, unfinished"}
         self.tensors, self.metadata = distributed.broadcast_from_main(lambda: self.read(overwrite))
         self.overwrite = self.metadata.get("overwrite", overwrite)
@@ -177,10 +177,10 @@ class Checkpoint:
         return dict(tensors), metadata
 
     def load(self, optimizer, **modules):
-        """Put the saved state, if there is one, into the optimizer and the modules. Returns its other tensors."""
+        """Load the saved state, if there is one, into the optimizer and the modules. Returns its other tensors."""
         if not self.tensors:
             return {}
-        saved, self.tensors = self.tensors, {}  # all is copied: Windows cannot replace the file while it is mapped
+        saved, self.tensors = self.tensors, {}  # everything is copied: Windows cannot replace a mapped file
 
         def part(prefix):
             return {name.removeprefix(prefix): saved[name] for name in saved if name.startswith(prefix)}

@@ -60,7 +60,7 @@ class SearchRun:
         self.total += loss
         self.count += 1
         self.bar.update()
-        # of several processes, `loss` is this one's part of the mean
+        # with several processes, `loss` is this one's part of the mean
         self.bar.set_postfix_str(lambda: f"loss {loss * distributed.WORLD:.3f}{self.status}", refresh=False)
 
     def end_mini_epoch(self, optimizer, model, c, distances):
@@ -96,7 +96,7 @@ class SearchRun:
 
 
 def effective_settings(options, not_settings):
-    """What fine-tuning depends on: the options, with the adversary's defaults, and without what the method ignores."""
+    """What fine-tuning depends on: the options and the adversary's defaults, except options that the method ignores."""
     settings = {name: value for name, value in asdict(options).items() if name not in not_settings}
     settings["ticket"] = Path(options.ticket).name  # its content is identified by its sha256
     defaults = dict(zip(ADVERSARY_OPTIONS, ADVERSARIES[options.method]))
@@ -113,7 +113,7 @@ def effective_settings(options, not_settings):
 class FinetuneRun:
     """The log and the checkpoints of fine-tuning (finetune.py), and the model of the best epoch.
 
-    adversary: as an entry of ADVERSARIES. scores: the held-out accuracy of every epoch. memory: peak, in bytes.
+    adversary: like an entry of ADVERSARIES. scores: the held-out accuracy of every epoch. memory: peak, in bytes.
     """
 
     def __init__(self, options, split, folder, provenance):
@@ -146,7 +146,7 @@ class FinetuneRun:
     def log(self, loss):
         self.total += loss
         self.bar.update()
-        # of several processes, `loss` is this one's part of the mean
+        # with several processes, `loss` is this one's part of the mean
         self.bar.set_postfix_str(lambda: f"loss {loss * distributed.WORLD:.3f}{self.status}", refresh=False)
 
     def best_path(self):
@@ -177,7 +177,7 @@ class FinetuneRun:
         self.bar.set_postfix_str(f"loss {mean_loss:.3f}{self.status}")
 
     def load_best(self, model):
-        """Put the weights of the best epoch into the model."""
+        """Load the weights of the best epoch into the model."""
         self.bar.close()
         path, made_by = self.best_path(), self.checkpoint.unfinished
         load_module(model, distributed.broadcast_from_main(lambda: dict(read_made_by(path, made_by)[0])), path)
@@ -202,9 +202,9 @@ class FinetuneRun:
 
 
 def read_metrics(folder):
-    """The content of metrics.json. Raises BadInput if it is another run's than model.safetensors beside it."""
+    """The content of metrics.json. Raises BadInput if model.safetensors is from another run."""
     path, model = folder / "metrics.json", folder / "model.safetensors"
     metrics, (_, provenance) = read_result(path), safetensors.read_with_metadata(model, "finetune.py")
     if any(metrics.get(key) != value for key, value in provenance.items()):
-        raise BadInput(f"{path} is of another run than model.safetensors: fine-tune again with --overwrite")
+        raise BadInput(f"{path} and model.safetensors are from different runs: fine-tune again with --overwrite")
     return metrics

@@ -27,11 +27,11 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-CHECKSUM, NO_CHECKSUM = "orticket_sha256", "0" * 64  # its name in the metadata, and what stands for it in the sum
+CHECKSUM, NO_CHECKSUM = "orticket_sha256", "0" * 64  # its key in the metadata, and its placeholder while hashing
 
 
 class MappedTensors(dict):
-    """{name: tensor}: views of memory-mapped files, which are read when they are used. Writing to a tensor does not
+    """{name: tensor}: views of memory-mapped files, read only when used. Writing to a tensor does not
     change the file (a private mapping)."""
 
     def __init__(self, *arguments):
@@ -45,22 +45,22 @@ class MappedTensors(dict):
 
 
 def read_safetensors(path):
-    """(MappedTensors, {metadata}) of a safetensors file. Raises BadInput if it is malformed, or has another checksum.
+    """(MappedTensors, {metadata}) of a safetensors file. Raises BadInput if it is malformed or its checksum is wrong.
 
     As in the reference implementation, the tensors must fill the file without overlaps or holes.
     """
-    with open(path, "rb") as file:  # once: another process may replace it meanwhile
+    with open(path, "rb") as file:  # opened once: another process may replace it meanwhile
         try:
             tensors, metadata, start = parse(file)
         except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
             raise BadInput(f"{path} is not a valid safetensors file: {one_line(error)}") from None
         if CHECKSUM in metadata and metadata[CHECKSUM] != checksum(file, start, metadata[CHECKSUM]):
-            raise BadInput(f"{path} is damaged, its checksum is another: restore a copy, or make it again")
+            raise BadInput(f"{path} is damaged (wrong checksum): restore a copy, or make it again")
     return tensors, metadata
 
 
 def parse(file):
-    """(MappedTensors, {metadata}, where the header ends) of an open file. Several exceptions say that it is bad."""
+    """(MappedTensors, {metadata}, where the header ends) of an open file. Raises various exceptions if it is bad."""
     mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     start = 8 + int.from_bytes(mapped[:8], "little")
     header = json.loads(mapped[8:start])
@@ -118,10 +118,10 @@ def write_safetensors(path, tensors, metadata):
 
 
 def read_with_metadata(path, *scripts):
-    """(tensors, metadata) of a file by `write_safetensors`, and by one of these scripts if any are named."""
+    """(tensors, metadata) of a file that `write_safetensors` wrote, in one of these scripts if any are given."""
     tensors, metadata = read_safetensors(path)
     if CHECKSUM not in metadata:
-        raise BadInput(f"{path} was not written by this project, or by an earlier version: it has no checksum")
+        raise BadInput(f"{path} has no checksum: another program or an earlier version wrote it")
     metadata = {key: json.loads(value) for key, value in metadata.items() if key not in (CHECKSUM, "format")}
     if scripts and not (metadata.get("script") in scripts and isinstance(metadata.get("settings"), dict)):
         raise BadInput(f"{path} was not written by {' or '.join(scripts)}")

@@ -5,7 +5,7 @@ where each variable is. It is a LevelDB table: sorted keys and their values, in 
 
     file    block block ... block | index block | footer
     footer  handle of the metaindex block (empty) | handle of the index block | zeros up to 40 bytes | MAGIC, 8 bytes
-    handle  offset and length as varints: seven bits a byte, the lowest first; the top bit is set if more follow
+    handle  offset and length as varints: seven bits per byte, the lowest first; the top bit is set if more follow
     block   entry entry ... | restart points, 4 bytes each, and their number | compression, 1 byte | CRC-32C, 4 bytes
     entry   three varints: the bytes kept of the previous key, the new bytes of the key, the bytes of the value;
             the new bytes of the key; the value
@@ -32,7 +32,7 @@ KINDS = ("/kernel", "/bias", "/gamma", "/beta", "_embeddings", "output_weights",
 
 
 def read_tensorflow(index):
-    """MappedTensors of a checkpoint, given its .index, by the names of the same model in PyTorch.
+    """MappedTensors of a checkpoint, given its .index, under the names of the same model in PyTorch.
 
     An optimizer's variables are left out. The checksums of the index are verified, those of the values are not: that
     would take minutes in Python. Raises BadInput for a checkpoint that is damaged or incomplete.
@@ -75,7 +75,7 @@ def in_pytorch(name):
 def table(data):
     """{key: value} of a LevelDB table."""
     if int.from_bytes(data[-8:], "little") != MAGIC:
-        raise ValueError("no table: its last bytes are not the magic number")
+        raise ValueError("not a table: its last bytes are not the magic number")
     footer = io.BytesIO(data[-48:])
     _, _, *where = (varint(footer) for _ in range(4))
     handles = map(io.BytesIO, block(data, *where).values())
@@ -112,7 +112,7 @@ def protobuf(data):
         number, kind = divmod(varint(file), 8)
         if kind == 0:
             value = varint(file)
-        else:  # of 8 bytes, of 4, or of a length that stands before it
+        else:  # 8 bytes, 4 bytes, or the length that precedes the value
             value = file.read({1: 8, 5: 4}.get(kind) or varint(file))
         fields.setdefault(number, []).append(value)
     return fields

@@ -16,10 +16,10 @@ from runtime.cli import BadInput
 
 
 def read_coefficients(path, seed=None):
-    """(c_H (layers, heads), c_F (layers, neurons), metadata) of a file that search.py wrote, or of the search with this
-    seed, or of the first, of a file of several that `sharing.publish` wrote: its metadata has their "seeds".
+    """(c_H (layers, heads), c_F (layers, neurons), metadata) of a file that search.py or `sharing.publish` wrote.
 
-    Raises BadInput if it is another file, if its shapes are not those of its model, or if it lacks the seed.
+    A file of `sharing.publish` holds several searches: `seed` selects one, None the first; metadata["seeds"] lists all.
+    Raises BadInput if it is some other file, if its shapes are not those of its model, or if it lacks the seed.
     """
     tensors, metadata = safetensors.read_with_metadata(path, "search.py", "publish.py")
     try:

@@ -1,7 +1,7 @@
 """Is one method more robust than another? Paired differences over seeds and sentences, with an interval and a test.
 
-Of two methods there is an array each, (seeds, sentences), of 0 and 1: whether the model of that seed held against the
-attack on that sentence. Both methods share the seeds and the sentences. A claim about the method must hold for other
+Each method has an array (seeds, sentences) of 0 and 1: whether the model with that seed withstood the attack on that
+sentence. Both methods share the seeds and the sentences. A claim about the method must hold for other
 seeds and for other sentences, so both are treated as random: their variances are estimated as in a two-way layout.
 """
 
@@ -16,10 +16,10 @@ VISIBLE = 3.0  # points: the difference for which `seeds_needed` is given
 def compare(ours, reference):
     """The difference of two methods in points, ours - reference, arrays (seeds, sentences) of 0 and 1.
 
-    Returns a dictionary. difference: the mean. Unless there is one seed or one sentence only, also interval: half of
-    the 95 % interval, by Student's t with Satterthwaite's degrees of freedom, but at least 3 / sentences (the rule of
-    three: what no sentence showed, fewer than 3 / sentences of all may). p: the largest of that t-test's and of two
-    permutation tests, over the seeds and over the sentences. seeds_needed: a rough estimate of how many show a
+    Returns a dictionary. difference: the mean. With several seeds and sentences also interval: half of the 95 %
+    interval, by Student's t with Satterthwaite's degrees of freedom, but at least 3 / sentences (the rule of three:
+    what none of n sentences shows has a probability below 3 / n). p: the largest of the p of that t-test and of two
+    permutation tests, over the seeds and over the sentences. seeds_needed: a rough estimate of how many seeds show a
     difference of `VISIBLE` in 80 % of cases, with these sentences; None if no number of seeds suffices.
     """
     d = 100 * (np.asarray(ours, float) - np.asarray(reference, float))
@@ -48,9 +48,9 @@ def compare(ours, reference):
 
 
 def permutation_test(differences, draws=10_000):
-    """The two-sided p of paired differences (n,): how often the mean is as far from 0 if their signs are arbitrary.
+    """The two-sided p of paired differences (n,): how often the mean is at least as far from 0 with random signs.
 
-    All 2^n signs for n <= 12, else `draws` random ones. n seeds give no p below 2 / 2^n.
+    Tries all 2^n combinations of signs for n <= 12, else `draws` random ones. n seeds give no p below 2 / 2^n.
     """
     n = len(differences)
     if n <= 12:

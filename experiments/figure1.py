@@ -1,8 +1,9 @@
-"""Figure 1: the share of searches whose ticket keeps a head, or the neurons of a layer. Models stand side by side.
+"""Figure 1: the share of searches whose ticket keeps a head, or the neurons of a layer. Models are shown side by side.
 
     python -m experiments.figure1 --models bert-base-uncased roberta-base
 
-The options are those of table1.py; of --draw, tau-head and tau-ffn. Writes figure1.png and figure1.json to --results.
+The options are those of table1.py; --draw takes only tau-head and tau-ffn. Writes figure1.png and figure1.json to
+--results.
 """
 
 import argparse
@@ -33,11 +34,11 @@ def main():
     overrides = parse_overrides(options)
     ratios = {"tau_head": "1/6", "tau_ffn": "0.3"} | overrides["draw"]
     if len(ratios) > 2:
-        raise BadInput(f"--draw {' '.join(options.draw)}: of draw.py, this figure uses tau-head and tau-ffn only")
+        raise BadInput(f"--draw {' '.join(options.draw)}: this figure takes only tau-head and tau-ffn of draw.py")
     settings = {"searches": options.searches, "search": DEFAULTS["search"] | overrides["search"]} | ratios
     taus = [parse_ratio(name, ratios[name]) for name in ("tau_head", "tau_ffn")]
     if options.dry_run:
-        return print(f"{options.searches} searches each of {', '.join(models)}, less those in {options.output}")
+        return print(f"{options.searches} searches each of {', '.join(models)}, except those in {options.output}")
     shares = {model: survival(options, model, settings, taus) for model in models}
     path = Path(options.results) / "figure1.png"
     as_lists = {model: {name: share.tolist() for name, share in of.items()} for model, of in shares.items()}

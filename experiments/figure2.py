@@ -1,6 +1,6 @@
 """Figure 2: Clean% and Aua% of ORTicket and of a random ticket against the pruning ratio of heads and of neurons.
 
-One ratio varies, the other stays at the task's. Writes figure2.md and a PNG a task.
+One ratio varies, the other stays at the task's. Writes figure2.md and one PNG per task.
 """
 
 import collections
@@ -25,7 +25,7 @@ def main():
     draws = [{ratio: value} for ratio, values in RATIOS.items() for value in values]
     defaults = {"tasks": ("sst2", "qnli", "agnews"), "attacks": ("textfooler",)}
     options, runs = make_table("figure2", __doc__, ("ORTicket", "Random ticket"), draws=draws, **defaults)
-    numbers = collections.Counter()  # of the pictures of a task: one for all runs with the same settings
+    numbers = collections.Counter()  # of plots per task: one for all runs with the same settings
     for group in grouped(runs):
         task = group[0]["task"]
         numbers[task] += 1
@@ -39,7 +39,7 @@ def plot(runs, path):
     settings, points = runs[0]["settings"], {}
     others = [overrides_text({name: of for name, of in run["overrides"].items() if name != "draw"}) for run in runs]
     kinds = {(run["method"], other) for run, other in zip(runs, others)}
-    are_several = len(kinds) > len({method for method, _ in kinds})  # of one method
+    are_several = len(kinds) > len({method for method, _ in kinds})  # rows of one method
     for run, other in zip(runs, others):
         draw = run["overrides"].get("draw", {})
         for column in ("Clean%", *(f"{name} Aua%" for name in settings["attacks"].split())):
@@ -56,7 +56,7 @@ def plot(runs, path):
     axes[0].set_ylabel("%")
     handles = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels())}
     figure.legend(handles.values(), handles, loc="outside lower center", ncols=2, fontsize=7)
-    shared = "" if are_several else max(others, key=len).replace("`", "")  # a random ticket has no search's
+    shared = "" if are_several else max(others, key=len).replace("`", "")  # a random ticket has no --search
     figure.suptitle(f"{settings['model']} on {runs[0]['task']}{shared}", fontsize=9, parse_math=False)
     save_figure(figure, path)
 

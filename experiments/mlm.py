@@ -1,11 +1,11 @@
-"""A start for which the paper's premise holds: the model, trained further on masked language modelling.
+"""A starting point for which the paper's premise holds: the model, trained further on masked language modelling.
 
     python -m experiments.mlm
     python -m experiments.table1 --model runs/minilm-mlm ...
 
-MiniLM was published as a sentence encoder, without an MLM head. This command trains all of it on the bundled text
-(IMDb, Rotten Tomatoes, BBC News) by `search.py` without an adversary and without a penalty, which is ordinary MLM
-training. It writes the model to OUTPUT/MODEL-mlm, and its loss on held-out text, before and after, to RESULTS/mlm.json.
+MiniLM was published as a sentence encoder, without an MLM head. This command trains the whole model on the bundled
+text (IMDb, Rotten Tomatoes, BBC News) with `search.py` without adversary and penalty, which is ordinary MLM training.
+It writes the model to OUTPUT/MODEL-mlm, and its loss on held-out text before and after training to RESULTS/mlm.json.
 """
 
 from dataclasses import dataclass
@@ -36,7 +36,7 @@ class Options:
     seed: int = option(0, "random seed", at_least=0)
     output: str = option("runs", "folder for the model")
     results: str = option("experiments/results", "folder for the losses")
-    overwrite: bool = option(False, "train anew, in place of what is there")
+    overwrite: bool = option(False, "train again, and replace existing files")
 
 
 def main():
@@ -45,11 +45,11 @@ def main():
     text, adapted = output / "mlm", output.with_name(f"{output.name}-mlm")
     write_text(text)
     settings = {name: value for name, value in vars(options).items() if name not in ("output", "results", "overwrite")}
-    # without an adversary and a penalty; c stays 1, so that the masks never change, which must not end the search
+    # no adversary, no penalty; c stays 1, so the masks never change, which must not stop the search
     ordinary = WITHOUT_ADVERSARY | {"lambda_head": 0, "lambda_ffn": 0, "learning_rate_c": 0, "patience": 10**9}
     where = {"output": text, "corpus": text / "train", "save_model": adapted, "overwrite": options.overwrite}
     run_script("search", **settings, **ordinary, **where)
-    # before: with the MLM head that the search began with
+    # before: with the MLM head that the search starts with
     (before, of_before), (after, of_after) = (held_out_loss(of, text) for of in (options.model, str(adapted)))
     result = {"settings": settings, "loss_before": before, "loss_after": after, "model_sha256": [of_before, of_after]}
     write_result(Path(options.results) / "mlm.json", result)
@@ -57,7 +57,7 @@ def main():
 
 
 def write_text(folder):
-    """Write the bundled texts, one a line, to FOLDER/train and FOLDER/held-out."""
+    """Write the bundled texts, one per line, to FOLDER/train and FOLDER/held-out."""
     rows = [*data.reviews("imdb"), *data.reviews("rotten_tomatoes"), *data.bbc()]
     lines = [" ".join(text.split()) for (text, *_), _ in rows]
     files.write_text(folder / "held-out" / "text.txt", "\n".join(lines[::HELD_OUT]))

@@ -28,9 +28,8 @@ def main():
             head, ffn, _ = read_coefficients(path, seed)
             tickets.append(draw_masks(head, ffn, options.tau_head, options.tau_ffn))
             if [mask.shape for mask in tickets[-1]] != [mask.shape for mask in tickets[0]]:
-                raise BadInput(
-                    f"{path} is of a model with other sizes than {options.coefficients[0]}: compare models alike"
-                )
+                remedy = "compare models of the same sizes"
+                raise BadInput(f"{path} and {options.coefficients[0]} are of models of different sizes: {remedy}")
             print(f"{len(tickets)}: {path}, seed {seed}")
     names = [str(number) for number in range(1, len(tickets) + 1)]
     cells = [[" / ".join(f"{share:.1%}" for share in overlap(ours, other)) for other in tickets] for ours in tickets]

@@ -1,6 +1,6 @@
-"""One run of a table: a method on a task with a seed, made by the scripts, each of which skips what is already done.
+"""One run of a table: a method on a task with a seed. Calls the scripts, each of which skips what is already done.
 
-A seed is a whole run: a search of its own, a ticket, a fine-tuning. Runs with other settings go to other folders.
+Each seed has its own search, ticket and fine-tuning. Runs with other settings go to other folders.
 """
 
 import base64
@@ -51,12 +51,12 @@ METHODS = {
     **{name: Method(method=name) for name in ADVERSARIES if "-" in name},  # PGD and FreeLB with others' numbers
     **{f"ORTicket from {task}": Method("drawn", search={"objective": task}) for task in PAPER_TASKS},
 }
-# The scripts whose options a table takes as overrides. Their defaults here, where they are not the scripts' own: the
-# paper's corpus, and one sample of sentences for all methods and seeds
+# The scripts whose options a table takes as overrides, with the defaults that differ from the scripts' own: the paper's
+# corpus, and one sample of sentences for all methods and seeds
 DEFAULTS = {"search": {"corpus": "wikitext-2-raw-v1"}, "draw": {}, "finetune": {}, "robustt": {}}
 DEFAULTS |= {"attack": {"sample_seed": "0"}}
 RESERVED = ("model", "output", "task", "seed", "seeds", "ticket", "method", "ablation", "coefficients", "n", "attack")
-OUTCOMES = {"failed": "1", "succeeded": "0", "skipped": "-", "error": "?"}  # of an attacked sentence; 1: it held
+OUTCOMES = {"failed": "1", "succeeded": "0", "skipped": "-", "error": "?"}  # of an attacked sentence
 
 
 def code():
@@ -141,15 +141,14 @@ def run_search(options, model, search):
 
 
 def run_method(options, run):
-    """Make a run, of which {"task", "method", "seed", "settings", "overrides"} are given: search, draw, fine-tune and
-    attack.
+    """Carry out a run {"task", "method", "seed", "settings", "overrides"}: search, draw, fine-tune and attack.
 
-    Returns {"figures": {column: number}, "resources": of the attacks, "outcomes": {attack: of each sentence, packed},
-    "hours": of all of it}.
+    Returns {"figures": {column: number}, "resources": of the attacks, "outcomes": {attack: packed outcomes of all
+    sentences}, "hours": in all}.
     """
     start, method, settings = time.time(), METHODS[run["method"]], run["settings"]
     given = {script: run["overrides"].get(script, {}) for script in DEFAULTS}
-    if method.ticket == "random":  # of any search it has the shapes alone, so that this is no override of the run
+    if method.ticket == "random":  # it only needs the shapes of a search: not an override of the run
         given["search"] = parse_overrides(options)["search"]
     training = {name: settings[name] for name in ("train_rows", "epochs", "batch_size", "learning_rate")}
     training |= given["finetune"]
@@ -179,11 +178,11 @@ def run_method(options, run):
     for attack in settings["attacks"].split():
         flags = on_device | made | DEFAULTS["attack"] | given["attack"] | {"attack": attack, "n": settings["n"]}
         path = folder / attack
-        if given["attack"]:  # another name, so that the results of both remain
+        if given["attack"]:  # another name, so that both results are kept
             flags["suffix"] = folder_name(given["attack"])
             path = folder / f"{attack}-{flags['suffix']}"
         run_script("attack", **flags)
-        if read_result(f"{path}.json")["errors"]:  # for example of memory: these are tried once more
+        if read_result(f"{path}.json")["errors"]:  # for example out of memory: retried once
             run_script("attack", **flags)
         summary = read_result(f"{path}.json")
         rows = read_rows(Path(f"{path}.jsonl"), json_sha256(identity(summary)))
@@ -198,7 +197,7 @@ def run_method(options, run):
 
 
 def pack(outcomes):
-    """Text -> fewer characters, for a JSON file. `unpack` is the inverse."""
+    """Compress a text for a JSON file. `unpack` is the inverse."""
     return base64.b85encode(zlib.compress(outcomes.encode(), 9)).decode()
 
 

@@ -1,4 +1,4 @@
-"""Table 4: a search on each task, and on masked language modelling, beside a fine-tuning on each task."""
+"""Table 4: tickets of searches on each task and on masked language modelling, fine-tuned on every task."""
 
 from experiments.runs import PAPER_TASKS
 from experiments.tables import make_table

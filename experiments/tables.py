@@ -1,7 +1,7 @@
-"""The command of every table: makes the runs that are missing, then writes the results.
+"""The command of every table: makes the missing runs, then writes the results.
 
-RESULTS/TABLE.json has the settings and the figures of all runs, and for each attacked sentence whether the model held.
-RESULTS/TABLE.md has their means, beside them the paper's numbers, and the differences between the methods.
+RESULTS/TABLE.json has the settings and the figures of all runs, and the outcome for each attacked sentence.
+RESULTS/TABLE.md has their means, the paper's numbers, and the differences between the methods.
 """
 
 import itertools
@@ -36,7 +36,7 @@ PAPER = files.read_json(Path(__file__).with_name("paper.json"))
 COLUMNS = ("Clean%", "Aua%", "Suc%", "#Query", "GB", "M parameters")
 ATTACKS = ("textfooler", "textbugger", "bertattack")
 SETTINGS = ("model", "train_rows", "epochs", "batch_size", "learning_rate")  # of all runs of a table
-KEY = ("task", "method", "seed", "settings", "overrides")  # what tells a run from another
+KEY = ("task", "method", "seed", "settings", "overrides")  # what identifies a run
 QUICK = {"model": "minilm", "tasks": ("rt",), "train_rows": 2000, "epochs": 3, "n": 100, "attacks": ("textfooler",)}
 QUICK |= {"search": ("corpus=bbc-small",), "robustt": ("epochs=2",)}
 REFERENCES = ("Vanilla", "Random ticket")  # to which all methods are compared
@@ -64,11 +64,11 @@ class Options:
     output: str = option("runs", "folder for the models", group="output")
     results: str = option("experiments/results", "folder for the tables", group="output")
     device: str = option("auto", "as in search.py", group="output")
-    overwrite: bool = option(False, "make runs of other code anew, in place of those that are there", group="output")
+    overwrite: bool = option(False, "replace existing runs of other code", group="output")
 
 
 def parse(description, options=Options, **defaults):
-    """The options of a command. What is not given is as --quick says, or as the command's own defaults."""
+    """The options of a command. Options not given have the defaults of --quick, or else the command's own."""
     parsed = cli.parse(options, description, **defaults)
     return cli.parse(options, description, **defaults | QUICK) if parsed.quick else parsed
 
@@ -76,8 +76,8 @@ def parse(description, options=Options, **defaults):
 def make_table(table, description, methods, columns=COLUMNS, across=False, draws=({},), **defaults):
     """The command `python -m experiments.TABLE`. Returns its options and all runs of RESULTS/TABLE.json.
 
-    methods: the rows. columns, across: as in `markdown`; without Aua% nothing is attacked. draws: of each run, the
-    options of draw.py. defaults: of options that the table has its own for.
+    methods: the rows. columns, across: as in `markdown`; without Aua% nothing is attacked. draws: options of
+    draw.py, with a run for each. defaults: of options for which the table has its own.
     """
     options = parse(description, methods=methods, **defaults)
     path, machine, current = Path(options.results) / f"{table}.json", describe(pick_device(options.device)), code()
@@ -106,7 +106,7 @@ def make_table(table, description, methods, columns=COLUMNS, across=False, draws
 
 
 def list_keys(options, draws, attacked):
-    """The runs that a command asks for, each {name of KEY: value}. Raises BadInput for an --n of more than all rows."""
+    """The runs that a command asks for, each {name of KEY: value}. Raises BadInput if --n is more than all rows."""
     given, keys = parse_overrides(options), {}
     settings = {name: getattr(options, name) for name in SETTINGS}
     settings["attacks"] = " ".join(name for name in RECIPES if name in options.attacks and attacked)
@@ -129,8 +129,8 @@ def key_of(run):
 
 
 def list_missing(missing, runs):
-    """Print the missing runs, and their hours: the mean of the `runs` with the same settings, and of the same method
-    and task where there are some."""
+    """Print the missing runs and their expected hours: the mean of the `runs` with the same settings, and with the same
+    method and task if there are any."""
     total, unknown = 0.0, 0
     for key in missing:
         alike = [run for run in runs if run["settings"] == key["settings"]]
@@ -144,7 +144,7 @@ def list_missing(missing, runs):
 
 
 def load_runs(path):
-    """The runs in the .json of a table. Raises BadInput for another .json."""
+    """The runs in the .json of a table. Raises BadInput for any other .json."""
     runs = provenance.read_result(path).get("runs") if path.is_file() else []
     if runs is None:
         raise BadInput(f"{path} has no runs: give another --results")
@@ -152,7 +152,7 @@ def load_runs(path):
 
 
 def save_run(path, run):
-    """Add a run to the .json of a table, in place of an older one, and of those of other code in its row of the table.
+    """Add a run to the .json of a table. It replaces an older version of it, and runs of other code in its row.
 
     Other commands may write to the same file.
     """
@@ -266,7 +266,7 @@ def markdown_table(heads, rows):
 
 
 def held(run, attack):
-    """Array (sentences,): 1 where the model held against the attack, 0 where it did not, NaN for an error."""
+    """Array (sentences,): 1 where the model withstood the attack, 0 where it did not, NaN for an error."""
     return np.array([{"1": 1, "?": np.nan}.get(outcome, 0) for outcome in unpack(run["outcomes"][attack])])
 
 

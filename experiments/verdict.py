@@ -4,9 +4,9 @@
 
 It reads the runs of `python -m experiments.table1 --results experiments/results/verdict`: seeds of Vanilla, FreeLB,
 ORTicket, the vanilla ticket and the random ticket, from one or several starts, under attacks of several strengths and
-on samples of several sizes. Runs with `--finetune ticket-seed=N` are more random tickets. Those of `python -m
-experiments.figure2` in the same folder say how Aua% changes with the pruning ratios. The text stands between two marks
-in docs/results.md. README.md has a row of it in the table of the state, and a table between the same marks.
+on samples of several sizes. Runs with `--finetune ticket-seed=N` are additional random tickets. Those of `python -m
+experiments.figure2` in the same folder say how Aua% changes with the pruning ratios. The text goes between two marks in
+docs/results.md. README.md gets a row in the table of its status, and a table between the same marks.
 """
 
 import re
@@ -120,8 +120,8 @@ def wrapped(text, first="", others=""):
 
 
 def grouped(runs):
-    """{start: {(least cosine of a substitute, sentences): {method: its runs on SST-2}}}. The first is the attack with
-    most seeds; of these, with most methods; and of these, with most sentences.
+    """{start: {(least cosine of a substitute, sentences): {method: its runs on SST-2}}}. Attacks are sorted by
+    the number of seeds, then of methods, then of sentences, the largest first.
 
     Raises BadInput for runs that cannot be compared.
     """
@@ -187,7 +187,7 @@ def setting(cosine, run):
 
 
 def claim(methods):
-    """What the difference of ORTicket and Vanilla says."""
+    """What the difference between ORTicket and Vanilla shows."""
     result, gain = compared(methods, *TESTED), paper()[0] - paper()[1]
     if not result:
         return "no sentence was attacked without an error in all runs"
@@ -221,10 +221,10 @@ def random_tickets(methods):
 
 
 def best_random(cosine, n, methods):
-    """Is one of the random tickets better than Vanilla? As many of Vanilla's own runs are the control. "" for one.
+    """Is one of the random tickets better than Vanilla? The best of as many runs of Vanilla is the control. "" for one.
 
-    Of a ticket with several runs, the one with the smallest seed counts. If the ticket that is best of all has others,
-    they tell whether it is good with other seeds as well."""
+    Of a ticket with several runs, the one with the smallest seed counts. If the best ticket has further runs, they
+    show whether it is also good with other seeds."""
     by_ticket = random_tickets(methods)
     tickets = [held(first, "textfooler") for first, *_ in by_ticket.values()]
     full = [held(run, "textfooler") for run in methods["Vanilla"]]
@@ -317,7 +317,7 @@ def price(methods):
 
 
 def instead(starts):
-    """What FreeLB on the full model gives who considers a ticket. "" without runs of it."""
+    """What FreeLB on the full model gives instead of a ticket. "" without runs of it."""
     found = []
     for start, attacks in starts.items():
         methods = next(iter(attacks.values()))

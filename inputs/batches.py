@@ -1,4 +1,4 @@
-"""Texts into batches: rows of a task, blocks of a corpus, padding, masking. Both are tokenized once, into the cache."""
+"""Turn texts into batches: task rows, corpus blocks, padding, masking. Tokenized texts are cached."""
 
 import array
 import hashlib
@@ -15,12 +15,12 @@ from runtime.cli import BadInput, progress
 from runtime.files import atomic_write, sha256
 from runtime.optim import seed_step
 
-CHECKSUM = 32  # bytes in front of the tokens of a corpus
+CHECKSUM = 32  # bytes before the tokens in the cache file of a corpus
 CHUNK = 1000  # texts tokenized at a time: the library's encodings take a hundred times the memory of their ids
 
 
 class Batch(NamedTuple):
-    """Rows of a task, padded to the longest of them. Constant masks are None, which saves `Bert` their computation."""
+    """Rows of a task, padded to the longest of them. Constant masks are None, which saves computation in `Bert`."""
 
     ids: torch.Tensor  # (B, T) token ids
     attention_mask: torch.Tensor | None  # (B, T), True at tokens and False at padding; None: no padding
@@ -62,7 +62,7 @@ class MaskedBatch(NamedTuple):
 class TokenizedSplit:
     """The tokenized rows of a split: [CLS] text [SEP], or [CLS] text [SEP] second text [SEP].
 
-    rows: [(tuple of one or two texts, label number)]. `num_truncated` counts those longer than max_length tokens.
+    rows: [(tuple of one or two texts, label number)]. `num_truncated` counts the rows longer than max_length tokens.
     """
 
     def __init__(self, tokenizer, rows, max_length, device, cached=True):
@@ -93,7 +93,7 @@ class TokenizedSplit:
         self.pad = int(torch.searchsorted(words, self.pad))
 
     def batches(self, batch_size, generator=None):
-        """Yield a `Batch` at a time, in the order of `length_sorted_batches`."""
+        """Yield one `Batch` at a time, in the order of `length_sorted_batches`."""
         return map(self.batch, length_sorted_batches(self.lengths, batch_size, generator))
 
     def epoch(self, batch_size, seed, epoch):
@@ -122,7 +122,7 @@ def encode(tokenizer, texts, max_length):
     """
     special = tokenizer.library.num_special_tokens_to_add(any(len(text) > 1 for text in texts))
     if max_length <= special:
-        raise BadInput(f"--max-length {max_length} has room for no more than the {special} special tokens")
+        raise BadInput(f"--max-length {max_length} leaves no room for text: there are {special} special tokens")
     ids, lengths, second_start, num_truncated = array.array("i"), [], [], 0
     tokenizer.library.enable_truncation(max_length)
     bar = progress(len(texts), description="tokens", unit="text") if len(texts) > CHUNK else None
@@ -147,7 +147,7 @@ def encode(tokenizer, texts, max_length):
 
 
 def cache_key(*inputs):
-    """The name of a file in the cache, which depends on the inputs and on the code that makes it from them."""
+    """The name of a cache file. It depends on the inputs and on the code that processes them."""
     return json_sha256([inputs, software(__file__)["code"]])
 
 
@@ -155,7 +155,7 @@ def read_encoding(path, key):
     """The tensors of `encode` in a cache file. Raises BadInput if it is damaged or has another key."""
     tensors, metadata = safetensors.read_with_metadata(path)
     if metadata != {"key": key}:
-        raise BadInput(f"{path} is of other rows")
+        raise BadInput(f"{path} holds other rows")
     return tensors
 
 
@@ -174,7 +174,7 @@ def rows_sha256(tokenizer, max_length, *splits):
 
 
 def length_sorted_batches(lengths, batch_size, generator):
-    """Arrays of the numbers of batch_size rows of similar length, for little padding.
+    """Split the row numbers into arrays of batch_size rows of similar length, which need little padding.
 
     Rows are shuffled, then sorted by length within pools of 50 batches, and then the batches are shuffled. Without a
     generator, all rows are sorted by length.
@@ -193,8 +193,8 @@ def length_sorted_batches(lengths, batch_size, generator):
 class Blocks:
     """A corpus as blocks of tokens: one stream, with [SEP] after each document, split into [CLS] ... [SEP].
 
-    documents: an iterable of texts, read once. size: theirs in bytes, for the progress bar. key: identifies the corpus.
-    The stream stays on disk: a corpus may be larger than memory. Its last tokens, fewer than a block, are left out.
+    documents: an iterable of texts, read once. size: in bytes, for the progress bar. key: identifies the corpus. The
+    stream stays on disk, so a corpus may be larger than memory. The tokens after the last full block are dropped.
     """
 
     def __init__(self, tokenizer, documents, size, key, block, device="cpu"):
@@ -243,7 +243,7 @@ class Blocks:
 
 
 def write_tokens(path, key, chunks):
-    """Write int32 arrays, one after another, behind a checksum that depends on the key of their corpus, too."""
+    """Write a checksum of the key and the tokens, then the tokens: int32 arrays, one after another."""
     digest = hashlib.sha256()
     with atomic_write(path) as tmp_path, open(tmp_path, "wb") as file:
         file.seek(CHECKSUM)
@@ -255,7 +255,7 @@ def write_tokens(path, key, chunks):
 
 
 def open_tokens(path, key):
-    """(open file, number of tokens, their sha256) of a file by `write_tokens`. Raises BadInput if it is damaged."""
+    """(open file, number of tokens, their sha256) of a file from `write_tokens`. Raises BadInput if it is damaged."""
     tokens_sha256 = sha256(path, CHECKSUM)
     file = open(path, "rb")
     if file.read(CHECKSUM) != hashlib.sha256(f"{key} {tokens_sha256}".encode()).digest():
@@ -265,7 +265,7 @@ def open_tokens(path, key):
 
 
 def token_stream(tokenizer, documents, size):
-    """Yield the token ids of each document, int32, with [SEP] after them, about a megabyte of text at a time."""
+    """Yield the token ids of each document, int32, followed by [SEP]. Tokenizes a megabyte of text at a time."""
     texts, length, special = [], 0, {tokenizer.cls, tokenizer.sep, tokenizer.pad, tokenizer.mask}
     with progress(size, description="tokens", unit="B") as bar:
         for text in itertools.chain(documents, [None]):  # None: the end
@@ -281,9 +281,9 @@ def token_stream(tokenizer, documents, size):
 
 
 def mask_tokens(ids, tokenizer, share=0.15):
-    """BERT's masking (Devlin et al. 2019, section 3.1) of ids (B, T). Draws from torch's random numbers.
+    """BERT's masking (Devlin et al. 2019, section 3.1) of ids (B, T). Uses torch's global random generator.
 
-    Of the tokens that are not special, `share` are to be predicted: 80 % of these become [MASK], 10 % a random token.
+    A fraction `share` of the non-special tokens is predicted: 80 % of these become [MASK], 10 % a random token.
     """
     special = torch.tensor([tokenizer.cls, tokenizer.sep, tokenizer.pad, tokenizer.mask])
     draws = torch.rand(ids.shape).masked_fill_(torch.isin(ids, special), 2).flatten()

@@ -1,4 +1,4 @@
-"""Load a model that finetune.py wrote, and check that it belongs to the rows at hand. Its accuracy on each class."""
+"""Load a model of finetune.py, check that it was trained on the given rows, and count correct rows per class."""
 
 import math
 from dataclasses import asdict, replace
@@ -17,16 +17,16 @@ from runtime.device import autocast
 
 
 def load_finetuned(folder, task, splits, options, device):
-    """(model, tokenizer, tokens to which a text is truncated, metadata) of the fine-tuned model in `folder`.
+    """(model, tokenizer, maximum tokens per text, metadata) of the fine-tuned model in `folder`.
 
-    splits: the rows of options.task. Raises BadInput if the model was fine-tuned on other rows, of a file that has
-    changed or has a namesake: its training rows could be these test rows.
+    splits: the rows of options.task. Raises BadInput if the model was fine-tuned on other rows, for example because the
+    file has changed or another file has the same name: its training rows could include these test rows.
     """
     model, tokenizer = Bert.load(folder).to(device), Tokenizer(folder)
     metadata = safetensors.read_with_metadata(folder / "model.safetensors", "finetune.py")[1]
     config = asdict(replace(model.config, num_labels=0, heads=None, neurons=None))
     if config != metadata.get("config", config) | {"num_labels": 0, "heads": None, "neurons": None}:
-        raise BadInput(f"{folder}/config.json is not that of model.safetensors: fine-tune again with --overwrite")
+        raise BadInput(f"{folder}/config.json does not match model.safetensors: fine-tune again with --overwrite")
     max_length = min(metadata["settings"]["max_length"] or task.max_length, model.config.max_length)
     count = min(metadata["settings"]["train_rows"] or math.inf, len(splits["train"]))
     trained = splits | {"train": first_rows(splits["train"], count, options.task)}
@@ -53,7 +53,7 @@ def correct_by_class(model, split, batch_size, dtype):
 def rare_class_metrics(model, splits, labels, batch_size, dtype):
     """{"test_correct_by_class": {class: [correct test rows, test rows]}} if a class is rare; {} otherwise.
 
-    Rare: less than a tenth of the training rows, and less than half of their mean per class.
+    A class is rare if it has less than a tenth of the training rows, and less than half of the mean per class.
     """
     train, test = (splits[name].labels.bincount(minlength=len(labels)) for name in ("train", "test"))
     if train.min() * max(10, 2 * len(labels)) >= train.sum():

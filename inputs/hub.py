@@ -1,10 +1,10 @@
 """Files from the Hugging Face hub: fetched once, verified, and kept in the cache of the hub's own libraries.
 
-The cache is $HF_HOME/hub: blobs/ named by checksum, snapshots/COMMIT/FILE linking to them, refs/ from a branch to its
-commit. Files fetched by transformers or datasets are used here, and the reverse. The variables HF_ENDPOINT (a mirror),
-HF_HOME, HF_HUB_CACHE and HF_HUB_OFFLINE are read by the library huggingface_hub, HF_TOKEN here.
+The cache is $HF_HOME/hub: blobs/ are named by checksum, snapshots/COMMIT/FILE are links to them, and refs/ maps a
+branch to its commit. Files that transformers or datasets fetched are reused, and vice versa. huggingface_hub reads
+HF_ENDPOINT (a mirror), HF_HOME, HF_HUB_CACHE and HF_HUB_OFFLINE; this module reads HF_TOKEN.
 
-Not here: uploading, listing, Xet's chunks (the hub also serves every file by plain HTTPS).
+Not supported: uploading, listing, Xet's chunks (the hub also serves every file by plain HTTPS).
 """
 
 import concurrent.futures
@@ -27,10 +27,10 @@ from checkpoints.huggingface import WEIGHTS, print_once, relative_path, shards, 
 from runtime.cli import BadInput, one_line, progress
 from runtime.files import atomic_write, sha256, write_text
 
-TIMEOUT = (5, 8)  # seconds to connect, and between two pieces of a response
+TIMEOUT = (5, 8)  # seconds to connect, and between two reads of a response
 PATIENCE = 60  # seconds between two measurements of the rate
 SLOWEST = 1000  # bytes a second
-LARGEST_UNDECLARED = 2**25  # bytes of a file whose size no header says: a small one
+LARGEST_UNDECLARED = 2**25  # bytes: the largest file accepted if no header gives its size
 ATTEMPTS = 5  # at most about a minute in all, even if every attempt times out
 BACKOFF = 0.5  # seconds before the second attempt; twice as long before each later one
 RETRY_STATUSES = (408, 429, 500, 502, 503, 504)
@@ -51,8 +51,8 @@ class NotOnHub(BadInput):
 def fetch(repository, name, revision="main", dataset=False):
     """Path of the file `name` of the repository OWNER/NAME, from the cache or else from the hub.
 
-    An interrupted download resumes, also in another run. Of two processes one fetches and the other waits. Raises
-    NotOnHub if the repository has no such file, BadInput if it cannot be fetched.
+    An interrupted download resumes, even in another run. If two processes need a file, one fetches it and the other
+    waits. Raises NotOnHub if the repository has no such file, BadInput if it cannot be fetched.
     """
     folder = cache_folder(repository, dataset)
     if path := in_cache(folder, name, revision):
@@ -95,7 +95,7 @@ def fetch_model(repository, revision="main", alias=None):
 
 
 def is_model(folder):
-    """Whether a folder of the cache has weights and a vocabulary, undamaged."""
+    """Whether a cache folder has intact weights and an intact vocabulary."""
     paths = [path for path in map(folder.joinpath, (*VOCABULARY, *VOCABULARY_MORE)) if path.is_file()]
     try:
         return any(path.name in VOCABULARY for path in paths) and all(map(is_intact, [*paths, *weight_files(folder)]))
@@ -104,12 +104,12 @@ def is_model(folder):
 
 
 def is_intact(path):
-    """Whether a cached file has the checksum that its blob is named by. A copy without a blob is not checked."""
+    """Whether a cached file has the checksum in its blob's name. A copy without a blob is not checked."""
     blob = path.resolve()
     if blob.parent.name != "blobs" or not re.fullmatch(CHECKSUM, blob.name):
         return True
     found = file_checksum(blob, blob.name)
-    return found == blob.name or print_once(f"{blob} is damaged, its content has another checksum: it is not used")
+    return found == blob.name or print_once(f"{blob} is damaged: its checksum is wrong, so it is not used")
 
 
 def cache_folder(repository, dataset):
@@ -119,7 +119,7 @@ def cache_folder(repository, dataset):
 
 
 def in_cache(folder, name, revision):
-    """Path of a file in the snapshot of a branch or commit; None if it is not there, or damaged."""
+    """Path of a file in the snapshot of a branch or commit; None if it is missing or damaged."""
     relative_path(name, "file name")
     relative_path(revision, "revision")
     ref = folder / "refs" / revision
@@ -131,7 +131,7 @@ def in_cache(folder, name, revision):
 def download(url, what, folder, name, revision):
     """Fetch `url` into the cache. Returns the path of the file in its snapshot.
 
-    urllib3 retries failed connections and busy servers, the loop here what is wrong with a response.
+    urllib3 retries failed connections and busy servers; the loop here retries after invalid responses.
     """
     more = {"status_forcelist": RETRY_STATUSES, "raise_on_status": False, "retry_after_max": MAX_RETRY_AFTER}
     retry = urllib3.Retry(ATTEMPTS - 1, backoff_factor=BACKOFF, **more)
@@ -160,7 +160,7 @@ def download(url, what, folder, name, revision):
 
 
 def receive(session, url, what, tmp_path, is_over):
-    """Make one attempt, which resumes what an earlier one has left in `tmp_path`, until the event `is_over` is set.
+    """Make one attempt. It resumes a partial download in `tmp_path`, and stops when the event `is_over` is set.
 
     The hub redirects a large file to its storage, with the sha256 in X-Linked-Etag; a small file has git's sha1 in
     ETag. Returns (path of the blob, its commit, whether it is new).
@@ -169,7 +169,7 @@ def receive(session, url, what, tmp_path, is_over):
     part = {"Range": f"bytes={start}-"} if start else {}
     with session.get(url, headers=part, timeout=TIMEOUT, stream=True) as response:
         headers = requests.structures.CaseInsensitiveDict()
-        for hop in (response, *reversed(response.history)):  # what the hub itself says counts most
+        for hop in (response, *reversed(response.history)):  # the hub's own headers take precedence
             headers.update(hop.headers)
         if "X-Linked-Etag" not in headers and response.status_code in (401, 403):
             raise BadInput(f"{what}: the hub refuses access ({response.status_code}); check the name and HF_TOKEN")
@@ -215,9 +215,9 @@ def file_size(path):
 
 
 def in_time(work, path):
-    """work(is_over). Raises RetryableError if for a time of PATIENCE less than SLOWEST arrives in the file at `path`.
+    """work(is_over). Raises RetryableError if the file at `path` grows by less than SLOWEST for a time of PATIENCE.
 
-    A timeout of a socket ends the wait for a byte, but not for all headers, nor for a body that arrives byte by byte.
+    A socket timeout limits the wait for one byte, not for all headers, nor for a body that arrives byte by byte.
     """
     future, is_over, before = concurrent.futures.Future(), threading.Event(), file_size(path)
 
@@ -230,7 +230,7 @@ def in_time(work, path):
     threading.Thread(target=run, daemon=True).start()
     try:
         while not concurrent.futures.wait([future], PATIENCE).done:
-            if abs(file_size(path) - before) < SLOWEST * PATIENCE:  # smaller than before: it begins anew
+            if abs(file_size(path) - before) < SLOWEST * PATIENCE:  # smaller than before: the download started over
                 raise RetryableError(f"less than {SLOWEST:,} bytes a second for {PATIENCE} seconds")
             before = file_size(path)
     finally:
@@ -239,13 +239,13 @@ def in_time(work, path):
 
 
 def explain(error):
-    """The first cause of an exception of requests, and the remedy."""
+    """The root cause of an exception from requests, and the remedy."""
     cause = getattr(error.args[0] if error.args else error, "reason", error)
     cause = one_line(getattr(cause, "original_error", cause))
     if isinstance(error, requests.exceptions.ProxyError) or "407 Client Error" in cause:
         return f"{cause}; check the proxy in HTTPS_PROXY and HTTP_PROXY"
     if isinstance(error, requests.exceptions.SSLError) or "TLS CA certificate" in cause:
-        return f"{cause}; name a file with the certificates that you trust in REQUESTS_CA_BUNDLE"
+        return f"{cause}; set REQUESTS_CA_BUNDLE to a file with the certificates that you trust"
     if isinstance(error, requests.RequestException) and not isinstance(error, ValueError):
         cause = f"status {error.response.status_code}" if error.response is not None else type(error).__name__
         return f"{cause}, {ATTEMPTS} attempts; try again, or set HF_ENDPOINT"
@@ -253,14 +253,14 @@ def explain(error):
 
 
 def link_snapshot(folder, commit, name, blob, revision, is_new):
-    """Path of the commit's snapshot of a file, a link to its blob; a branch `revision` then refers to the commit.
+    """Link a file of a commit's snapshot to its blob. Returns its path. A branch `revision` then refers to the commit.
 
-    Without links the blob is moved there, or copied if another snapshot may use it, as the hub's own library does.
+    Without symbolic links the blob is moved there, or copied if another snapshot may use it, as in huggingface_hub.
     """
     path = folder / "snapshots" / commit / name
     if not path.is_file():
         with atomic_write(path) as tmp_path:
-            Path(tmp_path).unlink(missing_ok=True)  # of a run that was killed here
+            Path(tmp_path).unlink(missing_ok=True)  # left by a killed run
             try:
                 os.symlink(os.path.relpath(blob, path.parent), tmp_path)
             except OSError:
@@ -279,11 +279,11 @@ def file_checksum(path, like):
 
 
 def authorization():
-    """Adds HF_TOKEN to a request; None without one, so that ~/.netrc counts. requests drops the token where a redirect
-    leads to another host."""
+    """A function that adds HF_TOKEN to a request. None without a token: ~/.netrc is used. requests drops the token when
+    a redirect leads to another host."""
     token = os.environ.get("HF_TOKEN", "").strip()
     if not re.fullmatch("[!-~]*", token):
-        raise BadInput("HF_TOKEN has characters that no header can carry: copy it again from the hub's settings")
+        raise BadInput("HF_TOKEN has characters that a header cannot contain: copy it again from the hub's settings")
 
     def add_token(request):
         request.headers["Authorization"] = f"Bearer {token}"

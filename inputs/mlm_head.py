@@ -1,7 +1,7 @@
 """The MLM head of a model that was published without one, such as MiniLM: fitted with the encoder frozen.
 
-It is no part of Algorithm 1. search.py needs the head for its loss, BERT-Attack for its substitutes. That of MiniLM,
-fitted on BBC News with the defaults below, is published with this project.
+This is not part of Algorithm 1. search.py needs the head for its loss, BERT-Attack for its substitutes. A head for
+MiniLM, fitted on BBC News with the defaults below, is published with this project.
 """
 
 import contextlib
@@ -25,8 +25,8 @@ SETTINGS = FITTING | {"seed": 0, "block": 128, "batch_size": 32, "warmup": 0.1, 
 
 
 def choose_mlm_head(options, model_sha256):
-    """{"mlm_head_sha256": that of the published head} if a search with these options takes it; {} otherwise. Options of
-    fitting that are not given get their defaults."""
+    """{"mlm_head_sha256": that of the published head} if a search with these options uses it; {} otherwise. Sets the
+    fitting options that are not given to their defaults."""
     given = [getattr(options, name) for name in FITTING]
     options.mlm_head_steps, options.mlm_head_learning_rate = (a or b for a, b in zip(given, FITTING.values()))
     if any(given) or options.objective != "mlm" or options.corpus not in ("bbc", "bbc-small"):
@@ -42,10 +42,10 @@ def published_path(model_sha256):
 
 
 def load_published(name, model, model_sha256):
-    """Give `model`, loaded as `name`, the published head. Returns the metadata of the head.
+    """Load the published head into `model`, which has the name `name`. Returns the metadata of the head.
 
     Raises BadInput if the file is damaged, or was fitted to another model or with other settings. An earlier version
-    of the code made it, so that its "code" is not compared.
+    of the code made it, so its "code" is not compared.
     """
     path = published_path(model_sha256)
     tensors, metadata = safetensors.read_with_metadata(path, "mlm_head.py")
@@ -60,7 +60,7 @@ def load_published(name, model, model_sha256):
 def fit_mlm_head(name, provenance, model, tokenizer, blocks, path, dtype):
     """Fit the MLM head of `model` on the corpus `blocks`, and write it to `path`. Reuse `path` if it is up to date.
 
-    name: of the model, for the message. provenance: its "settings" hold at least `SETTINGS`.
+    name: of the model, for the message. provenance: its "settings" must have the keys of `SETTINGS`.
     """
     if "mlm_head_sha256" in provenance:
         return load_published(name, model, provenance["model_sha256"])
@@ -77,8 +77,8 @@ def fit_mlm_head(name, provenance, model, tokenizer, blocks, path, dtype):
 
 
 def train_mlm_head(model, tokenizer, blocks, dtype=torch.float32, settings=SETTINGS):
-    """Train the MLM head of `model` on the corpus `blocks`, and nothing else of it. The bias starts at the log
-    frequencies of the corpus's tokens, so that the head need not learn them."""
+    """Train only the MLM head of `model`, on the corpus `blocks`. The bias starts at the log frequencies of the tokens,
+    so the head need not learn them."""
     head, device = model.mlm_head, model.mlm_head.bias.device
     counts = blocks.frequencies(model.config.vocab_size) + 0.5
     head.bias.data.copy_((counts / counts.sum()).log())
@@ -102,8 +102,8 @@ def train_mlm_head(model, tokenizer, blocks, dtype=torch.float32, settings=SETTI
 
 
 def find_mlm_head(name, output, model, model_sha256, tokenizer, device):
-    """Give `model`, loaded as `name`, the head that search.py saved in OUTPUT/MODEL, the published one if there is
-    one for it, or one fitted to BBC News.
+    """Load a head into `model`, which has the name `name`: the one that search.py saved in OUTPUT/MODEL, or else the
+    published one, or else one fitted on BBC News.
 
     Returns the metadata of the head.
     """

@@ -1,4 +1,4 @@
-"""Rows of a task into training, held-out and test rows. Custom tasks: which labels are its classes."""
+"""Split a task into training, held-out and test rows, and find the classes of a custom task."""
 
 from collections import Counter
 
@@ -18,7 +18,7 @@ def custom_splits(path, text_columns, label_column, drop_labels):
         splits |= with_every_class(hold_out, splits["train"])
     if not all(splits.values()):
         empty = ", ".join(name for name, rows in splits.items() if not rows)
-        raise BadInput(f"{path} has too few rows, none for {empty}: without such files, each takes a tenth of the rows")
+        raise BadInput(f"{path} has too few rows: none for {empty}. A split without a file takes a tenth of the rows")
     report_shared(path, splits)
     for name, rows in splits.items():
         if missing := set(range(len(labels))) - {label for _, label in rows}:
@@ -27,7 +27,7 @@ def custom_splits(path, text_columns, label_column, drop_labels):
 
 
 def report_shared(name, splits):
-    """Print how many test rows have the text of a training row, unless none has: they may be learned by heart."""
+    """Print how many test rows have the text of a training row, if any: the model may have memorized them."""
     seen = {texts for texts, _ in splits["train"]}
     if count := sum(texts in seen for texts, _ in splits["test"]):
         print(f"{name}: {count:,} of {len(splits['test']):,} test rows have the text of a training row")
@@ -36,7 +36,7 @@ def report_shared(name, splits):
 def read_splits(path, text_columns, label_column, drop_labels):
     """(names of the classes, {split: [(texts, number of the class)]}) of a table file, or a folder of them.
 
-    The classes are the labels of the training rows, sorted, numbers by value; they are printed.
+    The classes are the sorted labels of the training rows, integers by value. They are printed.
     """
     files = table_files(path) if path.is_dir() else {"train": path}
     tables = {split: read_table(file, text_columns, label_column) for split, file in files.items()}
@@ -49,9 +49,9 @@ def read_splits(path, text_columns, label_column, drop_labels):
     if all(label.isdecimal() for label in labels):  # by value: 2 before 10, and 01 before 1
         labels.sort(key=lambda label: (len(label.lstrip("0")), label.lstrip("0")))
     if len(labels) < 2:
-        raise BadInput(f"{path} has no two labels in column {label_column!r}: {first_few(labels)}")
+        raise BadInput(f"{path} has fewer than two labels in column {label_column!r}: {first_few(labels)}")
     if len(labels) > max(20, rows / 2):
-        reason = f"{len(labels):,} labels in {rows:,} rows of column {label_column!r} are no classes, such as scores"
+        reason = f"{len(labels):,} labels in {rows:,} rows of column {label_column!r} are too many for classes"
         raise BadInput(f"{path}: {reason}: write a column with few classes and name it with --label-column")
     print(f"{path}: {len(labels):,} classes: {first_few(f'{label!r} {counts[label]:,}' for label in labels)}")
     numbers = {label: number for number, label in enumerate(labels)}
@@ -75,9 +75,9 @@ def split_tenths(rows):
 
 
 def with_every_class(split, rows):
-    """`split` the rows after sorting them by label: labels may alternate, and every tenth row would have the same one.
+    """Sort the rows by label, then `split` them: with alternating labels, every tenth row could have the same one.
     Within a label the order is pseudo-random and depends only on the number of rows. A class of one or two rows keeps
-    the first of them for training."""
+    the first for training."""
     order = np.random.Generator(np.random.PCG64(0)).permutation(len(rows))
     counts, first, others = Counter(label for _, label in rows), [], []
     for row in sorted((rows[i] for i in order), key=lambda row: row[1]):
@@ -92,7 +92,7 @@ def first_rows(rows, count, task):
     if count is None:
         return rows
     if count > len(rows):
-        raise BadInput(f"--train-rows {count}: {task} has {len(rows):,}")
+        raise BadInput(f"--train-rows {count}: {task} has only {len(rows):,} rows")
     chosen = np.random.Generator(np.random.PCG64(0)).permutation(len(rows))[:count]
     first = [rows[i] for i in sorted(chosen)]
     if missing := len({label for _, label in rows}) - len({label for _, label in first}):

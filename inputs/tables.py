@@ -1,6 +1,6 @@
 """Files of rows: custom tasks (CSV, TSV, JSON lines), the hub's parquet files, and the lines of a text corpus.
 
-A custom file is read completely, or refused with the number of the line that is wrong.
+A custom file is either read completely or rejected with the number of the wrong line.
 """
 
 import csv
@@ -61,7 +61,8 @@ def read_table(path, text_columns, label_column):
                 raise BadInput(f"{path} line {line} has no column {column!r}, {there}")
         texts, label = tuple(record[column] for column in text_columns), record[label_column]
         if label is None or isinstance(label, (dict, list, float)) or not str(label).strip():
-            raise BadInput(f"{path} line {line} has no label in {label_column!r}: {label!r:.200} is no word or integer")
+            reason = f"{label!r:.200} is not a word or an integer"
+            raise BadInput(f"{path} line {line} has no label in {label_column!r}: {reason}")
         if not all(isinstance(text, str) for text in texts):
             raise BadInput(f"{path} line {line} has no text in column {text_columns[0]!r}: {texts!r}"[:200])
         if not all(text.strip() for text in texts):
@@ -77,7 +78,7 @@ def read_table(path, text_columns, label_column):
 def separated(path, text, suffix, columns):
     """Yield (line, {column: field}) for each row of a CSV or TSV file. In a TSV file, as in GLUE's, quotes are text.
 
-    The separator of a CSV file is the one with which its header has these columns, or else the most columns.
+    The separator of a CSV file is the one that gives a header with these columns, or else with the most columns.
     """
     csv.field_size_limit(2**30)
     dialect = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
@@ -108,19 +109,19 @@ def separated(path, text, suffix, columns):
                 quoted += suffix == ".tsv" and any(re.fullmatch('"([^"]|"")*"', field) for field in fields)
                 yield reader.line_num, dict(zip(header, fields))
     except csv.Error as error:
-        remedy = "write quotes inside a quoted field twice, and nothing after the closing quote"
+        remedy = "double the quotes inside a quoted field, and write nothing after the closing quote"
         raise BadInput(f"{path}, the row that starts in line {row_start}: {error}; {remedy}") from None
     if repeated:
         print(f"{path}: the header is repeated in line {repeated[0]}; {len(repeated)} such lines are left out")
     if quoted:
-        what = "have a field in quotes, which are part of the text: in a .csv file they are not"
+        what = "have a quoted field: in a .tsv file the quotes are part of the text, in a .csv file they are not"
         print(f"{path}: {quoted:,} rows {what}")
 
 
 def json_lines(path, text):
-    """Yield (line, record) for each line of a JSON-lines file that is not blank."""
+    """Yield (line, record) for each non-blank line of a JSON-lines file."""
     if text.lstrip().startswith("["):
-        raise BadInput(f"{path} is one JSON list: write JSON lines, one object a line")
+        raise BadInput(f"{path} is one JSON list: write JSON lines, one object per line")
     for line, content in enumerate(text.split("\n"), 1):
         if not content.strip():
             continue
@@ -146,13 +147,13 @@ def read_parquet(path, *columns):
 
 
 def marked_encoding(raw):
-    """The encoding that the byte-order mark of a file's first bytes says; UTF-8 without one."""
+    """The encoding given by a byte-order mark in a file's first bytes; UTF-8 without one."""
     encoding, _ = identify_sig_or_bom(raw)
     return UTF8 if encoding in (None, "utf_8") else encoding
 
 
 def guess(raw):
-    """', perhaps ENCODING' for bytes that are not UTF-8, if it can be told."""
+    """', perhaps ENCODING' for bytes that are not UTF-8, if it can be detected."""
     best = charset_normalizer.from_bytes(raw[: 2**16]).best()
     return f", perhaps {best.encoding}" if best else ""
 
@@ -170,7 +171,7 @@ def corpus_encoding(path):
 
 
 def read_lines(encodings):
-    """Yield the lines of text files {path: encoding} that are not blank, longer ones in pieces of a megabyte."""
+    """Yield the non-blank lines of text files {path: encoding}. Lines of more than a megabyte are split."""
     replaced = 0
     for path, encoding in encodings.items():
         try:

@@ -21,9 +21,9 @@ from runtime.files import read_json, write_json, write_text
 class Tokenizer:
     """WordPiece or byte-level BPE: texts <-> token ids, the same as those of transformers.
 
-    path: a model folder, or a file of its weights. The vocabulary is the first found of tokenizer.json, vocab.json with
-    merges.txt (RoBERTa) and vocab.txt (BERT); tokenizer_config.json overrides parts of it. `pad`, `cls`, `sep` and
-    `mask` are ids. `family` is that of the special tokens: klue/roberta-base is a RoBERTa with those of BERT.
+    path: a model folder, or a file of its weights. The vocabulary is the first of these that exists: tokenizer.json,
+    vocab.json with merges.txt (RoBERTa), vocab.txt (BERT). tokenizer_config.json overrides parts of it. `pad`, `cls`,
+    `sep` and `mask` are ids. `family` is that of the special tokens: klue/roberta-base is a RoBERTa with BERT's.
     """
 
     def __init__(self, path):
@@ -48,20 +48,20 @@ class Tokenizer:
         self.library.no_padding()
         self.library.no_truncation()
         if not self.encode_batch(["a 1"], add_special_tokens=False)[0].ids:
-            raise BadInput(f"the tokenizer in {self.folder} leaves nothing of a text: check its normalizer")
+            raise BadInput(f"the tokenizer in {self.folder} returns no tokens for a text: check its normalizer")
         self.digest = hashlib.sha256(self.library.to_str().encode()).hexdigest()  # identifies how texts are tokenized
 
     def encode_batch(self, texts, **options):
-        """The library's encodings of texts or pairs. Raises BadInput if it fails, such as in a regular expression."""
+        """The library's encodings of texts or pairs. Raises BadInput if it fails, as in a regular expression."""
         try:
             return self.library.encode_batch_fast(texts, **options)
         except KeyboardInterrupt:
             raise
-        except BaseException as error:  # a panic of the library is no Exception
+        except BaseException as error:  # a panic in the library is not an Exception
             raise BadInput(f"the tokenizer in {self.folder} fails on a text: {one_line(error)}") from None
 
     def save(self, folder):
-        """Write tokenizer.json, and tokenizer_config.json so that transformers loads an equal tokenizer."""
+        """Write tokenizer.json and tokenizer_config.json, from which transformers loads an equal tokenizer."""
         if self.family == "bert":
             normalizer = self.library.normalizer
             settings = {
@@ -107,7 +107,7 @@ def read_library(folder):
 
 
 def override(library, kind, settings):
-    """Let tokenizer_config.json override tokenizer.json. As in transformers, its defaults do so, too."""
+    """Let tokenizer_config.json override tokenizer.json. As in transformers, so do the defaults of missing settings."""
     for name, supported in (("split_special_tokens", False), ("truncation_side", "right")):
         if settings.get(name, supported) != supported:
             raise BadInput(f"{name} {settings[name]!r} in tokenizer_config.json is not supported, only {supported!r}")
@@ -124,7 +124,7 @@ def override(library, kind, settings):
 
 
 def longest_growth(normalizer):
-    """By which factor a normalizer, as tokenizer.json describes it, may lengthen a text."""
+    """The largest factor by which a normalizer, as described in tokenizer.json, can lengthen a text."""
     inserted = normalizer.get("content", normalizer.get("prepend", ""))
     return max(1, len(inserted)) * math.prod(map(longest_growth, normalizer.get("normalizers", [])))
 

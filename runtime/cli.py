@@ -17,7 +17,7 @@ from runtime.start import INTERRUPTED, RANK
 
 BOUNDS = {"at_least": operator.ge, "above": operator.gt, "below": operator.lt, "at_most": operator.le}
 MEMORY = "not enough memory: lower --batch-size or the tokens per text, raise --grad-accum-steps, add --checkpointing"
-LIBRARY_ERRORS = {  # in a library's message -> (exit code, what it means here)
+LIBRARY_ERRORS = {  # pattern in a library's message -> (exit code, what it means here)
     "out of memory|allocate memory|not enough memory|bad_alloc|ALLOC_FAILED": (1, MEMORY),
     "Connection closed by peer": (1, "another process has ended"),  # gloo's
     "home directory": (2, "error: there is no home directory for the caches: set HOME"),
@@ -26,7 +26,7 @@ LIBRARY_ERRORS = {  # in a library's message -> (exit code, what it means here)
 
 
 class BadInput(Exception):
-    """Something the user gave cannot be used. The message is one line: the thing, its value, the remedy."""
+    """User input that cannot be used. The message is one line: what is wrong, its value, the remedy."""
 
 
 def one_line(error):
@@ -35,14 +35,14 @@ def one_line(error):
 
 
 def first_few(values, count=10):
-    """The first texts of many as one, each cut to 40 characters."""
+    """The first texts joined by commas, each cut to 40 characters."""
     values = list(values)
     shown = [value if len(value) <= 40 else f"{value[:37]}..." for value in values[:count]]
     return ", ".join(shown) + (f", ... ({len(values):,} in all)" if len(values) > count else "")
 
 
 def run(main):
-    """Run a script's main(). Every error ends in one line. ORTICKET_DEBUG=1 shows the traceback as well."""
+    """Run a script's main(). Errors are printed in one line. ORTICKET_DEBUG=1 also shows the traceback."""
     sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # None: closed
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -58,7 +58,7 @@ def run(main):
         code, line = explain(error)
         with contextlib.suppress(OSError):
             print("\n" * (code == 130) + f"{os.path.basename(sys.argv[0])}: {line}", file=sys.stderr)
-        if isinstance(error, BrokenPipeError):  # Python would flush again at its end, and fail
+        if isinstance(error, BrokenPipeError):  # Python would flush again at exit, and fail
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(code)
 
@@ -92,7 +92,7 @@ def option(default, help, choices=None, positional=False, group=None, **bounds):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with errors of one line."""
+    """argparse with one-line errors."""
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message}; see --help\n")
@@ -101,7 +101,7 @@ class Parser(argparse.ArgumentParser):
 def parse(options, description, **defaults):
     """Parse the command line into the dataclass `options`. Each field is a flag, with dashes for underscores.
 
-    defaults: in place of those of the fields.
+    defaults: override those of the fields.
     """
     parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     groups = {None: parser}
@@ -142,7 +142,7 @@ def shown(default):
 
 
 def parse_bounded(field, text):
-    """Convert `text`, a fraction if need be, to the field's type and check its bounds. argparse prints the error."""
+    """Convert `text`, which may be a fraction, to the field's type and check its bounds. argparse prints the error."""
     try:
         value = float(Fraction(text)) if field.type is float and "/" in text else field.type(text)
         if field.type is float and not math.isfinite(value):
@@ -156,7 +156,7 @@ def parse_bounded(field, text):
 
 
 def flags(options, *names):
-    """The named options that differ from their defaults, as flags, to print a command to type."""
+    """The named options that differ from their defaults, as flags, for printing a command."""
     typed = ""
     for name in names:
         value = getattr(options, name)
@@ -167,10 +167,10 @@ def flags(options, *names):
 
 
 class progress(contextlib.AbstractContextManager):
-    """The progress of a loop: tqdm's bar on a terminal, elsewhere lines with the time. Only process 0 shows it.
+    """The progress of a loop: tqdm's bar on a terminal, lines with the time elsewhere. Only process 0 shows it.
 
-    Elsewhere a line is printed at each of `parts` parts of the loop, and whenever there was none for SILENCE seconds.
-    A loop that takes more than LONG seconds also gets one line on how long it takes and what would be `faster`.
+    A line is printed after each of `parts` parts of the loop, and after SILENCE seconds without one. A loop that takes
+    more than LONG seconds also gets a line with the estimated time and with what would make it `faster`.
     """
 
     SHORT, LONG, SILENCE = 5, 60, 100  # no line is printed in the first SHORT seconds
@@ -188,21 +188,21 @@ class progress(contextlib.AbstractContextManager):
         self.bar = tqdm(desc=description, total=total, initial=initial, disable=RANK > 0 or None, **shape)
 
     def __exit__(self, kind, *_):
-        self.bar.close() if kind else self.close()  # after an error the status may be another error
+        self.bar.close() if kind else self.close()  # after an error, the status may raise another
 
     def close(self):
         self.refresh_bar()
         self.bar.close()
 
     def update(self, n=1):
-        if self.current_part() > self.part:  # reached before: by now its status is set
+        if self.current_part() > self.part:  # by an earlier update: the status is set now
             self.show(is_due=True)
         self.n += n
         self.measure()
         self.show()
 
     def set_postfix_str(self, status, refresh=True):
-        """What to show beside the rate: a text, or a function that makes it, called only when it is shown."""
+        """What to show after the rate: a text, or a function that returns it, called only when it is shown."""
         self.status = status if callable(status) else lambda: status
         if refresh:
             self.measure()
@@ -215,7 +215,7 @@ class progress(contextlib.AbstractContextManager):
         return self.n * self.parts // max(1, self.total)
 
     def show(self, is_due=False):
-        """Update the bar, or print a line if `is_due` or if the last one is long ago."""
+        """Update the bar, or print a line if `is_due` or if there was none for long."""
         now, seconds = time.monotonic(), self.rate * max(0, self.total - self.n)
         if RANK or now - self.shown < 0.1:
             return

@@ -1,6 +1,6 @@
 """What makes PyTorch faster on a CPU: dropout from fewer random numbers, oneDNN's float32 products, memory reuse.
 
-On a GPU each is PyTorch's own.
+On a GPU, PyTorch's own implementations are used.
 """
 
 import contextlib
@@ -49,8 +49,8 @@ class Dropout(nn.Module):
 class RepeatedDropout:
     """A context for `passes` forward passes in a row that makes all of them draw the same dropout masks.
 
-    Every entry restores torch's random state of when this object was made. On a CPU the masks of the first pass are
-    kept for the others as well, which saves drawing them again.
+    Each entry restores torch's random state to that at the creation of this object. On a CPU, the masks of the first
+    pass are reused, which saves drawing them again.
     """
 
     def __init__(self, passes, device):
@@ -72,7 +72,7 @@ class RepeatedDropout:
 
 @contextlib.contextmanager
 def redrawn_dropout():
-    """Keep no dropout masks in the block, where activations are computed twice to save memory."""
+    """Keep no dropout masks in the block, where activations are recomputed to save memory."""
     kept, Dropout.kept = Dropout.kept, None
     try:
         yield
@@ -102,5 +102,5 @@ def tune_allocator():
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "8192")  # some 200 KB each
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block gets a mapping of its own
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block gets its own mapping
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD

@@ -36,7 +36,7 @@ def run_banner(model, device, dtype):
 
 
 def pick_device(name="auto"):
-    """The device --device. cuda is this process's GPU, cuda:1 the second GPU for all processes."""
+    """The device for --device. cuda is this process's own GPU; cuda:1 is the second GPU, for all processes."""
     kind, _, index = name.partition(":")
     is_there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if kind not in ("auto", *is_there) or name != kind and not (kind == "cuda" and index.isdecimal()):
@@ -44,21 +44,21 @@ def pick_device(name="auto"):
     if kind == "auto":
         kind = next(kind for kind in is_there if is_there[kind])
     if not is_there[kind]:
-        remedy = "--device auto takes what is there"
+        remedy = "--device auto uses what is available"
         raise BadInput(f"--device {name}: PyTorch {torch.__version__} finds no such device; {remedy}")
     if kind != "cuda":
         return torch.device(kind)
     number, count = int(index or os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
     if number >= count:
         remedy = f"the first is cuda:0; torchrun takes at most --nproc-per-node {count}"
-        raise BadInput(f"GPU {number} is none of this machine's {count} GPUs: {remedy}")
+        raise BadInput(f"GPU {number} does not exist, this machine has {count} GPUs: {remedy}")
     torch.cuda.set_device(number)  # also for calls that name no device, such as torch.cuda.synchronize()
-    torch.backends.cuda.enable_cudnn_sdp(False)  # makes a plan for every shape: a second each, of hundreds of shapes
+    torch.backends.cuda.enable_cudnn_sdp(False)  # plans for every shape: a second each, for hundreds of shapes
     return torch.device(kind, number)
 
 
 def pick_precision(device, precision):
-    """torch.bfloat16 or torch.float32 for "auto", "bf16" or "fp32". auto: bfloat16 where the hardware multiplies it."""
+    """torch.bfloat16 or torch.float32 for "auto", "bf16" or "fp32". auto: bfloat16 where the hardware supports it."""
     if precision == "auto":
         if device.type == "cuda":
             fast = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -79,7 +79,7 @@ def describe(device):
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type == "mps":
-        return "Apple's GPU (MPS; what it lacks runs on the CPU)"
+        return "Apple's GPU (MPS; unsupported operators run on the CPU)"
     count = torch.get_num_threads()
     return f"CPU with {count} thread{'s' * (count > 1)}"
 

@@ -2,7 +2,7 @@
 
 Every process holds the whole model and computes its rows of each batch; `sum_gradients` adds the gradients up once a
 step, so that all processes take the same step. Everything random about a batch (its order, its masked words, FreeLB's
-first delta) is drawn for the whole batch, so that N processes compute what one computes. Two things differ: dropout,
+first delta) is drawn for the whole batch, so N processes compute the same as one. Two things differ: dropout,
 which each part of a batch draws for itself, and InfoBERT, which compares the tokens of its own rows. Only process 0
 prints and writes, and its files need not be visible on other machines. Without torchrun there is one process.
 """
@@ -30,14 +30,14 @@ def is_main_process():
 
 
 def parent():
-    """The process that started this one, None if it has ended on Windows. os.getppid() would still name it there."""
+    """The process that started this one. On Windows, None if it has ended; os.getppid() would still return its id."""
     import psutil  # here, as it needs modules that some systems lack
 
     return psutil.Process().parent()
 
 
 def init_distributed(device, shared=False):
-    """Join the other processes. No timeout: process 0 may download for hours, and torchrun ends all if one fails.
+    """Join the other processes. A timeout of days: process 0 may download for hours, and torchrun ends all if one fails.
 
     shared: whether all processes use the same GPU, as with --device cuda:0, which NCCL refuses.
     """
@@ -57,10 +57,10 @@ def start(options):
     device = pick_device(options.device)
     if device.type == "mps" and isinstance(options, MachineOptions):  # a script that trains
         if WORLD > 1:
-            reason = "on MPS no gradients can be summed"
+            reason = "gradients cannot be summed on MPS"
             raise BadInput(f"several processes need CUDA or the CPU: {reason}; use --device cpu")
         if options.checkpointing:
-            reason = "PyTorch would draw other dropout masks when it computes a layer again"
+            reason = "PyTorch would draw different dropout masks when it recomputes a layer"
             raise BadInput(f"--checkpointing is not for MPS, where {reason}: use --grad-accum-steps, or --device cpu")
     init_distributed(device, shared=":" in options.device)
     dtype = pick_precision(device, options.precision)
@@ -117,7 +117,7 @@ def main_process_first():
 
 
 def broadcast_from_main(work):
-    """Call work() in process 0 and return its result in every process. For all that depends on process 0's files."""
+    """Call work() in process 0 and return its result in every process. For whatever depends on process 0's files."""
     if WORLD == 1:
         return work()
     result = [work() if is_main_process() else None]

@@ -1,8 +1,8 @@
 """Train only the word embeddings of tokens that occur in a task's rows.
 
 The other embeddings get no gradient: AdamW would only decay them. They are left out of training and decayed at its end
-by the same factor, so that the result equals training all of them. This saves their part of the gradient, of its norm
-and of AdamW's passes. Half of MiniLM's parameters are word embeddings. SST-2 uses 39 % of them, rt 42 %, IMDb 80 %.
+by the same factor, so that the result equals training all of them. This saves their gradients, the norm of these and
+their AdamW updates. Half of MiniLM's parameters are word embeddings. SST-2 uses 39 % of them, rt 42 %, IMDb 80 %.
 """
 
 from dataclasses import replace
@@ -13,7 +13,7 @@ import torch
 def restrict_vocabulary(model, *splits):
     """(the model with only the word embeddings of tokens that occur in `splits`, their ids (n,) in order).
 
-    splits: TokenizedSplit objects. Their ids are renumbered in place, and fit only this model afterwards.
+    splits: TokenizedSplit objects. Their ids are renumbered in place, and then fit only this model.
     """
     words = torch.cat([torch.tensor([split.pad]) for split in splits] + [split.ids for split in splits]).unique()
     for split in splits:
@@ -32,6 +32,6 @@ def restore_vocabulary(model, words, before, decay):
 
 
 def with_embeddings(model, weight):
-    """The model with the word embeddings `weight` (V, d) and otherwise its own tensors."""
+    """The model with the word embeddings `weight` (V, d) and otherwise the same tensors."""
     state = model.state_dict() | {"word_embeddings.weight": weight}
     return model.with_state(replace(model.config, vocab_size=len(weight)), state)

@@ -13,7 +13,7 @@ from runtime.cli import BadInput
 
 @contextlib.contextmanager
 def atomic_write(path):
-    """Yield a temporary path, a file's or a folder's, that is renamed to `path` if the block succeeds.
+    """Yield a temporary path, for a file or a folder, that is renamed to `path` if the block succeeds.
 
     Raises BadInput with the operating system's reason if it cannot be written, for example on a full disk.
     """

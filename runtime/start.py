@@ -1,4 +1,4 @@
-"""What every script imports first: Ctrl-C while the others are imported, which takes seconds, ends in one line, too."""
+"""Imported first by every script: Ctrl-C during the other imports, which take seconds, then also ends in one line."""
 
 import os
 import signal
@@ -15,7 +15,7 @@ def stop(code, line):
 
 
 def on_interrupt(number, frame):
-    """Handle Ctrl-C: end while a module is imported, since libraries hide exceptions. Else raise KeyboardInterrupt."""
+    """Handle Ctrl-C: end during an import, where libraries may hide exceptions; otherwise raise KeyboardInterrupt."""
     while frame and frame.f_code.co_filename != "<frozen importlib._bootstrap>":
         frame = frame.f_back
     if frame:
@@ -37,4 +37,4 @@ WORLD = read_number("WORLD_SIZE", "1")
 RANK = read_number("RANK", "0") if WORLD > 1 else 0
 LOCAL_RANK = read_number("LOCAL_RANK", "0")
 os.environ["MPLBACKEND"] = "agg"  # figures are only saved; another backend, such as a notebook's, may not be installed
-os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # what Apple's GPUs lack runs on the CPU
+os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # operators that Apple's GPUs lack run on the CPU

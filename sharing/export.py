@@ -13,16 +13,16 @@ from runtime import files
 from runtime.cli import BadInput
 from runtime.distributed import file_lock
 
-SIGNATURE = "Made by orticket's `finetune.py`"  # identifies an export by its model card, also a partial one
+SIGNATURE = "Made by orticket's `finetune.py`"  # identifies an export by its model card, even a partial one
 DONE = "for transformers, with zeros where the ticket pruned: {}"
 
 
 def is_exported(options, source, masks, folder, provenance):
     """Whether --export-hf already holds the export of the run with this provenance.
 
-    source, folder: the model before and after fine-tuning. masks: those of its ticket, (head mask, FFN mask) or not.
-    Raises BadInput if the model cannot be exported, or if the target cannot be written, is the folder of one of these
-    models, or has files that no export wrote and that --overwrite does not allow to replace.
+    source, folder: the model before and after fine-tuning. masks: of its ticket, the pair (head mask, FFN mask) or
+    none. Raises BadInput if the model cannot be exported, or if the target cannot be written, is the folder of one of
+    these models, or has files that no export wrote, without --overwrite.
     """
     if not isinstance(masks, tuple) and Bert.load(source).config.is_pruned:
         raise BadInput(f"{options.model} was pruned by unknown masks: it cannot be exported as a dense model")
@@ -54,7 +54,7 @@ def export(options, source, folder, masks, tokenizer, task, provenance):
 
 
 def dense_provenance(provenance):
-    """Tells an export from the model in a run's folder, which may be narrow. Names no path of this machine."""
+    """Distinguishes an export from the model in a run's folder, which may be pruned. Contains no local path."""
     return provenance | {"settings": without_paths(provenance["settings"]) | {"export": "dense"}}
 
 

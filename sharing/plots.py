@@ -16,7 +16,7 @@ def save_figure(figure, path):
 
 
 def new_figure(*grid, figsize, layout=None, **settings):
-    """(figure, its axes) of matplotlib. Imported here: it takes a second that --help need not wait for."""
+    """(figure, its axes) of matplotlib. Imported here: it takes a second, which --help need not wait for."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize, layout=layout)
@@ -27,7 +27,7 @@ def random_walk_distances(trace, tau_head, tau_ffn, walks=20):
     """The distances (mini-epochs, 2) that masks would have if c moved at random, the mean of `walks` random walks.
 
     The steps are those of c_H and c_F in `trace`, less their mean, each with a random sign. As in `EarlyStopping`, the
-    first distances are NaN. A search that found something comes to rest earlier than this.
+    first distances are NaN. A search that finds something settles earlier than this.
     """
     generator, total = torch.Generator().manual_seed(0), torch.zeros(len(trace["trace.head"]), 2)
     traces = [trace[name] for name in ("trace.head", "trace.ffn")]

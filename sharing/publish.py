@@ -1,10 +1,10 @@
-"""Published coefficients: several searches, packed into one file with a picture, and where draw.py finds them.
+"""Publish coefficients: pack several searches into one file with a plot. Also, where draw.py finds such files.
 
     python search.py --seeds 10
     python -m sharing.publish runs/minilm/coefficients-seed*.safetensors --output FOLDER
 
 FOLDER/coefficients.safetensors then holds `head` (searches, layers, heads) and `ffn` (searches, layers, neurons) with
-the provenance of the searches, which may differ in the seed alone. The picture beside it shows what their masks share.
+the provenance of the searches, which may differ in the seed alone. The plot beside it shows how far their masks agree.
 """
 
 import runtime.start  # noqa: F401 # isort: skip
@@ -32,7 +32,7 @@ NAME = "coefficients.safetensors"
 class Options:
     coefficients: tuple = option((), "files of search.py", positional=True)
     output: str = option("tickets", "folder; or a file that ends in .safetensors")
-    overwrite: bool = option(False, "replace what is there")
+    overwrite: bool = option(False, "replace an existing file")
 
 
 def main():
@@ -40,7 +40,7 @@ def main():
     path = Path(options.output)
     path = path if path.suffix == ".safetensors" else path / NAME
     if path.exists() and not options.overwrite:
-        raise BadInput(f"{path} is there: use --overwrite or another --output")
+        raise BadInput(f"{path} exists: use --overwrite or another --output")
     tensors, metadata = pack(options.coefficients)
     safetensors.write_safetensors(path, tensors, metadata)
     settings, seeds = metadata["settings"], metadata["seeds"]
@@ -52,8 +52,8 @@ def main():
 
 
 def pack(paths):
-    """({name: tensor}, metadata) of several searches, in the order of their seeds. Of paths of this machine, to the
-    model, the corpus and the task, the last name is kept.
+    """({name: tensor}, metadata) of several searches, in the order of their seeds. Of local paths, to the model, the
+    corpus and the task, only the last name is kept.
 
     Raises BadInput if they differ in more than the seed.
     """
@@ -79,10 +79,10 @@ def pack(paths):
 
 
 def load_coefficients(options, folder):
-    """(c_H, c_F, metadata) for draw.py: of --coefficients, of search.py in `folder`, or else of this project. The
-    metadata has also the "sha256" of the file, and as "source" the published ones that it is of.
+    """(c_H, c_F, metadata) for draw.py: from --coefficients, from search.py in `folder`, or else from this project.
+    The metadata also has the "sha256" of the file and its published "source", None for a local file.
 
-    Raises BadInput if there are none, or if they are of another model than --model.
+    Raises BadInput if there are none, or if they are not those of --model.
     """
     path, source = find_coefficients(options, folder)
     head, ffn, metadata = read_coefficients(path, options.coefficients_seed)
@@ -98,7 +98,7 @@ def load_coefficients(options, folder):
 
 
 def find_coefficients(options, folder):
-    """(path of the coefficients, the published ones that these are, None for a file on this machine)."""
+    """(path of the coefficients, their published source, None for a local file)."""
     given, path = options.coefficients, Path(options.coefficients or folder)
     if path.is_file() or (path / NAME).is_file():
         return path if path.is_file() else path / NAME, None
@@ -107,12 +107,12 @@ def find_coefficients(options, folder):
         try:
             path = hub.fetch(repository, NAME, revision or "main")
         except BadInput as error:
-            raise BadInput(f"--coefficients {given} is no file or folder, nor on the hub: {error}") from None
+            raise BadInput(f"--coefficients {given} is neither a file or folder nor on the hub: {error}") from None
         return path, f"{repository}@{path.parent.name}"
     if given:
         raise BadInput(f"--coefficients {given}: give a file, a folder with {NAME}, or OWNER/NAME on the hub")
     published = data.PUBLISHED / f"{Path(options.model).name}-bbc.safetensors"
-    searched = [*folder.glob("coefficients*"), *folder.glob("search*.safetensors")]  # also one that is unfinished
+    searched = [*folder.glob("coefficients*"), *folder.glob("search*.safetensors")]  # including unfinished ones
     if searched or options.model not in data.BUNDLED or not published.is_file():
         others = [path for path in searched if path.name.startswith("coefficients-")]  # of --seeds or an --objective
         remedy = f"run python search.py{cli.flags(options, 'model', 'output')} first"

@@ -64,7 +64,7 @@ def test_a_higher_minimum_keeps_the_nearest_neighbours_in_their_order():
 
 
 BAD_LISTS = {
-    "three words": (b"en_a en_b\nen_a en_b en_c\n", "has a line that is no pair of words"),
+    "three words": (b"en_a en_b\nen_a en_b en_c\n", "has a line that is not a pair of words"),
     "not UTF-8": (b"\xff\xfe\n", "is missing or not UTF-8 text"),
 }
 
@@ -536,7 +536,7 @@ def test_command_fails_if_every_attack_ends_in_an_error(textattack, victim, tmp_
     captured = capsys.readouterr()
     assert code == 2 and "every attack ended in an error, such as MemoryError none left" in captured.err
     assert "\ndeepwordbug " in captured.out
-    assert "errors count in no metric; the first, of example" in captured.out
+    assert "errors are excluded from the metrics; the first, of example" in captured.out
     assert list(json.loads(path.with_suffix(".json").read_text())["errors"].values()) == ["MemoryError none left"] * 2
     code, path, summary = run_attack(victim, tmp_path, "--n", "2", "--attack", "deepwordbug")  # retries the errors
     assert code == 0 and not summary["errors"] and len(path.read_text().splitlines()) == 2
@@ -713,7 +713,7 @@ BAD_ATTACKS = {
     "another number of classes": (["--task", "bbc", "--model", "{run}"], "no classifier for the 5 classes of bbc"),
     "too many substitutes": (["--attack", "bertattack", "--bert-attack-k", "40000"], "40000 is more than the 30,522"),
     "an unknown column": (["--attack-columns", "title"], "--attack-columns title: rt has text"),
-    "no vectors": (["--vectors", "nowhere.npz"], "--vectors nowhere.npz is no table of word vectors"),
+    "no vectors": (["--vectors", "nowhere.npz"], "--vectors nowhere.npz is not a table of word vectors"),
     "no encoder": (["--encoder", "use"], "--encoder use needs the package tensorflow_hub"),
 }
 
@@ -743,7 +743,7 @@ def test_malformed_vectors_are_refused(case, tmp_path):
     np.savez(tmp_path / "good.npz", **table)
     assert resources.find_synonyms(str(tmp_path / "good.npz"), 0.5).words == ["a", "b"]
     np.savez(tmp_path / "bad.npz", **(table | TABLES[case]))
-    with pytest.raises(BadInput, match="is no table of word vectors"):
+    with pytest.raises(BadInput, match="is not a table of word vectors"):
         resources.find_synonyms(str(tmp_path / "bad.npz"), 0.5)
 
 

@@ -259,7 +259,7 @@ def test_a_part_of_gpu_check_that_takes_too_long_is_failed_or_left_out(tmp_path,
 def test_saved_rates_of_several_machines_give_no_cost(monkeypatch):
     saved = {"machine": "a", "versions": {}, "figures": {}}
     monkeypatch.setattr(report, "read", lambda what: saved | {"machine": what})
-    with pytest.raises(BadInput, match="of several machines or versions"):
+    with pytest.raises(BadInput, match="from several machines or versions"):
         cost.cost_in_hours(np.array([1.0, 1.0]), 1)
 
 

@@ -294,9 +294,9 @@ def test_missing_heads_are_initialized_only_if_requested(tmp_path):
 @pytest.mark.parametrize(
     "name, shape, message",
     [
-        ("bert.encoder.layer.0.attention.self.distance_embedding.weight", (9, 8), "no place"),
-        ("bert.encoder.layer.2.output.dense.weight", (24, 40), "no place"),
-        ("bert.embeddings.projection.weight", (24, 24), "no place"),
+        ("bert.encoder.layer.0.attention.self.distance_embedding.weight", (9, 8), "does not fit"),
+        ("bert.encoder.layer.2.output.dense.weight", (24, 40), "does not fit"),
+        ("bert.embeddings.projection.weight", (24, 24), "does not fit"),
         ("bert.encoder.layer.1.output.dense.bias", None, "no tensor for layers.1.output.bias"),
         (
             "bert.encoder.layer.1.attention.self.key.bias",
@@ -441,7 +441,7 @@ def test_mutated_files_give_models_or_errors_in_one_line(tmp_path, monkeypatch, 
             lambda folder: change(folder, num_hidden_layers=3),
             "has no tensor for layers.2.query.weight",
         ),
-        (lambda folder: change(folder, num_hidden_layers=1), "for which its configuration has no place"),
+        (lambda folder: change(folder, num_hidden_layers=1), "which does not fit its configuration"),
         (lambda folder: change(folder, hidden_dropout_prob=1.0), "hidden_dropout_prob 1.0 is not a valid value"),
         (lambda folder: change(folder, intermediate_size=39), "layers wider than its configuration"),
         (lambda folder: change(folder, intermediate_size=41), "is pruned: search the full model"),
@@ -480,7 +480,7 @@ def test_format_of_a_file_of_any_name_is_told_by_its_content(tmp_path, name):
         (
             "model.safetensors",
             b"version https://git-lfs.github.com/spec/v1",
-            "is the pointer of a Git LFS file: `git lfs pull`",
+            "is a Git LFS pointer: `git lfs pull`",
         ),
         ("pytorch_model.bin", b"<!DOCTYPE html>", "is a web page"),
         ("weights.pt", b"\x00\x01\x02", "is neither a safetensors file nor a PyTorch checkpoint"),
@@ -529,9 +529,12 @@ def test_wrapper_of_a_model_is_stripped(tmp_path, wrapper):
 @pytest.mark.parametrize(
     "entries, message",
     [
-        (lambda state: {"epoch": 3}, r"does not hold named tensors: of its entries \['epoch'\], 0 do"),
-        (lambda state: {"model": state, "ema": state}, r"of its entries \['model', 'ema'\], 2 do"),
-        (lambda state: [1, 2], "does not hold named tensors"),
+        (lambda state: {"epoch": 3}, r"has 0 sets of named tensors, not one, among its entries \['epoch'\]"),
+        (
+            lambda state: {"model": state, "ema": state},
+            r"has 2 sets of named tensors, not one, among its entries \['model', 'ema'\]",
+        ),
+        (lambda state: [1, 2], "has 0 sets of named tensors"),
         (lambda state: {"a": torch.ones(2)}, "has no tensors embeddings.word_embeddings.weight, but .'a'"),
         (
             lambda state: {f"{of}.{name}": tensor for of in ("query", "passage") for name, tensor in state.items()},

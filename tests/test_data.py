@@ -178,14 +178,14 @@ INVALID = {
     "too many fields": ("a.csv", b"text,label\na,1\nb,2,3\n", "line 3 has 3 fields, the header 2"),
     "UTF-16": ("a.CSV", "text,label\na,1\n".encode("utf-16-le"), "line 1 has a NUL character: save the file as UTF-8"),
     "a JSON list": ("a.json", b'[\n{"text": "a", "label": 1}\n]', "is one JSON list"),
-    "label no word": ("a.jsonl", b'{"text": "a", "label": 1.5}', "1.5 is no word or integer"),
+    "label no word": ("a.jsonl", b'{"text": "a", "label": 1.5}', "1.5 is not a word or an integer"),
     "not UTF-8": ("a.csv", b"text,label\na,1\n\xff\xfe,2\n", "line 3 is not UTF-8"),
     "not JSON": ("a.jsonl", b'{"text": "a", "label": 1}\n{"text"\n', "line 2 is not JSON"),
     "no object": ("a.jsonl", b"1\n", "line 1 is not a JSON object"),
     "text a number": ("a.jsonl", b'{"text": 3, "label": 1}', "line 1 has no text in column 'text'"),
     "nothing": ("a.csv", b"text,label\n", "has no rows"),
     "empty": ("a.csv", b"", "has no rows"),
-    "one label": ("a.csv", b"text,label\na,1\nb,1\n", "has no two labels"),
+    "one label": ("a.csv", b"text,label\na,1\nb,1\n", "has fewer than two labels"),
     "two rows": ("a.csv", b"text,label\na,1\nb,2\n", "has too few rows"),
     "open quote": ("a.csv", b'text,label\na,1\n"b,2\nc,1\nd,2\n', "row that starts in line 3: unexpected end of data"),
     "stray quote": ("a.csv", b'label,text\n1,"a\nb"\n2,"so "good" it is"\n', "row that starts in line 4: ',' expected"),
@@ -277,7 +277,7 @@ def test_rows_sha256_and_cache_tell_labels_and_pairs_apart(tiny, monkeypatch):
     assert [len(of.ends) for of in made] == [2, 2, 1, 2]
     monkeypatch.setattr(cache.filelock, "FileLock", None)  # a cached file needs no lock: the cache may be read-only
     assert torch.equal(TokenizedSplit(tokenizer, rows, 16, torch.device("cpu")).ids, made[0].ids)
-    with pytest.raises(BadInput, match="--max-length 3 has room for no more than the 3 special tokens"):
+    with pytest.raises(BadInput, match="--max-length 3 leaves no room for text: there are 3 special tokens"):
         TokenizedSplit(tokenizer, others[1], 3, torch.device("cpu"), cached=False)
 
 
@@ -307,7 +307,7 @@ def test_every_class_has_a_training_row_and_classes_without_other_rows_are_named
 def test_labels_that_are_no_classes_are_refused_and_some_can_be_dropped(tmp_path):
     path = tmp_path / "mine.csv"
     path.write_text(table((f"t{i}", f"0.{i % 150}") for i in range(200)))
-    with pytest.raises(BadInput, match="150 labels in 200 rows of column 'label' are no classes.*--label-column"):
+    with pytest.raises(BadInput, match="150 labels in 200 rows of column 'label' are too many.*--label-column"):
         data.find_task(str(path))
     path.write_text(table((f"t{i}", ("yes", "no", "-")[i % 3]) for i in range(60)))
     assert data.find_task(str(path)).labels == ("-", "no", "yes")
@@ -416,7 +416,7 @@ def test_a_task_is_one_entry_also_unpinned_in_shards_and_with_names_as_labels(se
         pyarrow.parquet.write_table(pyarrow.table(rows), file)
         server.files[name] = file.getvalue()
     splits = data.find_task("mine").load(None)
-    assert f"o/mine on the hub may change: --data-revision {COMMIT} keeps" in capsys.readouterr().out
+    assert f"o/mine on the hub may change: --data-revision {COMMIT} pins" in capsys.readouterr().out
     assert [texts[0] for texts, _ in splits["validation"]] == ["0 0", "1 0", "2 0"]
     assert len(splits["train"]) == 27 and splits["test"][3] == (("3 3",), 1)
     data.find_task("mine").load(COMMIT)
@@ -451,7 +451,7 @@ def test_test_file_without_labels_is_refused_with_the_remedy(tmp_path):
     (tmp_path / "test.csv").write_text("text,label\na,-1\nb,-1\n")
     with pytest.raises(BadInput, match="which no training row has: leave such rows out with --drop-labels"):
         data.find_task(str(tmp_path))
-    with pytest.raises(BadInput, match="too few rows, none for test"):
+    with pytest.raises(BadInput, match="too few rows: none for test"):
         data.find_task(str(tmp_path), drop_labels=("-1",))
 
 
@@ -468,7 +468,7 @@ def test_quotes_of_a_tsv_file_are_reported(tmp_path, capsys):
     for name, text in (("pandas", '"say ""a"" %d"'), ("glue", '"a" b "%d"')):
         (tmp_path / f"{name}.tsv").write_text("text\tlabel\n" + "".join(f"{text % i}\t{i % 2}\n" for i in range(20)))
         data.find_task(str(tmp_path / f"{name}.tsv"))
-        assert ("20 rows have a field in quotes" in capsys.readouterr().out) == (name == "pandas")
+        assert ("20 rows have a quoted field" in capsys.readouterr().out) == (name == "pandas")
 
 
 @pytest.mark.parametrize("name", ["mine.csv", "mine.jsonl"])

@@ -56,9 +56,9 @@ def test_devices_are_picked_by_name_and_process(monkeypatch):
     assert current == [1, 1, 0]
     assert not torch.backends.cuda.cudnn_sdp_enabled()  # makes a plan for every shape
     monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(BadInput, match="GPU 2 is none of this machine's 2 GPUs: .* at most --nproc-per-node 2"):
+    with pytest.raises(BadInput, match="GPU 2 does not exist, this machine has 2 GPUs: .* at most --nproc-per-node 2"):
         pick_device()
-    with pytest.raises(BadInput, match="GPU 2 is none of this machine's 2 GPUs: the first is cuda:0"):
+    with pytest.raises(BadInput, match="GPU 2 does not exist, this machine has 2 GPUs: the first is cuda:0"):
         pick_device("cuda:2")
 
 

@@ -1,4 +1,4 @@
-"""The worked forks of docs/forks.md: each patch applies to a copy of the project, runs, and does what it says. The
+"""The example forks of docs/forks.md: each patch applies to a copy of the project, runs, and does what it says. The
 lines for a notebook in docs/forks.md run as they stand there."""
 
 import importlib

@@ -322,7 +322,7 @@ def test_error_of_an_unknown_certificate_names_its_variable(raw_server, server, 
     for bundle in (None, tmp_path / "gone.pem", tmp_path / "key.pem"):
         if bundle:
             monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(bundle))
-        with pytest.raises(BadInput, match="certificate.* in REQUESTS_CA_BUNDLE"):
+        with pytest.raises(BadInput, match="certificate.*; set REQUESTS_CA_BUNDLE"):
             hub.fetch("owner/name", "a")
     monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(tmp_path / "cert.pem"))
     with pytest.raises(hub.NotOnHub):

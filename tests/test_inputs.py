@@ -193,7 +193,7 @@ UNUSABLE = {
     ),
     "a normalizer that removes everything": (
         normalizer(type="Replace", pattern={"Regex": "."}, content=""),
-        "leaves nothing of a text",
+        "returns no tokens for a text",
     ),
     "a normalizer that grows": (
         normalizer(type="Sequence", normalizers=15 * [GROWING]),

@@ -204,7 +204,7 @@ def test_searches_that_differ_in_more_than_the_seed_are_not_packed(searched, tmp
     assert call(publish, path, "--output", tmp_path / "one.safetensors") == 0
     before = (tmp_path / "one.safetensors").read_bytes()
     assert call(publish, path, "--output", tmp_path / "one.safetensors") == 2
-    assert "is there: use --overwrite or another --output" in capsys.readouterr().err
+    assert "exists: use --overwrite or another --output" in capsys.readouterr().err
     assert call(publish, tmp_path / "one.safetensors", "--output", tmp_path / "out") == 2
     assert "holds several searches" in capsys.readouterr().err
     assert (tmp_path / "one.safetensors").read_bytes() == before
@@ -260,13 +260,13 @@ def test_coefficients_are_fetched_from_a_repository_on_the_hub(server, tiny, sea
     asked = {path.split("/resolve/")[1].split("/")[0] for _, path, _ in server.seen if path.startswith("/owner/second")}
     assert asked == {COMMIT}
     assert call(draw, "--model", tiny, "--coefficients", "owner/other", "--output", tmp_path) == 2
-    assert "--coefficients owner/other is no file or folder, nor on the hub: " in capsys.readouterr().err
+    assert "--coefficients owner/other is neither a file or folder nor on the hub: " in capsys.readouterr().err
     assert call(draw, "--model", tiny, "--coefficients", tmp_path, "--output", tmp_path) == 2
     assert f"--coefficients {tmp_path}: give a file, a folder with coefficients.safetensors" in capsys.readouterr().err
     server.files["coefficients.safetensors"] = path.read_bytes().replace(b"head", b"hat!", 1)
     monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
     assert call(draw, "--model", tiny, "--coefficients", "owner/another", "--output", tmp_path) == 2
-    assert "is damaged, its checksum is another" in capsys.readouterr().err
+    assert "is damaged (wrong checksum)" in capsys.readouterr().err
 
 
 def test_without_a_search_the_published_coefficients_of_minilm_are_used(searched, tmp_path, monkeypatch, capsys):
@@ -299,7 +299,7 @@ def test_without_a_search_the_published_coefficients_of_minilm_are_used(searched
     our_safetensors.write_safetensors(published, tensors, metadata)
     content = published.read_bytes()
     published.write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
-    assert call(draw, *flags) == 2 and "is damaged, its checksum is another" in capsys.readouterr().err
+    assert call(draw, *flags) == 2 and "is damaged (wrong checksum)" in capsys.readouterr().err
 
 
 def test_the_published_files_are_small_and_can_be_used():
