@@ -37,7 +37,7 @@ def parent():
 
 
 def init_distributed(device, shared=False):
-    """Join the other processes. A timeout of days: process 0 may download for hours, and torchrun ends all if one fails.
+    """Join the other processes. A timeout of days: process 0 may download for long, and torchrun ends all if one fails.
 
     shared: whether all processes use the same GPU, as with --device cuda:0, which NCCL refuses.
     """
