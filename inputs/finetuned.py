@@ -41,10 +41,10 @@ def correct_by_class(model, split, batch_size, dtype):
     """(classes,): how many rows of each class the model classifies correctly. The processes share the batches."""
     model.eval()
     correct = torch.zeros(model.config.num_labels, device=split.device)
-    with progress(len(split.labels), description="classify", unit="row") as bar:
+    bar = progress(len(split.labels), description="classify", unit="row")
+    with bar, autocast(split.device, dtype):  # once: it rounds the weights
         for batch in islice(split.batches(batch_size), distributed.RANK, None, distributed.WORLD):
-            with autocast(split.device, dtype):
-                logits = model.class_logits(batch.ids, batch.attention_mask, batch.segments)
+            logits = model.class_logits(batch.ids, batch.attention_mask, batch.segments)
             correct += batch.labels[logits.argmax(1) == batch.labels].bincount(minlength=len(correct))
             bar.update(len(logits) * distributed.WORLD)
     return distributed.all_reduce_sum(correct).cpu()
