@@ -161,15 +161,19 @@ def bench_training(options, folder):
         return profile_table(options, run_workers(options, cases[:1], folder)[cases[0]], f"{precisions[0]}, {work}")
     columns = {"seconds": "{seconds:.2f}", "range": "{low:.2f}-{high:.2f}", "ratio": "{ratio:.2f}"}
     columns |= {"tokens/s": "{speed:,.0f}", "of peak": "{of_peak:.1%}", "peak GB": "{memory:.2f}", "loss": "{loss:.4f}"}
-    columns |= {} if is_search else {"classifying": "{classify:.2f}", "ratio ": "{classify_ratio:.2f}"}
+    if not is_search:
+        columns |= {"classifying": "{classify:.2f}", "ratio ": "{classify_ratio:.2f}"}
+        columns |= {"of peak ": "{classify_of_peak:.1%}"}
     columns |= {"first": "{first:.0f}"} if options.compile else {}
     figures = {}
     for case, results in run_workers(options, cases, folder).items():
         figures[case] = row = medians(results)
         row["low"], row["high"] = (of(result["seconds"] for result in results) for of in (min, max))
         row["ratio"] = row["seconds"] / figures["orticket", precisions[0]]["seconds"]
+        row["of_peak"] = row["flops"] / row["seconds"] / row["peak"]  # of the medians, as shown
         if not is_search:
             row["classify_ratio"] = row["classify"] / figures["orticket", precisions[0]]["classify"]
+            row["classify_of_peak"] = row["classify_flops"] / row["classify"] / row["peak"]
     same_model = [row for (side, _), row in figures.items() if side != "its ticket"]
     # a new classifier's loss is about ln 2 with any encoder, and the same for all sides to 2e-5
     check_agreement([row["loss"] for row in same_model], 0.02 if is_search else 2e-4)

@@ -77,6 +77,9 @@ def time_training(options, side, precision, folder):
             with torch.inference_mode():
                 first.append(seconds_of(work.classify))
                 figures["classify"], figures["right"] = seconds_of(work.classify)
+                with mock.patch("runtime.cpu.HAS_ONEDNN", False), FlopCounterMode(display=False) as counter:
+                    work.classify()  # oneDNN's operator is unknown to the counter
+                figures["classify_flops"] = counter.get_total_flops()
         modules.train()
         first.append(seconds_of(epoch))
         count = options.steps if is_search else 1
