@@ -17,10 +17,11 @@ def compare(ours, reference):
     """The difference of two methods in points, ours - reference, arrays (seeds, sentences) of 0 and 1.
 
     Returns a dictionary. difference: the mean. With several seeds and sentences also interval: half of the 95 %
-    interval, by Student's t with Satterthwaite's degrees of freedom, but at least 3 / sentences (the rule of three:
-    what none of n sentences shows has a probability below 3 / n). p: the largest of the p of that t-test and of two
-    permutation tests, over the seeds and over the sentences. seeds_needed: a rough estimate of how many seeds show a
-    difference of `VISIBLE` in 80 % of cases, with these sentences; None if no number of seeds suffices.
+    interval, the largest of three by Student's t (over both, with Satterthwaite's degrees of freedom; over the seeds
+    alone; over the sentences alone), but at least 3 / sentences (the rule of three: what none of n sentences shows has
+    a probability below 3 / n). p: the largest of the p of those t-tests and of two permutation tests, over the seeds
+    and over the sentences. seeds_needed: a rough estimate of how many seeds show a difference of `VISIBLE` in 80 % of
+    cases, with these sentences; None if no number of seeds suffices.
     """
     d = 100 * (np.asarray(ours, float) - np.asarray(reference, float))
     seeds, sentences = d.shape
@@ -32,12 +33,12 @@ def compare(ours, reference):
     squares = sentences * by_seed.var() * seeds, seeds * by_sentence.var() * sentences, (rest**2).sum()
     ms = [square / df for square, df in zip(squares, freedom)]  # mean squares
     ms_seed, ms_sentence, ms_rest = ms
-    # Var(mean) = (ms_seed + ms_sentence - ms_rest) / (seeds x sentences); never less than from one source alone
-    ms_mean = max(ms_seed + ms_sentence - ms_rest, ms_seed, ms_sentence)
+    ms_mean = ms_seed + ms_sentence - ms_rest  # Var(mean) = ms_mean / (seeds x sentences)
     df = max(ms_mean**2 / max(sum(m**2 / f for m, f in zip(ms, freedom)), 1e-12), 1)
-    error = math.sqrt(ms_mean / d.size)
-    interval = max(stats.t.ppf(0.975, df) * error, 300 / sentences)
-    p = 2 * stats.t.sf(abs(d.mean()) / max(error, 1e-12), df)
+    sources = (ms_mean, df), (ms_seed, freedom[0]), (ms_sentence, freedom[1])
+    tests = [(math.sqrt(max(m, 0) / d.size), df) for m, df in sources]  # (standard error, degrees of freedom)
+    interval = max(300 / sentences, *(stats.t.ppf(0.975, df) * error for error, df in tests))
+    p = max(2 * stats.t.sf(abs(d.mean()) / max(error, 1e-12), df) for error, df in tests)
     p = max(p, permutation_test(by_seed.ravel()), permutation_test(by_sentence.ravel()))
     var_seed, var_sentence = max(0, (ms_seed - ms_rest) / sentences), max(0, (ms_sentence - ms_rest) / seeds)
     n = np.arange(2, 1000)

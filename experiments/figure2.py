@@ -35,7 +35,7 @@ def main():
 
 
 def plot(runs, path):
-    """Two panels, one for each ratio. The bars are 95 % intervals over several seeds (Student's t)."""
+    """Four panels: Clean% above Aua%, for each ratio. Small dots are runs, lines their means."""
     settings, points = runs[0]["settings"], {}
     others = [overrides_text({name: of for name, of in run["overrides"].items() if name != "draw"}) for run in runs]
     kinds = {(run["method"], other) for run, other in zip(runs, others)}
@@ -46,15 +46,16 @@ def plot(runs, path):
             for ratio in draw if len(draw) == 1 else ():
                 line = points.setdefault((ratio, f"{run['method']}, {column}{other * are_several}"), {})
                 line.setdefault(float(Fraction(draw[ratio])), []).append(run["figures"][column])
-    figure, axes = new_figure(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
+    figure, axes = new_figure(2, 2, figsize=(9, 5), sharex="col", sharey="row", layout="constrained")
     for (ratio, label), line in points.items():
         x, numbers = zip(*sorted(line.items()))
-        bars = [stats.t.ppf(0.975, len(of) - 1) * stats.sem(of) if len(of) > 1 else np.nan for of in numbers]
-        ax = axes[list(RATIOS).index(ratio)]
-        ax.errorbar(x, [np.mean(of) for of in numbers], bars, marker="o", capsize=3, label=label)
-        ax.set(xlabel=f"pruning ratio of the {PRUNED[ratio]}", ylim=(0, 100))
-    axes[0].set_ylabel("%")
-    handles = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels())}
+        ax = axes[int("Clean%" not in label), list(RATIOS).index(ratio)]
+        (drawn,) = ax.plot(x, [np.mean(of) for of in numbers], marker="o", label=label)
+        ax.plot(*zip(*((at, one) for at, of in zip(x, numbers) for one in of)), ".", color=drawn.get_color(), alpha=0.5)
+        axes[1, list(RATIOS).index(ratio)].set_xlabel(f"pruning ratio of the {PRUNED[ratio]}")
+    for ax, label in zip(axes[:, 0], ("Clean%", "Aua%")):
+        ax.set_ylabel(label)
+    handles = {label: handle for ax in axes.flat for handle, label in zip(*ax.get_legend_handles_labels())}
     figure.legend(handles.values(), handles, loc="outside lower center", ncols=2, fontsize=7)
     shared = "" if are_several else max(others, key=len).replace("`", "")  # a random ticket has no --search
     figure.suptitle(f"{settings['model']} on {runs[0]['task']}{shared}", fontsize=9, parse_math=False)
@@ -62,7 +63,7 @@ def plot(runs, path):
 
 
 def fit_ratios(runs):
-    """{(start, least cosine, method, ratio): {"tickets", "means" {value: mean Aua%}, "first", "last"}}.
+    """{(start, least cosine, method, ratio): {"tickets", "seeds", "means" {value: [Aua%]}, "first", "last"}}.
 
     A parabola with a constant for each seed is fitted to the Aua% of the tickets of which only this ratio varies.
     "first", "last": its slopes at the smallest and at the largest value, in points per 0.1 of the ratio, with half of
@@ -89,7 +90,7 @@ def fit_ratios(runs):
         design, aua = np.stack(columns, 1).astype(float), aua - aua[0]  # equal figures then leave no rounding errors
         fitted, *_ = np.linalg.lstsq(design, aua, rcond=None)
         variance = ((aua - design @ fitted) ** 2).sum() / freedom * np.linalg.inv(design.T @ design)
-        fits[key] = {"tickets": len(x), "means": {}}
+        fits[key] = {"tickets": len(x), "seeds": len(set(seeds)), "means": {}}
         for _, value, _, of_ticket in sorted(found):
             fits[key]["means"].setdefault(value, []).append(of_ticket)
         for name, at in (("first", x[0]), ("last", x[-1])):

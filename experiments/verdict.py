@@ -9,6 +9,7 @@ experiments.figure2` in the same folder say how Aua% changes with the pruning ra
 docs/results.md. README.md gets a row in the table of its status, and a table between the same marks.
 """
 
+import collections
 import re
 import statistics
 import textwrap
@@ -27,6 +28,7 @@ from runtime.cli import BadInput, option
 
 BEGIN, END = "<!-- verdict -->", "<!-- end of the verdict -->"
 ROW = "**The paper's robustness gain**"  # of README.md
+NOT_SHOWN = "**no difference is shown**"
 TESTED = ("ORTicket", "Vanilla")
 METHODS = ("Vanilla", "FreeLB", "ORTicket", "Vanilla ticket", "Random ticket")
 COLUMN = "textfooler Aua%"
@@ -36,11 +38,13 @@ COMMAND = (
     'python -m experiments.table1 --tasks sst2 --methods Vanilla ORTicket "Random ticket" --seeds 7 '
     "--attacks textfooler --results experiments/results/verdict"
 )
+PAPERS_ATTACK = "--attack encoder=use vectors=textattack"
+COST = ROOT / "benchmarks" / "results" / "cost.json"
 LEGEND = (
     "Means are ± the standard deviation over seeds. Differences in Aua% are paired by seed and sentence, and ± half "
-    "of their 95 % interval over both; those in Clean% over the seeds alone (Student's t). p is the largest of three: "
-    "a t-test's, and those of permutations over seeds and over sentences; n seeds give no p below 2 / 2^n. No p is "
-    "corrected for the number of comparisons."
+    "of their 95 % interval over both; those in Clean% over the seeds alone (Student's t). p is the largest of those "
+    "of t-tests and of permutations over seeds and over sentences; n seeds give no p below 2 / 2^n. A difference is "
+    "shown if its interval excludes 0 and p is at most 0.05. No p is corrected for the number of comparisons."
 )
 
 
@@ -53,7 +57,9 @@ def main():
     options = cli.parse(Options, __doc__)
     folder = Path(options.results) / "verdict"
     runs = [load_runs(folder / f"{name}.json") for name in ("table1", "figure2")]
-    text, row, summary = verdict(*runs, mlm_losses(options.results))
+    cost = files.read_json(COST)["figures"]
+    hours = {machine: row["21 runs"] for machine, row in cost.items() if machine.startswith("one ")}
+    text, row, summary = verdict(*runs, mlm_losses(options.results), hours)
     replace(ROOT / "docs" / "results.md", f"{BEGIN}\n.*?{END}\n", f"{BEGIN}\n{text}{END}\n")
     replace(ROOT / "README.md", rf"\| {re.escape(ROW)} \|.*?\n", f"| {ROW} | {row} |\n")
     replace(ROOT / "README.md", f"{BEGIN}\n.*?{END}\n", f"{BEGIN}\n{summary}{END}\n")
@@ -78,41 +84,37 @@ def mlm_losses(results):
     return {"minilm": losses["loss_before"], "minilm-mlm": losses["loss_after"]}
 
 
-def verdict(runs, ratio_runs, losses):
+def verdict(runs, ratio_runs, losses, hours=None):
     """(text of docs/results.md, row and table of README.md). runs: of Table 1. ratio_runs: of Figure 2. losses:
-    {start: MLM loss}."""
+    {start: MLM loss}. hours: {machine: those of `COMMAND` with BERT-base}."""
     starts, fits = grouped(runs), fit_ratios(ratio_runs)
     if not starts:
         raise BadInput(f"the table has no runs of Vanilla and ORTicket on sst2: {COMMAND} makes them")
-    lines, rows = [asked()], []
+    first = {start: next(iter(attacks.items())) for start, attacks in starts.items()}  # {start: (attack, methods)}
+    claims = {name(start): claim(methods) for start, (_, methods) in first.items()}
+    lines = [asked(), *(f"**From {start}**, ORTicket minus Vanilla is {of}." for start, of in claims.items())]
+    lines += [advice(claims, first)]
+    lines += [only_bert_base(hours or {})] if "bert-base-uncased" not in starts else []
+    details = []
     for start, attacks in starts.items():
-        (cosine, _), methods = next(iter(attacks.items()))
-        result = claim(methods)
-        lines.append(f"{described(start, losses, cosine, methods)} ORTicket minus Vanilla: {result}.")
-        rows.append(f"from {name(start)} {result}")
-        others = [
-            f"{with_p(compared(of, *TESTED))} at {other:g} (seeds: {num_seeds(of)}, sentences: {n})"
-            for (other, n), of in list(attacks.items())[1:]
-        ]
-        if others:
-            lines.append(f"**With other limits on the substitutes' cosine, or samples,** it is {', '.join(others)}.")
+        details += [described(start, losses, *first[start]), other_attacks(start, attacks)]
         most = max(attacks, key=lambda of: (len(attacks[of]["Vanilla"]) > 1, len(random_tickets(attacks[of]))))
-        lines.append(best_random(*most, attacks[most]))
-    lines += [ratios_line(fits)] if any("ORTicket" in key for key in fits) else []
-    (cosine, _), methods = next(iter(next(iter(starts.values())).items()))  # of the first start
-    lines += [price(methods), instead(starts)]
-    lines += [only_bert_base()] if "bert-base-uncased" not in starts else []
-    text = "".join(f"{wrapped(line, '- ', '  ')}\n" for line in lines if line) + f"\n{wrapped(LEGEND)}\n"
+        details.append(best_random(start, *most, attacks[most]))
+    details += [ratios_line(fits)] if any("ORTicket" in key for key in fits) else []
+    bullets = ["".join(f"{wrapped(line, '- ', '  ')}\n" for line in of if line) for of in (lines, details)]
+    text = f"{bullets[0]}\n### In detail\n\n{bullets[1]}\n{wrapped(LEGEND)}\n"
     for start, attacks in starts.items():
         for (least, n), of in attacks.items():
             text += f"\n{name(start)}, substitutes of cosine {least:g} or more, {n} sentences:\n{table(of)}"
     text += ratios_table(fits) if fits else ""
+    (cosine, _), methods = next(iter(first.values()))
     summary = wrapped(
         f"SST-2, {setting(cosine, methods['ORTicket'][0])} ([more](docs/results.md)). Aua%: "
         "accuracy under attack. ±: standard deviation, of differences half the 95 % interval."
     )
-    summary += f"\n{small_table(starts)}"
-    return text, f"ORTicket minus Vanilla under TextFooler on SST-2:<br>{';<br>'.join(rows)}", summary
+    summary += f"\n{small_table(first)}"
+    row = ";<br>".join(f"from {start} {of}" for start, of in claims.items())
+    return text, f"ORTicket minus Vanilla under TextFooler on SST-2:<br>{row}", summary
 
 
 def wrapped(text, first="", others=""):
@@ -169,14 +171,49 @@ def paper():
     return [rows[method][columns.index(COLUMN)] for method in TESTED]
 
 
-def described(start, losses, cosine, methods):
+def described(start, losses, attack, methods):
+    """The settings of the runs."""
     run, seeds = methods["ORTicket"][0], num_seeds(methods)
     count = f"{seeds} seeds, each" if seeds > 1 else "1 seed,"
     loss = f"MLM loss on held-out text {losses[start]:.2f}; " if start in losses else ""
     return (
-        f"**From {name(start)}** ({loss}{count} with a search and a random ticket of its "
-        f"own; {setting(cosine, run)}{overrides_text(run['overrides'])})."
+        f"**{name(start)}:** {loss}{count} with a search and a random ticket of its own; {setting(attack[0], run)}"
+        f"{overrides_text(run['overrides'])}."
     )
+
+
+def other_attacks(start, attacks):
+    """The difference on other samples, and whether the order of the methods depends on the least cosine, with the
+    seeds and the number of sentences that most attacks share."""
+    (cosine, n), *others = attacks
+    text = "".join(
+        f" On {m} sentences, ORTicket minus Vanilla is {with_p(compared(attacks[of, m], *TESTED))}."
+        for of, m in others
+        if of == cosine
+    )
+    n = collections.Counter(n for _, n in attacks).most_common(1)[0][0]
+    alike = {cosine: of for (cosine, m), of in sorted(attacks.items()) if m == n}
+    methods = [method for method in METHODS if all(method in of for of in alike.values())]
+    seeds = set.intersection(*({run["seed"] for run in of[method]} for of in alike.values() for method in methods))
+    if len(alike) > 1 and seeds:
+        means = {
+            cosine: [
+                statistics.mean(run["figures"][COLUMN] for run in of[method] if run["seed"] in seeds)
+                for method in methods
+            ]
+            for cosine, of in alike.items()
+        }
+        orders = {tuple(np.argsort(of)) for of in means.values()}
+        shown = "; ".join(f"{', '.join(f'{mean:.1f}' for mean in of)} at {cosine:g}" for cosine, of in means.items())
+        text += (
+            f" Aua% of {', '.join(methods)} with {len(seeds)} seeds and {n} sentences, by the substitutes' least "
+            f"cosine: {shown}. The order is {'the same at all of them' if len(orders) == 1 else 'not the same at all of them'}"
+        )
+        least = 2 / 2 ** len(seeds)
+        text += (
+            f", but {len(seeds)} seeds cannot show an order: they give no p below {least:g}." if least > 0.05 else "."
+        )
+    return f"**{name(start)}, other samples and attacks:**{text}" if text else ""
 
 
 def setting(cosine, run):
@@ -190,18 +227,29 @@ def claim(methods):
     """What the difference between ORTicket and Vanilla shows."""
     result, gain = compared(methods, *TESTED), paper()[0] - paper()[1]
     if not result:
-        return "no sentence was attacked without an error in all runs"
+        return "unknown: no sentence was attacked without an error in all runs"
     text = f"{with_p(result)} points of Aua%"
     if "p" not in result:
         return f"{text}, of one seed"
-    text += ": "
-    if result["p"] > 0.05 or abs(result["difference"]) <= result["interval"]:
-        text += "**no difference is shown**"
-    else:
+    text += f" ({num_seeds(methods)} seeds): "
+    excludes_zero, largest = abs(result["difference"]) > result["interval"], result["difference"] + result["interval"]
+    if excludes_zero and result["p"] <= 0.05:
         text += f"**the ticket is {'more' if result['difference'] > 0 else 'less'} robust**"
-    if result["difference"] + result["interval"] < gain:
-        text += f"; a gain as large as the paper's, {gain:.1f}, is excluded"
+    else:
+        text += NOT_SHOWN + " (the interval excludes 0, but p is above 0.05)" * bool(excludes_zero)
+    if largest < gain:
+        gains = f"a gain above {largest:.1f}" if largest > 0 else "any gain"
+        text += f"; the interval excludes {gains}, so also the paper's {gain:.1f}"
     return f"{text}; {shown(clean_difference(methods, *TESTED))} points of Clean%"
+
+
+def advice(claims, first):
+    """What it means for somebody who considers using a ticket."""
+    methods = next(iter(first.values()))[1]
+    text = f"**For a user.** {price(methods)}"
+    if all(NOT_SHOWN in of or "less robust" in of for of in claims.values()):
+        text += " Nothing here speaks for it as a defense."
+    return text + instead(first)
 
 
 def clean_difference(methods, *pair):
@@ -213,18 +261,24 @@ def clean_difference(methods, *pair):
 
 
 def random_tickets(methods):
-    """{number of a random ticket: its runs, by seed}."""
-    by_ticket = {}
-    for run in methods.get("Random ticket", []) + methods.get("more random tickets", []):
-        by_ticket.setdefault(int(run["overrides"].get("finetune", {}).get("ticket_seed", run["seed"])), []).append(run)
-    return {number: sorted(of, key=lambda run: run["seed"]) for number, of in sorted(by_ticket.items())}
+    """{number of a random ticket: its runs, each with another seed; the first is the one with which it is chosen}."""
+    by_ticket, seen = {}, set()
+    for run in [*methods.get("Random ticket", []), *sorted(methods.get("more random tickets", []), key=seed_of)]:
+        number = int(run["overrides"].get("finetune", {}).get("ticket_seed", run["seed"]))
+        if (number, run["seed"]) not in seen:
+            seen.add((number, run["seed"]))
+            by_ticket.setdefault(number, []).append(run)
+    return dict(sorted(by_ticket.items()))
 
 
-def best_random(cosine, n, methods):
+def seed_of(run):
+    return run["seed"]
+
+
+def best_random(start, cosine, n, methods):
     """Is one of the random tickets better than Vanilla? The best of as many runs of Vanilla is the control. "" for one.
 
-    Of a ticket with several runs, the one with the smallest seed counts. If the best ticket has further runs, they
-    show whether it is also good with other seeds."""
+    If the best ticket has runs with other seeds, they show whether the ticket or its fine-tuning was good."""
     by_ticket = random_tickets(methods)
     tickets = [held(first, "textfooler") for first, *_ in by_ticket.values()]
     full = [held(run, "textfooler") for run in methods["Vanilla"]]
@@ -233,14 +287,15 @@ def best_random(cosine, n, methods):
         return ""
     known = ~np.isnan([*tickets, *full]).any(0)
     tickets, full = (np.array(of)[:, known] for of in (tickets, full))
-    text = f"the best of {len(tickets)} is {shown(best_of(tickets, full.mean(0)))} points from Vanilla's mean"
+    every, few, control = (best_of(of, full.mean(0)) for of in (tickets, tickets[:count], full[:count]))
+    text = f"the best of {len(tickets)} is {shown(over_sentences(every))} points from Vanilla's mean"
     if len(tickets) > count:
-        text += f" (of the first {count}: {shown(best_of(tickets[:count], full.mean(0)))})"
-    control = shown(best_of(full[:count], full.mean(0)))
+        text += f", of the first {count} {shown(over_sentences(few))}"
     text = (
-        f"**Is any random ticket better?** Chosen on one half of {n} sentences and measured on the other, both ways, "
-        f"at cosine {cosine:g}, {text}. The best of {count} runs of Vanilla, chosen alike, is {control} from it. These "
-        "intervals are over the sentences only."
+        f"**{name(start)}, is any random ticket better?** Chosen on one half of {n} sentences and measured on the "
+        f"other, both ways, at cosine {cosine:g}, {text}. The best of {count} runs of Vanilla, chosen alike, is "
+        f"{shown(over_sentences(control))} from it; the first {count} tickets' minus Vanilla's: "
+        f"{shown(over_sentences(few - control))}. These intervals are over the sentences, for the chosen runs."
     )
     best, *others = max(by_ticket.values(), key=lambda of: of[0]["figures"][COLUMN])
     if len(others) > 1:
@@ -250,26 +305,27 @@ def best_random(cosine, n, methods):
             f"other seeds: Aua% {cell('verdict', others, 'sst2', COLUMN)}, {with_p(result)} points from Vanilla with "
             "the same seeds."
         )
+        if result["difference"] <= result["interval"]:
+            text += " So no gain of this ticket is shown: its first result also depended on the fine-tuning."
     return text
 
 
-def best_of(models, reference, draws=1000):
+def best_of(models, reference):
     """The model that is best on the even sentences, measured on the odd ones, and the reverse. models: array (models,
-    sentences) of 0 and 1. reference: (sentences,), to compare with. Returns the difference in points, and half of its
-    95 % interval over the sentences: a bootstrap that repeats the choice."""
+    sentences) of 0 and 1. reference: (sentences,), to compare with. Returns the differences in points, (sentences,)."""
     d = 100 * (models - reference)  # (models, sentences)
-    generator, halves = np.random.Generator(np.random.PCG64(0)), (d[:, ::2], d[:, 1::2])
+    result = np.empty(d.shape[1])
+    for chosen, measured in ((slice(0, None, 2), slice(1, None, 2)), (slice(1, None, 2), slice(0, None, 2))):
+        result[measured] = d[d[:, chosen].mean(1).argmax(), measured]
+    return result
 
-    def measured(halves):
-        best = [half.mean(1).argmax() for half in halves]
-        return (halves[1][best[0]].sum() + halves[0][best[1]].sum()) / d.shape[1]
 
-    drawn = [
-        measured([half[:, generator.integers(half.shape[1], size=half.shape[1])] for half in halves])
-        for _ in range(draws)
-    ]
-    low, high = np.percentile(drawn, (2.5, 97.5))
-    return {"difference": measured(halves), "interval": (high - low) / 2}
+def over_sentences(differences):
+    """The mean of differences (sentences,) of `best_of`, and half of its 95 % interval: the mean of those of the two
+    halves (Student's t), which holds however much the halves depend on each other."""
+    halves = differences[::2], differences[1::2]
+    intervals = [stats.t.ppf(0.975, len(half) - 1) * stats.sem(half) for half in halves]
+    return {"difference": differences.mean(), "interval": statistics.mean(intervals)}
 
 
 def ratios_line(fits):
@@ -281,7 +337,9 @@ def ratios_line(fits):
         seen = "it rises and falls" if is_shown else "no rise and fall is shown"
         slopes = f"{shown(first)} at the smallest, {shown(last)} at the largest"
         if method == "ORTicket":
-            found.append(f"{PRUNED[ratio]} from {name(start)}, cosine {cosine:g}: {slopes} ({seen})")
+            found.append(
+                f"{PRUNED[ratio]} from {name(start)}, {fit['seeds']} seeds, cosine {cosine:g}: {slopes} ({seen})"
+            )
     return (
         "**The pruning ratios.** In the paper's Figure 2 Aua% rises with them and then falls. ORTicket's slopes here, "
         f"in points per 0.1 of a ratio: {'; '.join(found)}."
@@ -293,7 +351,9 @@ def ratios_table(fits):
     for (start, cosine, method, ratio), fit in fits.items():
         means = ", ".join(f"{statistics.mean(aua):.1f} at {value}" for value, aua in fit["means"].items())
         label = f"{method}, {PRUNED[ratio]}, {name(start)}, cosine {cosine:g}"
-        rows.append([label, str(fit["tickets"]), means, shown(fit["first"]), shown(fit["last"])])
+        rows.append(
+            [label, f"{fit['tickets']} of {fit['seeds']} seeds", means, shown(fit["first"]), shown(fit["last"])]
+        )
     text = (
         "Aua% against the pruning ratios, and the slopes of a parabola per 0.1 of the ratio. Each seed has a constant "
         "of its own; the intervals are over tickets, not over sentences."
@@ -307,32 +367,32 @@ def price(methods):
     parameters, speed, memory = (
         median(methods["ORTicket"], column) / median(methods["Vanilla"], column) for column in columns
     )
-    text = f"**Its price.** The ticket has {1 - parameters:.1%} fewer parameters"
+    text = f"A ticket has {1 - parameters:.1%} fewer parameters"
     if len(machines) == 1:  # else speeds cannot be compared
-        text += (
-            f"; its fine-tuning ran at {speed:.2f} times the full model's speed, with {memory:.2f} times its memory "
-            f"(medians; {machines.pop()})"
-        )
-    return f"{text}. More in [speed.md](speed.md#what-a-ticket-saves)."
+        where = f"{machines.pop()}, batches of {methods['ORTicket'][0]['settings']['batch_size']}, medians"
+        text += f", and was fine-tuned {speed:.2f} times as fast, with {memory:.2f} times the memory ({where})"
+    return f"{text}; [more](speed.md#what-a-ticket-saves)."
 
 
-def instead(starts):
+def instead(first):
     """What FreeLB on the full model gives instead of a ticket. "" without runs of it."""
     found = []
-    for start, attacks in starts.items():
-        methods = next(iter(attacks.values()))
+    for start, (_, methods) in first.items():
         result = compared(methods, "ORTicket", "FreeLB") if "FreeLB" in methods else {}
         if "p" in result:
             clean = shown(clean_difference(methods, "ORTicket", "FreeLB"))
             found.append(f"{with_p(result)} points of Aua% and {clean} of Clean% from {name(start)}")
-    return f"**Instead of it.** ORTicket minus FreeLB on the full model: {'; '.join(found)}." if found else ""
+    what = "ORTicket minus FreeLB on the full model, one of several comparisons,"
+    return f" {what} is {'; '.join(found)}." if found else ""
 
 
-def only_bert_base():
+def only_bert_base(hours):
+    taken = " and ".join(f"{number:.1f} hours on {machine}" for machine, number in hours.items())
+    taken = f" About {taken}, [computed](speed.md#cost-of-the-papers-experiments)." if hours else ""
     return (
         "**Open.** The paper's model is BERT-base, which has not been trained here. Two commands answer the question "
-        f"for it: `{COMMAND} --model bert-base-uncased` adds its runs to the table, `python -m experiments.verdict` "
-        "writes these lines from it. [speed.md](speed.md#cost-of-the-papers-experiments) has the hours of Table 1."
+        f"for it: `{COMMAND} --model bert-base-uncased {PAPERS_ATTACK}` and `python -m experiments.verdict`, which "
+        f"writes these lines.{taken}"
     )
 
 
@@ -353,9 +413,8 @@ def table(methods):
     return markdown_table(["", "seeds", *COLUMNS, "Aua% minus Vanilla's", "minus the random ticket's"], rows)
 
 
-def small_table(starts):
-    """For README.md: the starts side by side, under the attack that comes first."""
-    first = {start: next(iter(attacks.items())) for start, attacks in starts.items()}
+def small_table(first):
+    """For README.md: the starts side by side. first: {start: (attack, methods)}."""
     rows = {method: [method] for method in METHODS if any(method in methods for _, methods in first.values())}
     is_one, heads = len({attack for attack, _ in first.values()}) == 1, [""]
     for start, ((cosine, n), methods) in first.items():
