@@ -196,24 +196,20 @@ def other_attacks(start, attacks):
     methods = [method for method in METHODS if all(method in of for of in alike.values())]
     seeds = set.intersection(*({run["seed"] for run in of[method]} for of in alike.values() for method in methods))
     if len(alike) > 1 and seeds:
-        means = {
-            cosine: [
-                statistics.mean(run["figures"][COLUMN] for run in of[method] if run["seed"] in seeds)
-                for method in methods
-            ]
-            for cosine, of in alike.items()
-        }
-        orders = {tuple(np.argsort(of)) for of in means.values()}
-        shown = "; ".join(f"{', '.join(f'{mean:.1f}' for mean in of)} at {cosine:g}" for cosine, of in means.items())
+        means = {cosine: [mean_aua(of[method], seeds) for method in methods] for cosine, of in alike.items()}
+        listed = "; ".join(f"{', '.join(f'{mean:.1f}' for mean in of)} at {cosine:g}" for cosine, of in means.items())
+        is_same, least = len({tuple(np.argsort(of)) for of in means.values()}) == 1, 2 / 2 ** len(seeds)
         text += (
             f" Aua% of {', '.join(methods)} with {len(seeds)} seeds and {n} sentences, by the substitutes' least "
-            f"cosine: {shown}. The order is {'the same at all of them' if len(orders) == 1 else 'not the same at all of them'}"
+            f"cosine: {listed}. The order is {'' if is_same else 'not '}the same at all of them"
         )
-        least = 2 / 2 ** len(seeds)
-        text += (
-            f", but {len(seeds)} seeds cannot show an order: they give no p below {least:g}." if least > 0.05 else "."
-        )
+        few = f", but {len(seeds)} seeds cannot show an order: they give no p below {least:g}"
+        text += few * (least > 0.05) + "."
     return f"**{name(start)}, other samples and attacks:**{text}" if text else ""
+
+
+def mean_aua(runs, seeds):
+    return statistics.mean(run["figures"][COLUMN] for run in runs if run["seed"] in seeds)
 
 
 def setting(cosine, run):
