@@ -402,6 +402,17 @@ def test_interval_is_students_where_only_seeds_or_only_sentences_differ():
     assert interval == pytest.approx((expected.high - expected.low) / 2, rel=1e-6)
 
 
+def test_interval_and_p_are_never_smaller_than_over_the_seeds_or_the_sentences_alone():
+    generator = np.random.Generator(np.random.PCG64(0))
+    for _ in range(50):
+        ours, theirs = generator.random((2, 3, 60)) < 0.3
+        result, d = compare.compare(ours, theirs), 100 * (ours.astype(float) - theirs)
+        for alone in (d.mean(0), d.mean(1)):
+            expected = stats.ttest_1samp(alone, 0)
+            low, high = expected.confidence_interval()
+            assert result["interval"] >= (high - low) / 2 - 1e-9 and result["p"] >= expected.pvalue - 1e-9
+
+
 def test_interval_covers_the_truth_and_test_rejects_as_often_as_they_say(monkeypatch):
     monkeypatch.setattr(compare, "permutation_test", functools.partial(compare.permutation_test, draws=300))
     generator, covered, rejected = np.random.Generator(np.random.PCG64(0)), 0, 0
