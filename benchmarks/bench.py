@@ -39,7 +39,7 @@ from inputs.tokenizer import Tokenizer
 from runtime import cli
 from runtime.cli import BadInput, option
 from runtime.cpu import tune_allocator
-from runtime.device import describe, pick_device, pick_precision
+from runtime.device import describe_machine, pick_device, pick_precision
 
 SIDES = {
     "search": ("orticket", "transformers, SDPA", "transformers, eager", "transformers, SDPA, compiled"),
@@ -88,7 +88,7 @@ def main():
     benchmark = {"attack": bench_attack, "scale": scale.bench, "cost": cost.bench}.get(options.what, bench_training)
     with tempfile.TemporaryDirectory() as folder:
         name, figures, lines = benchmark(options, Path(folder))
-    command, machine = f"python -m benchmarks.bench {shlex.join(sys.argv[1:])}", describe(device)
+    command, machine = f"python -m benchmarks.bench {shlex.join(sys.argv[1:])}", describe_machine(device)
     lines = [f"`{command}`:" if options.what == "cost" else f"`{command}`, {machine}:", *lines]
     report.publish(name, {"command": command, "machine": machine, "versions": versions()}, figures, lines, options.save)
 

@@ -34,7 +34,7 @@ from gates import draw_masks
 from inputs.tokenizer import Tokenizer
 from runtime import cli, files
 from runtime.cli import BadInput, option
-from runtime.device import autocast, describe, pick_device
+from runtime.device import autocast, describe_machine, pick_device
 
 TINY = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 128}
 STUB = "__version__ = '0'\n\n\nclass Missing(Exception):\n    pass\n\n\ndef __getattr__(name):\n    return Missing\n"
@@ -81,9 +81,9 @@ def main():
 def write(options, device, rows, seconds):
     """Write gpu.json and gpu.md, without the paths of this machine."""
     given = {name: value for name, value in asdict(options).items() if name not in ("weights", "corpus", "results")}
-    results = {"machine": describe(device), "torch": torch.__version__, "options": given, "rows": rows}
+    results = {"machine": describe_machine(device), "torch": torch.__version__, "options": given, "rows": rows}
     files.write_json(Path(options.results) / "gpu.json", results)
-    lines = [f"{describe(device)}, PyTorch {torch.__version__}, {seconds:.0f} s in all.", ""]
+    lines = [f"{describe_machine(device)}, PyTorch {torch.__version__}, {seconds:.0f} s in all.", ""]
     lines += ["| part | what | result | |", "|---|---|---|---|"]
     lines += [f"| {row['part']} | {row['what']} | {row['result']} | {row['verdict']} |" for row in rows]
     files.write_text(Path(options.results) / "gpu.md", "\n".join(lines) + "\n")

@@ -30,7 +30,7 @@ from experiments.runs import (
 from freelb import ADVERSARIES
 from runtime import cli, files
 from runtime.cli import BadInput, first_few, option
-from runtime.device import DEFAULT_MODEL, MODEL_HELP, describe, pick_device
+from runtime.device import DEFAULT_MODEL, MODEL_HELP, describe_machine, pick_device
 
 PAPER = files.read_json(Path(__file__).with_name("paper.json"))
 COLUMNS = ("Clean%", "Aua%", "Suc%", "#Query", "GB", "M parameters")
@@ -80,7 +80,8 @@ def make_table(table, description, methods, columns=COLUMNS, across=False, draws
     draw.py, with a run for each. defaults: of options for which the table has its own.
     """
     options = parse(description, methods=methods, **defaults)
-    path, machine, current = Path(options.results) / f"{table}.json", describe(pick_device(options.device)), code()
+    machine, current = describe_machine(pick_device(options.device)), code()
+    path = Path(options.results) / f"{table}.json"
     keys, runs = list_keys(options, draws, "Aua%" in columns), load_runs(path)
     found = [run for run in runs if key_of(run) in keys]
     recorded = [key_of(run) for run in found if run["code"] == current]

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import platform
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,6 +83,15 @@ def describe(device):
         return "Apple's GPU (MPS; unsupported operators run on the CPU)"
     count = torch.get_num_threads()
     return f"CPU with {count} thread{'s' * (count > 1)}"
+
+
+def describe_machine(device):
+    """The device with the name of its processor, for records of speed, which differs among processors."""
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, StopIteration):  # Linux does not say more than "x86_64"
+        lines = Path("/proc/cpuinfo").read_text("utf8").splitlines()
+        name = next(line.split(": ", 1)[1] for line in lines if line.startswith("model name"))
+    return describe(device) if device.type == "cuda" else f"{describe(device)} ({name})"
 
 
 def autocast(device, dtype):

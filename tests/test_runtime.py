@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from checkpoints import safetensors as our_safetensors
 from runtime import cli, distributed, optim
 from runtime.cli import BadInput
 from runtime.cpu import Dropout, linear
+from runtime.device import describe_machine
 from runtime.start import INTERRUPTED
 from tests.conftest import HERE, call, quick_search, spawn
 
@@ -34,6 +36,22 @@ sys.path.insert(0, {str(HERE)!r})
 import runpy
 runpy.run_path(sys.argv[0], run_name="__main__")
 """  # what Windows lacks. fcntl stays: filelock needs it here
+
+
+CPU_INFO = "processor\t: 0\nmodel name\t: A CPU @ 2.00GHz: fast\nflags\t\t: fpu\n"
+
+
+@pytest.mark.parametrize(
+    "info, name", [(CPU_INFO, r"A CPU @ 2\.00GHz: fast"), ("CPU part\t: 0xd40\n", r".+"), (None, r".+")]
+)
+def test_records_of_speed_name_the_processor(info, name, monkeypatch):
+    def read_text(path, encoding):
+        if info is None:
+            raise FileNotFoundError
+        return info
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    assert re.fullmatch(rf"CPU with \d+ threads? \({name}\)", describe_machine(torch.device("cpu")))
 
 
 @pytest.mark.parametrize("script", ["draw", "finetune", "attack"])
