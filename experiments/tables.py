@@ -271,14 +271,28 @@ def held(run, attack):
     return np.array([{"1": 1, "?": np.nan}.get(outcome, 0) for outcome in unpack(run["outcomes"][attack])])
 
 
-def difference(runs, reference, task, attack):
-    """`compare` of the runs of two methods, over the seeds that both have, and the sentences without an error. {}
-    without any."""
-    ours, theirs = ({run["seed"]: held(run, attack) for run in of if run["task"] == task} for of in (runs, reference))
+def is_clean(run, attack):
+    """Array (sentences,): 1 where the model was right without an attack, 0 where it was not."""
+    return np.array([float(outcome != "-") for outcome in unpack(run["outcomes"][attack])])
+
+
+def paired(runs, reference, task, attack, score=held):
+    """(the seeds that both have, array (2, seeds, sentences) of their scores). score: `held` for Aua%, `is_clean` for
+    Clean% of the attacked sentences."""
+    ours, theirs = ({run["seed"]: score(run, attack) for run in of if run["task"] == task} for of in (runs, reference))
     seeds = sorted(ours.keys() & theirs.keys())
-    both = np.array([[of[seed] for seed in seeds] for of in (ours, theirs)])  # (2, seeds, sentences)
-    both = both[..., ~np.isnan(both).any((0, 1))] if seeds else both
+    return seeds, np.array([[of[seed] for seed in seeds] for of in (ours, theirs)])
+
+
+def compare_known(both):
+    """`compare` of an array (2, seeds, sentences), without sentences with an error. {} without any."""
+    both = both[..., ~np.isnan(both).any((0, 1))] if both.size else both
     return compare(*both) if both.size else {}
+
+
+def difference(*arguments, **more):
+    """`compare` of the runs of two methods. The arguments are those of `paired`."""
+    return compare_known(paired(*arguments, **more)[1])
 
 
 def shown(result):

@@ -10,6 +10,7 @@ docs/results.md. README.md gets a row in the table of its status, and a table be
 """
 
 import collections
+import itertools
 import re
 import statistics
 import textwrap
@@ -22,7 +23,19 @@ from scipy import stats
 from checkpoints.provenance import ROOT, read_result
 from experiments.figure2 import PRUNED, fit_ratios, least_cosine
 from experiments.runs import overrides_text
-from experiments.tables import PAPER, cell, difference, held, load_runs, markdown_table, shown, with_p
+from experiments.tables import (
+    PAPER,
+    cell,
+    compare_known,
+    difference,
+    held,
+    is_clean,
+    load_runs,
+    markdown_table,
+    paired,
+    shown,
+    with_p,
+)
 from runtime import cli, files
 from runtime.cli import BadInput, option
 
@@ -30,6 +43,7 @@ BEGIN, END = "<!-- verdict -->", "<!-- end of the verdict -->"
 ROW = "**The paper's robustness gain**"  # of README.md
 NOT_SHOWN = "**no difference is shown**"
 TESTED = ("ORTicket", "Vanilla")
+HALVINGS = 200  # random halves of the sentences, to choose a ticket on one and measure it on the other
 METHODS = ("Vanilla", "FreeLB", "ORTicket", "Vanilla ticket", "Random ticket")
 COLUMN = "textfooler Aua%"
 COLUMNS = ("Clean%", COLUMN, "textfooler Suc%", "textfooler #Query")
@@ -41,10 +55,12 @@ COMMAND = (
 PAPERS_ATTACK = "--attack encoder=use vectors=textattack"
 COST = ROOT / "benchmarks" / "results" / "cost.json"
 LEGEND = (
-    "Means are ± the standard deviation over seeds. Differences in Aua% are paired by seed and sentence, and ± half "
-    "of their 95 % interval over both; those in Clean% over the seeds alone (Student's t). p is the largest of those "
-    "of t-tests and of permutations over seeds and over sentences; n seeds give no p below 2 / 2^n. A difference is "
-    "shown if its interval excludes 0 and p is at most 0.05. No p is corrected for the number of comparisons."
+    "Means are ± the standard deviation over seeds. Differences are paired by seed and sentence, and ± half of their 95 % "
+    "interval, the widest of those over seeds and sentences, over the seeds alone and over the sentences alone, and at "
+    "least 3 / sentences. p is the largest of those of t-tests and of permutations over seeds and over sentences; n "
+    "seeds give no p below 2 / 2^n. A difference is shown if its interval excludes 0 and p is at most 0.05; one that is "
+    "not shown may still be there. No p is corrected for the number of comparisons. All seeds have the same training "
+    "rows, so nothing here is about other rows, search corpora or attacks."
 )
 
 
@@ -91,9 +107,10 @@ def verdict(runs, ratio_runs, losses, hours=None):
     if not starts:
         raise BadInput(f"the table has no runs of Vanilla and ORTicket on sst2: {COMMAND} makes them")
     first = {start: next(iter(attacks.items())) for start, attacks in starts.items()}  # {start: (attack, methods)}
-    claims = {name(start): claim(methods) for start, (_, methods) in first.items()}
-    lines = [asked(), *(f"**From {start}**, ORTicket minus Vanilla is {of}." for start, of in claims.items())]
-    lines += [advice(claims, first)]
+    claims = {f"from {name(start)}": claim(methods) for start, (_, methods) in first.items()}
+    claims |= {"from all starts together": joint} if (joint := together(first)) else {}
+    lines = [asked(), *(f"**F{start[1:]}**, ORTicket minus Vanilla is {of}." for start, of in claims.items())]
+    lines += [control(first), what_the_search_adds(first), advice(claims, first)]
     lines += [only_bert_base(hours or {})] if "bert-base-uncased" not in starts else []
     details = []
     for start, attacks in starts.items():
@@ -113,7 +130,7 @@ def verdict(runs, ratio_runs, losses, hours=None):
         "accuracy under attack. ±: standard deviation, of differences half the 95 % interval."
     )
     summary += f"\n{small_table(first)}"
-    row = ";<br>".join(f"from {start} {of}" for start, of in claims.items())
+    row = ";<br>".join(f"{start} {of}" for start, of in claims.items())
     return text, f"ORTicket minus Vanilla under TextFooler on SST-2:<br>{row}", summary
 
 
@@ -160,15 +177,14 @@ def num_seeds(methods):
 def asked():
     return (
         "**Asked.** Does a ticket of ORTicket resist word substitutions better than the full model? The paper's Table "
-        f"1 says yes: on SST-2 under TextFooler its Aua% (accuracy under attack) is {paper()[0]:g}, the full model's "
-        f"{paper()[1]:g}."
+        f"1 says yes: on SST-2 under TextFooler its Aua% (accuracy under attack) is {paper('ORTicket'):g}, the full "
+        f"model's {paper('Vanilla'):g}."
     )
 
 
-def paper():
-    """The paper's Aua% of ORTicket and of Vanilla."""
-    rows, columns = PAPER["table1"]["rows"]["sst2"], PAPER["table1"]["columns"]
-    return [rows[method][columns.index(COLUMN)] for method in TESTED]
+def paper(method):
+    """The paper's Aua% of a method."""
+    return PAPER["table1"]["rows"]["sst2"][method][PAPER["table1"]["columns"].index(COLUMN)]
 
 
 def described(start, losses, attack, methods):
@@ -187,7 +203,8 @@ def other_attacks(start, attacks):
     seeds and the number of sentences that most attacks share."""
     (cosine, n), *others = attacks
     text = "".join(
-        f" On {m} sentences, ORTicket minus Vanilla is {with_p(compared(attacks[of, m], *TESTED))}."
+        f" On {m} {'of these ' * (m < n)}sentences, ORTicket minus Vanilla is "
+        f"{with_p(compared(attacks[of, m], *TESTED))}."
         for of, m in others
         if of == cosine
     )
@@ -198,10 +215,12 @@ def other_attacks(start, attacks):
     if len(alike) > 1 and seeds:
         means = {cosine: [mean_aua(of[method], seeds) for method in methods] for cosine, of in alike.items()}
         listed = "; ".join(f"{', '.join(f'{mean:.1f}' for mean in of)} at {cosine:g}" for cosine, of in means.items())
-        is_same, least = len({tuple(np.argsort(of)) for of in means.values()}) == 1, 2 / 2 ** len(seeds)
+        pairs = itertools.combinations(np.array(list(means.values())).T, 2)  # equal means fit either order
+        is_same = not any((ours > theirs + 1e-9).any() and (theirs > ours + 1e-9).any() for ours, theirs in pairs)
+        least = 2 / 2 ** len(seeds)
         text += (
-            f" Aua% of {', '.join(methods)} with {len(seeds)} seeds and {n} sentences, by the substitutes' least "
-            f"cosine: {listed}. The order is {'' if is_same else 'not '}the same at all of them"
+            f" Aua% of {', '.join(methods)} with {len(seeds)} seeds and {n} sentences, by the minimum cosine of "
+            f"substitutes: {listed}. The order is {'' if is_same else 'not '}the same at all of them"
         )
         few = f", but {len(seeds)} seeds cannot show an order: they give no p below {least:g}"
         text += few * (least > 0.05) + "."
@@ -221,39 +240,80 @@ def setting(cosine, run):
 
 def claim(methods):
     """What the difference between ORTicket and Vanilla shows."""
-    result, gain = compared(methods, *TESTED), paper()[0] - paper()[1]
+    result, gain = compared(methods, *TESTED), paper("ORTicket") - paper("Vanilla")
     if not result:
         return "unknown: no sentence was attacked without an error in all runs"
     text = f"{with_p(result)} points of Aua%"
     if "p" not in result:
         return f"{text}, of one seed"
-    text += f" ({num_seeds(methods)} seeds): "
-    excludes_zero, largest = abs(result["difference"]) > result["interval"], result["difference"] + result["interval"]
-    if excludes_zero and result["p"] <= 0.05:
-        text += f"**the ticket is {'more' if result['difference'] > 0 else 'less'} robust**"
-    else:
-        text += NOT_SHOWN + " (the interval excludes 0, but p is above 0.05)" * bool(excludes_zero)
-    if largest < gain:
+    text += f" ({num_seeds(methods)} seeds): {judged(result)}"
+    largest = result["difference"] + result["interval"]
+    if largest < gain and (largest > 0 or is_shown(result)):
         gains = f"a gain above {largest:.1f}" if largest > 0 else "any gain"
-        text += f"; the interval excludes {gains}, so also the paper's {gain:.1f}"
-    return f"{text}; {shown(clean_difference(methods, *TESTED))} points of Clean%"
+        text += f"; the interval excludes {gains} (the paper's, with BERT-base, is {gain:.1f})"
+    return f"{text}; {with_p(compared(methods, *TESTED, score=is_clean))} points of Clean%"
+
+
+def is_shown(result):
+    return abs(result["difference"]) > result["interval"] and result["p"] <= 0.05
+
+
+def judged(result):
+    if is_shown(result):
+        return f"**the ticket is {'more' if result['difference'] > 0 else 'less'} robust**"
+    excludes_zero = abs(result["difference"]) > result["interval"]
+    return NOT_SHOWN + " (the interval excludes 0, but p is above 0.05)" * bool(excludes_zero)
+
+
+def together(first):
+    """The claim about all starts, whose models with the same seed are averaged. "" if their attacks or seeds differ."""
+    attacks = {(attack, overrides_text(methods["ORTicket"][0]["overrides"])) for attack, methods in first.values()}
+    pairs = [paired(*(methods[of] for of in TESTED), "sst2", "textfooler") for _, methods in first.values()]
+    if len(first) < 2 or len(attacks) > 1 or len({tuple(seeds) for seeds, _ in pairs}) > 1:
+        return ""
+    result = compare_known(np.mean([both for _, both in pairs], 0))
+    if "p" not in result:
+        return ""
+    return f"{with_p(result)} points of Aua%: {judged(result)} (added after the results above were known)"
+
+
+def by_start(first, ours, reference, score=held):
+    """([the difference of two methods from each start], the same as text, which names the starts if one is missing)."""
+    results = {name(start): compared(methods, ours, reference, score) for start, (_, methods) in first.items()}
+    known = {start: result for start, result in results.items() if "p" in result}
+    listed = [with_p(of) + f" from {start}" * (len(known) < len(results)) for start, of in known.items()]
+    return list(known.values()), " and ".join(listed)
+
+
+def control(first):
+    """Does FreeLB, a defense of the paper, help the full model here, and more than a ticket? "" without runs of it."""
+    gains, listed = by_start(first, "FreeLB", "Vanilla")
+    if not gains:
+        return ""
+    text = (
+        f"**Adversarial training, from each start in turn.** FreeLB on the full model minus Vanilla is {listed} points "
+        f"of Aua%, in the paper {paper('FreeLB') - paper('Vanilla'):+.1f}."
+    )
+    if not any(gain["difference"] > 0 and is_shown(gain) for gain in gains):
+        text += " No method is shown to gain here, so this setting cannot tell whether only the ticket fails."
+    aua, clean = (by_start(first, "ORTicket", "FreeLB", score)[1] for score in (held, is_clean))
+    return text + (f" ORTicket minus FreeLB is {aua} points of Aua%, and {clean} of Clean%." if aua else "")
+
+
+def what_the_search_adds(first):
+    """ORTicket beside tickets that were found without a search or without an adversary. "" without runs of them."""
+    others = {"Random ticket": "a random ticket", "Vanilla ticket": "the ticket of a search without FreeLB"}
+    found = {label: by_start(first, "ORTicket", other)[1] for other, label in others.items()}
+    listed = "; ".join(f"minus {label} is {of}" for label, of in found.items() if of)
+    return f"**What the search adds, from each start in turn.** In points of Aua%, ORTicket {listed}." if listed else ""
 
 
 def advice(claims, first):
     """What it means for somebody who considers using a ticket."""
-    methods = next(iter(first.values()))[1]
-    text = f"**For a user.** {price(methods)}"
+    text = f"**For a user.** {price(first)}"
     if all(NOT_SHOWN in of or "less robust" in of for of in claims.values()):
         text += " Nothing here speaks for it as a defense."
-    return text + instead(first)
-
-
-def clean_difference(methods, *pair):
-    """The first method's Clean% - the second's over the seeds that both have, and half of its 95 % interval (Student's
-    t)."""
-    ours, theirs = ({run["seed"]: run["figures"]["Clean%"] for run in methods[method]} for method in pair)
-    d = [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
-    return {"difference": statistics.mean(d), "interval": stats.t.ppf(0.975, len(d) - 1) * stats.sem(d)}
+    return text
 
 
 def random_tickets(methods):
@@ -284,43 +344,48 @@ def best_random(start, cosine, n, methods):
     known = ~np.isnan([*tickets, *full]).any(0)
     tickets, full = (np.array(of)[:, known] for of in (tickets, full))
     every, few, control = (best_of(of, full.mean(0)) for of in (tickets, tickets[:count], full[:count]))
-    text = f"the best of {len(tickets)} is {shown(over_sentences(every))} points from Vanilla's mean"
+    text = (
+        f"**{name(start)}, is any random ticket better?** A run is chosen on one half of {n} sentences and measured on "
+        f"the other, for {HALVINGS} random halves, at cosine {cosine:g}. Its points above Vanilla's mean: the best of "
+        f"{len(tickets)} tickets {shown(over_sentences(every))}"
+    )
     if len(tickets) > count:
         text += f", of the first {count} {shown(over_sentences(few))}"
-    text = (
-        f"**{name(start)}, is any random ticket better?** Chosen on one half of {n} sentences and measured on the "
-        f"other, both ways, at cosine {cosine:g}, {text}. The best of {count} runs of Vanilla, chosen alike, is "
-        f"{shown(over_sentences(control))} from it; the first {count} tickets' minus Vanilla's: "
-        f"{shown(over_sentences(few - control))}. These intervals are over the sentences, for the chosen runs."
+    text += (
+        f", of {count} runs of Vanilla {shown(over_sentences(control))}. The best of {count} tickets minus the best of "
+        f"{count} runs of Vanilla: {shown(over_sentences(few - control))}. These intervals are over the sentences, for "
+        "the chosen runs."
     )
     best, *others = max(by_ticket.values(), key=lambda of: of[0]["figures"][COLUMN])
-    if len(others) > 1:
-        result = difference(others, methods["Vanilla"], "sst2", "textfooler")
+    result = difference(others, methods["Vanilla"], "sst2", "textfooler")
+    if others and result:
+        seeds = f"{len(others)} other seed{'s' * (len(others) > 1)}"
         text += (
-            f" The best on all sentences (Aua% {best['figures'][COLUMN]:.1f}) was fine-tuned again with {len(others)} "
-            f"other seeds: Aua% {cell('verdict', others, 'sst2', COLUMN)}, {with_p(result)} points from Vanilla with "
-            "the same seeds."
+            f" The best on all sentences (Aua% {best['figures'][COLUMN]:.1f}) was fine-tuned again with {seeds}: Aua% "
+            f"{cell('verdict', others, 'sst2', COLUMN)}, {with_p(result)} points from Vanilla with the same seeds."
         )
-        if result["difference"] <= result["interval"]:
+        if "p" in result and not (result["difference"] > 0 and is_shown(result)):
             text += " So no gain of this ticket is shown: its first result also depended on the fine-tuning."
     return text
 
 
 def best_of(models, reference):
-    """The model that is best on the even sentences, measured on the odd ones, and the reverse. models: array (models,
-    sentences) of 0 and 1. reference: (sentences,), to compare with. Returns the differences in points, (sentences,)."""
-    d = 100 * (models - reference)  # (models, sentences)
-    result = np.empty(d.shape[1])
-    for chosen, measured in ((slice(0, None, 2), slice(1, None, 2)), (slice(1, None, 2), slice(0, None, 2))):
-        result[measured] = d[d[:, chosen].mean(1).argmax(), measured]
+    """The model that is best on one half of the sentences, measured on the other half, for `HALVINGS` random orders of
+    the sentences, whose halves are the even and the odd positions. models: array (models, sentences) of 0 and 1.
+    reference: (sentences,), to compare with. Returns the differences in points, (HALVINGS, sentences)."""
+    generator, result = np.random.Generator(np.random.PCG64(0)), np.empty((HALVINGS, len(reference)))
+    for row in result:
+        d = 100 * (models - reference)[:, generator.permutation(len(reference))]  # (models, sentences)
+        for chosen, measured in ((slice(0, None, 2), slice(1, None, 2)), (slice(1, None, 2), slice(0, None, 2))):
+            row[measured] = d[d[:, chosen].mean(1).argmax(), measured]
     return result
 
 
 def over_sentences(differences):
-    """The mean of differences (sentences,) of `best_of`, and half of its 95 % interval: the mean of those of the two
-    halves (Student's t), which holds however much the halves depend on each other."""
-    halves = differences[::2], differences[1::2]
-    intervals = [stats.t.ppf(0.975, len(half) - 1) * stats.sem(half) for half in halves]
+    """The mean of differences (HALVINGS, sentences) of `best_of`, and half of its 95 % interval: the mean of those of
+    the halves (Student's t), which holds however much the halves depend on each other."""
+    halves = differences[:, ::2], differences[:, 1::2]
+    intervals = [stats.t.ppf(0.975, half.shape[1] - 1) * stats.sem(half, 1).mean() for half in halves]
     return {"difference": differences.mean(), "interval": statistics.mean(intervals)}
 
 
@@ -352,34 +417,36 @@ def ratios_table(fits):
         )
     text = (
         "Aua% against the pruning ratios, and the slopes of a parabola per 0.1 of the ratio. Each seed has a constant "
-        "of its own; the intervals are over tickets, not over sentences."
+        "of its own; the intervals are over tickets, not over sentences. The tickets at 1/6 and at 0.2 are the same."
     )
     return f"\n{wrapped(text)}\n{markdown_table(['', 'tickets', 'Aua%', 'first slope', 'last slope'], rows)}"
 
 
-def price(methods):
-    columns = "M parameters", "tokens_per_second", "GB"
-    machines = {run["machine"] for method in TESTED for run in methods[method]}
-    parameters, speed, memory = (
-        median(methods["ORTicket"], column) / median(methods["Vanilla"], column) for column in columns
-    )
+def price(first):
+    runs = [run for _, methods in first.values() for method in TESTED for run in methods[method]]
+    parameters = np.mean([ratio(methods, "M parameters")[0] for _, methods in first.values()])
     text = f"A ticket has {1 - parameters:.1%} fewer parameters"
-    if len(machines) == 1:  # else speeds cannot be compared
-        where = f"{machines.pop()}, batches of {methods['ORTicket'][0]['settings']['batch_size']}, medians"
-        text += f", and was fine-tuned {speed:.2f} times as fast, with {memory:.2f} times the memory ({where})"
+    if len({run["machine"] for run in runs}) == 1:  # else speeds cannot be compared
+        speeds = " and ".join(ratio_text(methods, "tokens_per_second") for _, methods in first.values())
+        memory = " and ".join(f"{ratio(methods, 'GB')[0]:.2f}" for _, methods in first.values())
+        where = f"{runs[0]['machine']}, batches of {runs[0]['settings']['batch_size']}"
+        text += f". Its speed of fine-tuning, relative to Vanilla's, is {speeds}, with {memory} times the "
+        text += f"memory ({where}; geometric means over seeds, with 95 % intervals)"
     return f"{text}; [more](speed.md#what-a-ticket-saves)."
 
 
-def instead(first):
-    """What FreeLB on the full model gives instead of a ticket. "" without runs of it."""
-    found = []
-    for start, (_, methods) in first.items():
-        result = compared(methods, "ORTicket", "FreeLB") if "FreeLB" in methods else {}
-        if "p" in result:
-            clean = shown(clean_difference(methods, "ORTicket", "FreeLB"))
-            found.append(f"{with_p(result)} points of Aua% and {clean} of Clean% from {name(start)}")
-    what = "ORTicket minus FreeLB on the full model, one of several comparisons,"
-    return f" {what} is {'; '.join(found)}." if found else ""
+def ratio(methods, column):
+    """(ORTicket's figure relative to Vanilla's with the same seed, geometric mean; the factor by which its 95 % interval
+    extends, None for one seed)."""
+    ours, theirs = ({run["seed"]: run["figures"][column] for run in methods[method]} for method in TESTED)
+    logs = np.log([ours[seed] / theirs[seed] for seed in sorted(ours.keys() & theirs.keys())])
+    factor = np.exp(stats.t.ppf(0.975, len(logs) - 1) * stats.sem(logs)) if len(logs) > 1 else None
+    return np.exp(logs.mean()), factor
+
+
+def ratio_text(methods, column):
+    mean, factor = ratio(methods, column)
+    return f"{mean:.2f}" + (f" ({mean / factor:.2f} to {mean * factor:.2f})" if factor else "")
 
 
 def only_bert_base(hours):
@@ -392,10 +459,6 @@ def only_bert_base(hours):
     )
 
 
-def median(runs, column):
-    return statistics.median(run["figures"][column] for run in runs)
-
-
 def name(start):
     return NAMES.get(start, start)
 
@@ -404,9 +467,11 @@ def table(methods):
     rows = []
     for method in [method for method in METHODS if method in methods]:
         cells = [cell("verdict", methods[method], "sst2", column) for column in COLUMNS]
-        against = [with_p(compared(methods, method, other)) for other in ("Vanilla", "Random ticket")]
+        others = ("Vanilla", "Random ticket", "Vanilla ticket")
+        against = [with_p(compared(methods, method, other)) for other in others]
         rows.append([method, str(len(methods[method])), *cells, *against])
-    return markdown_table(["", "seeds", *COLUMNS, "Aua% minus Vanilla's", "minus the random ticket's"], rows)
+    minus = "Aua% minus Vanilla's", "minus the random ticket's", "minus the vanilla ticket's"
+    return markdown_table(["", "seeds", *COLUMNS, *minus], rows)
 
 
 def small_table(first):
@@ -418,14 +483,14 @@ def small_table(first):
         heads += [f"{label}: {head}" for head in ("Clean%", "Aua%", "Aua% minus Vanilla's")]
         for method, row in rows.items():
             row += [cell("verdict", methods.get(method, []), "sst2", column) for column in COLUMNS[:2]]
-            row.append(shown(compared(methods, method, "Vanilla")))
+            row.append(with_p(compared(methods, method, "Vanilla")))
     return markdown_table(heads, list(rows.values()))
 
 
-def compared(methods, ours, reference):
+def compared(methods, ours, reference, score=held):
     """`difference` of two methods; {} for a method with itself."""
     runs = [methods.get(method, []) for method in (ours, reference)]
-    return difference(*runs, "sst2", "textfooler") if ours != reference else {}
+    return difference(*runs, "sst2", "textfooler", score) if ours != reference else {}
 
 
 if __name__ == "__main__":
