@@ -144,6 +144,14 @@ def is_up_to_date(path, provenance, overwrite, elsewhere="another --output"):
     return True
 
 
+def note_other_code(path, metadata):
+    """Print a line if an input was made by other code than the present: only the script that made it checks that."""
+    script = {"robustt.py": "baselines/robustt.py"}.get(metadata["script"], metadata["script"])
+    recorded = metadata.get("code")
+    if changed := differences(recorded, software(ROOT / script)["code"]) if recorded else {}:
+        print(f"note: {path} was made by other code ({first_few(changed)}): {script} --overwrite makes it again")
+
+
 def check_tensors(path, tensors, expected):
     """Raise BadInput unless the tensors of the file have the names, shapes and types of `expected`."""
     kinds = ({name: f"{t.dtype} {tuple(t.shape)}" for name, t in of.items()} for of in (tensors, expected))

@@ -9,7 +9,7 @@ import torch
 import data
 from bert import Bert, Config
 from checkpoints import safetensors
-from checkpoints.provenance import check_tensors
+from checkpoints.provenance import check_tensors, note_other_code
 from gates import draw_masks
 from runtime import cli, files
 from runtime.cli import BadInput
@@ -78,6 +78,7 @@ def find_ticket(options, drawn, model_sha256, config):
         raise BadInput(f"{path} was drawn for {drawn_for}: run {command} again")
     if metadata.get("model_sha256") != model_sha256:
         raise BadInput(f"{path} was drawn for another model than {options.model}")
+    note_other_code(path, metadata)
     if metadata["script"] == "robustt.py":
         if options.ablation:
             raise BadInput(f"--ablation {options.ablation} needs a ticket of heads and neurons, not of single weights")

@@ -8,6 +8,7 @@ import torch
 
 from bert import Bert
 from checkpoints import safetensors
+from checkpoints.provenance import note_other_code
 from inputs.batches import rows_sha256
 from inputs.splits import first_rows
 from inputs.tokenizer import Tokenizer
@@ -33,6 +34,7 @@ def load_finetuned(folder, task, splits, options, device):
     if rows_sha256(tokenizer, max_length, *trained.values()) != metadata["task_sha256"]:
         remedy = "use its columns, --drop-labels and --data-revision, or fine-tune with --overwrite"
         raise BadInput(f"{folder} was fine-tuned on other rows than those of {options.task}: {remedy}")
+    note_other_code(folder / "model.safetensors", metadata)
     return model, tokenizer, max_length, metadata
 
 

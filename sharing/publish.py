@@ -17,7 +17,7 @@ import torch
 
 import data
 from checkpoints import safetensors
-from checkpoints.provenance import differences, without_paths
+from checkpoints.provenance import differences, note_other_code, without_paths
 from checkpoints.tickets import read_coefficients
 from gates import draw_masks
 from inputs import hub
@@ -92,6 +92,8 @@ def load_coefficients(options, folder):
         raise BadInput(f"{path} holds coefficients of model {model}: add --model {model}")
     if options.model in data.BUNDLED and metadata["model_sha256"] != data.BUNDLED[options.model][-1]:
         raise BadInput(f"{path} holds coefficients of another model than {model}: restore a copy, or search again")
+    if metadata["script"] == "search.py":
+        note_other_code(path, metadata)
     if source and not options.coefficients:
         print(f"no search in {folder}: using {source}, seed {settings['seed']} (python search.py makes your own)")
     return head, ffn, metadata | {"sha256": files.sha256(path), "source": source}

@@ -730,7 +730,9 @@ def test_the_verdict_says_whether_the_order_of_the_methods_depends_on_the_attack
     for run in weaker:
         run["overrides"] = {"attack": {"min_cosine": "0.7"}}
     text = " ".join(verdict.verdict(found + weaker, [], {})[0].split())
-    what = "Aua% of Vanilla, ORTicket, Random ticket with 2 seeds and 100 sentences, by the minimum cosine of substitutes:"
+    what = (
+        "Aua% of Vanilla, ORTicket, Random ticket with 2 seeds and 100 sentences, by the minimum cosine of substitutes:"
+    )
     assert (
         f"{what} 10.5, 12.5, 5.5 at 0.5; 21.0, 25.0, 11.0 at 0.7. The order is the same at all of them, but 2" in text
     )

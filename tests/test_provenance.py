@@ -623,3 +623,23 @@ def test_with_python_x_dev_and_w_error_nothing_is_printed_to_standard_error(agai
         [sys.executable, "-X", "dev", "-W", "error", "-c", code], cwd=HERE, capture_output=True, text=True
     )
     assert ended.returncode == 0 and ended.stderr == "", ended.stderr
+
+
+@pytest.mark.parametrize(
+    "name, maker, result",
+    [
+        ("draw", "search", "coefficients.safetensors"),
+        ("baselines.robustt", "finetune", "mine/none-vanilla-seed0/model.safetensors"),
+        ("attack", "finetune", "mine/none-vanilla-seed0/model.safetensors"),
+        ("finetune", "draw", "mine/ticket.safetensors"),
+    ],
+)
+def test_an_input_that_other_code_made_is_named(again, source, tmp_path, capsys, name, maker, result):
+    more = ["--ticket", "drawn"] if name == "finetune" else []
+    edit_text(source / "bert.py")
+    assert again(name, *more) == 0 and "note:" not in capsys.readouterr().out
+    edit_function(source / f"{maker}.py", "main")
+    assert again(name, *more, "--overwrite") == 0
+    path = tmp_path / "runs" / "tiny" / result
+    expected = f"note: {path} was made by other code ({maker}.py): {maker}.py --overwrite makes it again\n"
+    assert capsys.readouterr().out.count(expected) == 1
