@@ -56,7 +56,7 @@ class Options(data.TaskOptions):
     method: str = option("vanilla", "as in finetune.py", choices=tuple(ADVERSARIES), group="model")
     ablation: str = option(None, "as in finetune.py", choices=("no-initialization", "no-structure"), group="model")
     max_length: int = option(None, "tokens per text [same as in fine-tuning]", at_least=3, group="model")
-    task: str = option("rt", f"{', '.join(data.TASKS)}; or a custom .csv, .tsv or .jsonl file", group="data")
+    task: str = option("rt", f"{', '.join(data.TASKS)}; a .csv, .tsv or .jsonl file, or a folder", group="data")
     vectors: str = option(None, "bundled, textattack or a .npz file [textattack if cached]", group="resources")
     min_cosine: float = option(0.5, "minimum similarity of substitutes", at_least=-1, at_most=1, group="resources")
     encoder: str = option("use-multilingual", "sentence encoder", choices=resources.ENCODERS, group="resources")

@@ -218,7 +218,7 @@ def find_task(name, text_columns=("text",), label_column="label", drop_labels=()
     if path.is_dir() or path.is_file() and path.suffix.lower() in SUFFIXES:
         labels, splits, note = custom_splits(path, text_columns, label_column, drop_labels or ())
         return Task(labels, 256, lambda revision: splits, note, tuple(text_columns))
-    raise BadInput(f"unknown task {name!r}: give {', '.join(TASKS)}, or a file ending in {', '.join(SUFFIXES)}")
+    raise BadInput(f"unknown task {name!r}: give {', '.join(TASKS)}, a {', '.join(SUFFIXES)} file or a folder")
 
 
 def find_corpus(name, revision=None, encoding=None):

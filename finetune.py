@@ -50,7 +50,7 @@ class Options(data.TaskOptions, MachineOptions):
         choices=ABLATIONS,
         group="model",
     )
-    task: str = option("rt", f"{', '.join(data.TASKS)}; or a custom .csv, .tsv or .jsonl file", group="data")
+    task: str = option("rt", f"{', '.join(data.TASKS)}; a .csv, .tsv or .jsonl file, or a folder", group="data")
     train_rows: int = option(None, "train on this many rows, the same for every seed [all]", at_least=1, group="data")
     max_length: int = option(None, "truncate texts to this many tokens [the task's]", at_least=3, group="data")
     method: str = option("vanilla", "ordinary or adversarial training", choices=tuple(ADVERSARIES), group="adversary")
@@ -147,7 +147,7 @@ def finetune(options, model, weight_masks, splits, run, dtype):
             optim.seed_step(options.seed, step)
             # ordinary training is K = 1 with delta = 0
             loss, delta = 0.0, initial_delta(batch.token_mask, model.config.hidden_size, adv_init_mag, adv_max_norm)
-            for rows in distributed.micro_batches(len(delta), options.grad_accum_steps):
+            for rows in distributed.micro_batches(len(delta), options.grad_accum_steps):  # all rows, or parts of them
                 part, extra_loss = batch.rows(rows), None
                 share = len(part.labels) / len(batch.labels)
 

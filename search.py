@@ -179,7 +179,7 @@ def search(options, model, c, examples, run, dtype):
         optim.seed_step(options.seed, 2, step)  # 2: 1 is the order of the examples, 3 the MLM head's fit
         batch, loss = examples.batch(indices), 0.0  # masks 15 % of the tokens, at random in every step
         delta = initial_delta(batch.token_mask, model.config.hidden_size, options.adv_init_mag, options.adv_max_norm)
-        for rows in distributed.micro_batches(len(delta), options.grad_accum_steps):
+        for rows in distributed.micro_batches(len(delta), options.grad_accum_steps):  # all rows, or parts of them
             part = batch.rows(rows)
             share = len(part.labels) / max(1, len(batch.labels))
 

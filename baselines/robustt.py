@@ -40,7 +40,7 @@ RETRAINED = (  # settings of the fine-tuned model, reused for retraining its tic
 
 @dataclass
 class Options(data.TaskOptions):
-    task: str = option("rt", f"{', '.join(data.TASKS)}; or a custom file: .csv, .tsv, .jsonl", group="data")
+    task: str = option("rt", f"{', '.join(data.TASKS)}; a .csv, .tsv or .jsonl file, or a folder", group="data")
     train_rows: int = option(None, "number of training rows, same as in finetune.py", at_least=1, group="data")
     model: str = option(DEFAULT_MODEL, "the model that finetune.py --ticket none fine-tuned", group="model")
     seed: int = option(0, "seed of the fine-tuned model and of the gates", at_least=0, below=2**63, group="model")

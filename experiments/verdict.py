@@ -55,12 +55,13 @@ COMMAND = (
 PAPERS_ATTACK = "--attack encoder=use vectors=textattack"
 COST = ROOT / "benchmarks" / "results" / "cost.json"
 LEGEND = (
-    "Means are ± the standard deviation over seeds. Differences are paired by seed and sentence, and ± half of their 95 % "
-    "interval, the widest of those over seeds and sentences, over the seeds alone and over the sentences alone, and at "
-    "least 3 / sentences. p is the largest of those of t-tests and of permutations over seeds and over sentences; n "
-    "seeds give no p below 2 / 2^n. A difference is shown if its interval excludes 0 and p is at most 0.05; one that is "
-    "not shown may still be there. No p is corrected for the number of comparisons. All seeds have the same training "
-    "rows, so nothing here is about other rows, search corpora or attacks."
+    "Means are ± the standard deviation over seeds. Differences are paired by seed and sentence, and ± half of "
+    "their 95 % interval, the widest of those over seeds and sentences, over the seeds alone and over the "
+    "sentences alone, and at least 3 / sentences. p is the largest of those of t-tests and of permutations over "
+    "seeds and over sentences; n seeds give no p below 2 / 2^n. A difference is shown if its interval excludes 0 "
+    "and p is at most 0.05; one that is not shown may still be there. No p is corrected for the number of "
+    "comparisons. All seeds have the same training rows, so nothing here is about other rows, search corpora or "
+    "attacks."
 )
 
 
@@ -436,8 +437,8 @@ def price(first):
 
 
 def ratio(methods, column):
-    """(ORTicket's figure relative to Vanilla's with the same seed, geometric mean; the factor by which its 95 % interval
-    extends, None for one seed)."""
+    """(ORTicket's figure relative to Vanilla's with the same seed, geometric mean; the factor by which its 95 %
+    interval extends, None for one seed)."""
     ours, theirs = ({run["seed"]: run["figures"][column] for run in methods[method]} for method in TESTED)
     logs = np.log([ours[seed] / theirs[seed] for seed in sorted(ours.keys() & theirs.keys())])
     factor = np.exp(stats.t.ppf(0.975, len(logs) - 1) * stats.sem(logs)) if len(logs) > 1 else None
