@@ -296,7 +296,7 @@ def control(first):
         f"of Aua%, in the paper {paper('FreeLB') - paper('Vanilla'):+.1f}."
     )
     if not any(gain["difference"] > 0 and is_shown(gain) for gain in gains):
-        text += " No method is shown to gain here, so this setting cannot tell whether only the ticket fails."
+        text += " This gain is not reproduced, so this setting may be one in which no method helps."
     aua, clean = (by_start(first, "ORTicket", "FreeLB", score)[1] for score in (held, is_clean))
     return text + (f" ORTicket minus FreeLB is {aua} points of Aua%, and {clean} of Clean%." if aua else "")
 

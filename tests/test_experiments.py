@@ -601,8 +601,8 @@ def test_the_verdict_compares_the_ticket_with_adversarial_training(verdict_runs)
         and f"ORTicket minus FreeLB is {result} points of Aua%, and {clean} of Clean%." in text
     )
     gain = verdict.with_p(tables.difference(freelb, found[:2], "sst2", "textfooler"))
-    assert f"minus Vanilla is {gain} points of Aua%, in the paper +13.9. No method is shown to gain here" in text
-    assert "No method is shown" not in " ".join(
+    assert f"minus Vanilla is {gain} points of Aua%, in the paper +13.9. This gain is not reproduced" in text
+    assert "This gain is not reproduced" not in " ".join(
         verdict.verdict(verdict_runs(Vanilla=(1,) * 7, ORTicket=(1,) * 7, FreeLB=(40,) * 7), [], {})[0].split()
     )
 
