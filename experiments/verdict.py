@@ -141,7 +141,8 @@ def wrapped(text, first="", others=""):
 
 def grouped(runs):
     """{start: {(least cosine of a substitute, sentences): {method: its runs on SST-2}}}. Attacks are sorted by
-    the number of seeds, then of methods, then of sentences, the largest first.
+    the number of seeds, then of methods, then of sentences, the largest first. A method with --finetune options is
+    another method.
 
     Raises BadInput for runs that cannot be compared.
     """
@@ -151,11 +152,13 @@ def grouped(runs):
             continue
         overrides, method, start = run["overrides"], run["method"], Path(run["settings"]["model"]).name
         attack, training = (least_cosine(run), run["settings"]["n"]), dict(overrides.get("finetune", {}))
-        label = "more random tickets" if training.pop("ticket_seed", None) else method
-        own = {name: overrides.get(name, {}) for name in ("search", "draw", "robustt")} | {"finetune": training}
+        is_more = training.pop("ticket_seed", None)
+        plain = method + (overrides_text({"finetune": training}) if training else "")
+        label = "more random tickets" if is_more else plain
+        own = {name: overrides.get(name, {}) for name in ("search", "draw", "robustt")}
         shared = {"attack": overrides.get("attack", {}), "resources": run["resources"]}
         always = {"settings": run["settings"] | {"n": None}}
-        for kind, of in (((start,), always), ((start, attack), shared), ((start, attack, method), own)):
+        for kind, of in (((start,), always), ((start, attack), shared), ((start, attack, plain), own)):
             if differing := [name for name in of if kinds.setdefault(kind, of)[name] != of[name]]:
                 raise BadInput(
                     f"runs of {method} from {start} at cosine {attack[0]:g} on {attack[1]} sentences differ in "
@@ -295,8 +298,15 @@ def control(first):
         f"**Adversarial training, from each start in turn.** FreeLB on the full model minus Vanilla is {listed} points "
         f"of Aua%, in the paper {paper('FreeLB') - paper('Vanilla'):+.1f}."
     )
-    if not any(gain["difference"] > 0 and is_shown(gain) for gain in gains):
-        text += " This gain is not reproduced, so this setting may be one in which no method helps."
+    is_known = any(gain["difference"] > 0 and is_shown(gain) for gain in gains)
+    text += "" if is_known else " This gain is not reproduced."
+    labels = dict.fromkeys(label for _, methods in first.values() for label in methods)
+    for label in [label for label in labels if label.startswith("FreeLB, ")]:
+        gains, listed = by_start(first, label, "Vanilla")
+        clean = by_start(first, label, "Vanilla", is_clean)[1]
+        text += f" With {label.removeprefix('FreeLB, ')} it is {listed}, and {clean} of Clean%." if gains else ""
+        is_known |= any(gain["difference"] > 0 and is_shown(gain) for gain in gains)
+    text += " So this setting can show a gain." if is_known else " So this may be a setting in which no method helps."
     aua, clean = (by_start(first, "ORTicket", "FreeLB", score)[1] for score in (held, is_clean))
     return text + (f" ORTicket minus FreeLB is {aua} points of Aua%, and {clean} of Clean%." if aua else "")
 
@@ -466,10 +476,11 @@ def name(start):
 
 def table(methods):
     rows = []
-    for method in [method for method in METHODS if method in methods]:
+    others = sorted(methods.keys() - {*METHODS, "more random tickets"})
+    for method in [*(method for method in METHODS if method in methods), *others]:
         cells = [cell("verdict", methods[method], "sst2", column) for column in COLUMNS]
-        others = ("Vanilla", "Random ticket", "Vanilla ticket")
-        against = [with_p(compared(methods, method, other)) for other in others]
+        references = ("Vanilla", "Random ticket", "Vanilla ticket")
+        against = [with_p(compared(methods, method, reference)) for reference in references]
         rows.append([method, str(len(methods[method])), *cells, *against])
     minus = "Aua% minus Vanilla's", "minus the random ticket's", "minus the vanilla ticket's"
     return markdown_table(["", "seeds", *COLUMNS, *minus], rows)
