@@ -148,8 +148,11 @@ def note_other_code(path, metadata):
     """Print a line if an input was made by other code than the present: only the script that made it checks that."""
     script = {"robustt.py": "baselines/robustt.py"}.get(metadata["script"], metadata["script"])
     recorded = metadata.get("code")
-    if changed := differences(recorded, software(ROOT / script)["code"]) if recorded else {}:
-        print(f"note: {path} was made by other code ({first_few(changed)}): {script} --overwrite makes it again")
+    if isinstance(recorded, dict) and (changed := differences(recorded, software(ROOT / script)["code"])):
+        print(
+            f"note: {path} was made by other code ({first_few(changed)}): repeat the command that made it, with "
+            "--overwrite, to make it again"
+        )
 
 
 def check_tensors(path, tensors, expected):

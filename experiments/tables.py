@@ -272,8 +272,8 @@ def held(run, attack):
 
 
 def is_clean(run, attack):
-    """Array (sentences,): 1 where the model was right without an attack, 0 where it was not."""
-    return np.array([float(outcome != "-") for outcome in unpack(run["outcomes"][attack])])
+    """Array (sentences,): 1 where the model was right without an attack, 0 where it was not, NaN for an error."""
+    return np.array([{"-": 0, "?": np.nan}.get(outcome, 1) for outcome in unpack(run["outcomes"][attack])])
 
 
 def paired(runs, reference, task, attack, score=held):

@@ -55,13 +55,14 @@ COMMAND = (
 PAPERS_ATTACK = "--attack encoder=use vectors=textattack"
 COST = ROOT / "benchmarks" / "results" / "cost.json"
 LEGEND = (
-    "Means are ± the standard deviation over seeds. Differences are paired by seed and sentence, and ± half of "
-    "their 95 % interval, the widest of those over seeds and sentences, over the seeds alone and over the "
-    "sentences alone, and at least 3 / sentences. p is the largest of those of t-tests and of permutations over "
+    "Means are ± the standard deviation over seeds. Differences are paired by seed and sentence, those in Clean% "
+    "over the attacked sentences. They are ± half of their 95 % interval, the widest of those over seeds and "
+    "sentences, over the seeds alone and over the sentences alone (Student's t, over 6 to 12 seeds also by "
+    "permutation), and at least 3 / sentences. p is the largest of those of t-tests and of permutations over "
     "seeds and over sentences; n seeds give no p below 2 / 2^n. A difference is shown if its interval excludes 0 "
-    "and p is at most 0.05; one that is not shown may still be there. No p is corrected for the number of "
-    "comparisons. All seeds have the same training rows, so nothing here is about other rows, search corpora or "
-    "attacks."
+    "and p is at most 0.05; a difference that is not shown may still exist. No p is corrected for the number of "
+    "comparisons. All runs share the training rows, the search corpus and the kind of attack; the intervals do "
+    "not cover a change of these."
 )
 
 
@@ -109,7 +110,7 @@ def verdict(runs, ratio_runs, losses, hours=None):
         raise BadInput(f"the table has no runs of Vanilla and ORTicket on sst2: {COMMAND} makes them")
     first = {start: next(iter(attacks.items())) for start, attacks in starts.items()}  # {start: (attack, methods)}
     claims = {f"from {name(start)}": claim(methods) for start, (_, methods) in first.items()}
-    claims |= {"from all starts together": joint} if (joint := together(first)) else {}
+    claims |= together(first)
     lines = [asked(), *(f"**F{start[1:]}**, ORTicket minus Vanilla is {of}." for start, of in claims.items())]
     lines += [control(first), what_the_search_adds(first), advice(claims, first)]
     lines += [only_bert_base(hours or {})] if "bert-base-uncased" not in starts else []
@@ -125,9 +126,9 @@ def verdict(runs, ratio_runs, losses, hours=None):
         for (least, n), of in attacks.items():
             text += f"\n{name(start)}, substitutes of cosine {least:g} or more, {n} sentences:\n{table(of)}"
     text += ratios_table(fits) if fits else ""
-    (cosine, _), methods = next(iter(first.values()))
+    settings = sorted({setting(cosine, methods["ORTicket"][0]) for (cosine, _), methods in first.values()})
     summary = wrapped(
-        f"SST-2, {setting(cosine, methods['ORTicket'][0])} ([more](docs/results.md)). Aua%: "
+        f"SST-2{f', {settings[0]}' * (len(settings) == 1)} ([more](docs/results.md)). Aua%: "
         "accuracy under attack. ±: standard deviation, of differences half the 95 % interval."
     )
     summary += f"\n{small_table(first)}"
@@ -146,15 +147,19 @@ def grouped(runs):
 
     Raises BadInput for runs that cannot be compared.
     """
-    groups, kinds = {}, {}
+    groups, kinds, shared_options = {}, {}, {}
+    runs = [run for run in runs if run["task"] == "sst2" and "textfooler" in run["outcomes"]]
+    for run in runs:  # --finetune options that all runs of a start have do not distinguish its methods
+        options = set(run["overrides"].get("finetune", {}).items())
+        start = Path(run["settings"]["model"]).name
+        shared_options[start] = shared_options.get(start, options) & options
     for run in runs:
-        if run["task"] != "sst2" or "textfooler" not in run["outcomes"]:
-            continue
         overrides, method, start = run["overrides"], run["method"], Path(run["settings"]["model"]).name
         attack, training = (least_cosine(run), run["settings"]["n"]), dict(overrides.get("finetune", {}))
         is_more = training.pop("ticket_seed", None)
+        training = dict(training.items() - shared_options[start])
         plain = method + (overrides_text({"finetune": training}) if training else "")
-        label = "more random tickets" if is_more else plain
+        label = "more random tickets" if is_more and not training else plain
         own = {name: overrides.get(name, {}) for name in ("search", "draw", "robustt")}
         shared = {"attack": overrides.get("attack", {}), "resources": run["resources"]}
         always = {"settings": run["settings"] | {"n": None}}
@@ -206,8 +211,13 @@ def other_attacks(start, attacks):
     """The difference on other samples, and whether the order of the methods depends on the least cosine, with the
     seeds and the number of sentences that most attacks share."""
     (cosine, n), *others = attacks
+
+    def is_part(*samples):  # samples are nested if they are drawn in the same order
+        first, second = (attacks[of]["Vanilla"][0]["overrides"].get("attack") for of in samples)
+        return first == second and samples[1][1] < samples[0][1]
+
     text = "".join(
-        f" On {m} {'of these ' * (m < n)}sentences, ORTicket minus Vanilla is "
+        f" On {m} {'of these ' * is_part((cosine, n), (of, m))}sentences, ORTicket minus Vanilla is "
         f"{with_p(compared(attacks[of, m], *TESTED))}."
         for of, m in others
         if of == cosine
@@ -265,58 +275,75 @@ def is_shown(result):
 def judged(result):
     if is_shown(result):
         return f"**the ticket is {'more' if result['difference'] > 0 else 'less'} robust**"
-    excludes_zero = abs(result["difference"]) > result["interval"]
-    return NOT_SHOWN + " (the interval excludes 0, but p is above 0.05)" * bool(excludes_zero)
+    if abs(result["difference"]) > result["interval"]:
+        return f"{NOT_SHOWN} (the interval excludes 0, but p is above 0.05)"
+    return NOT_SHOWN + " (p is at most 0.05, but the interval includes 0)" * bool(result["p"] <= 0.05)
+
+
+def is_gain(result):
+    return result["difference"] > 0 and is_shown(result)
 
 
 def together(first):
-    """The claim about all starts, whose models with the same seed are averaged. "" if their attacks or seeds differ."""
-    attacks = {(attack, overrides_text(methods["ORTicket"][0]["overrides"])) for attack, methods in first.values()}
-    pairs = [paired(*(methods[of] for of in TESTED), "sst2", "textfooler") for _, methods in first.values()]
-    if len(first) < 2 or len(attacks) > 1 or len({tuple(seeds) for seeds, _ in pairs}) > 1:
-        return ""
-    result = compare_known(np.mean([both for _, both in pairs], 0))
-    if "p" not in result:
-        return ""
-    return f"{with_p(result)} points of Aua%: {judged(result)} (added after the results above were known)"
+    """{which starts: the claim about them}, with their models of the same seed averaged. {} unless several starts have
+    the same settings, attack and seeds."""
+    alike = {}
+    for start, (attack, methods) in first.items():
+        seeds, both = paired(*(methods[of] for of in TESTED), "sst2", "textfooler")
+        run = methods["ORTicket"][0]
+        settings = run["settings"] | {"model": None}, run["overrides"], run["resources"]
+        alike.setdefault(repr((attack, seeds, settings)), {})[name(start)] = both
+    claims = {}
+    for of in alike.values():
+        result = compare_known(np.mean(list(of.values()), 0)) if len(of) > 1 else {}
+        if "p" in result:
+            which = "from all starts together" if len(of) == len(first) else f"from {' and '.join(of)} together"
+            claims[which] = f"{with_p(result)} points of Aua%: {judged(result)} (not a planned comparison)"
+    return claims
 
 
-def by_start(first, ours, reference, score=held):
-    """([the difference of two methods from each start], the same as text, which names the starts if one is missing)."""
+def by_start(first, ours, reference, unit, score=held):
+    """({start: the difference of two methods}, the same as text, which names the starts if one is missing)."""
     results = {name(start): compared(methods, ours, reference, score) for start, (_, methods) in first.items()}
     known = {start: result for start, result in results.items() if "p" in result}
-    listed = [with_p(of) + f" from {start}" * (len(known) < len(results)) for start, of in known.items()]
-    return list(known.values()), " and ".join(listed)
+    if len(known) == len(results):
+        return known, f"{' and '.join(map(with_p, known.values()))} {unit}"
+    return known, " and ".join(f"{with_p(result)} {unit} from {start}" for start, result in known.items())
+
+
+def in_turn(first):
+    return ", from each start in turn" * (len(first) > 1)
 
 
 def control(first):
     """Does FreeLB, a defense of the paper, help the full model here, and more than a ticket? "" without runs of it."""
-    gains, listed = by_start(first, "FreeLB", "Vanilla")
-    if not gains:
+    entries, gains = [], [compared(methods, *TESTED) for _, methods in first.values()]
+    labels = {label for _, methods in first.values() for label in methods if label.split(",")[0] == "FreeLB"}
+    for label in sorted(labels):
+        results, listed = by_start(first, label, "Vanilla", "points of Aua%")
+        shown_from = " and ".join(start for start, result in results.items() if is_gain(result))
+        seen = f"a gain is shown from {shown_from}" if shown_from else "no gain is shown"
+        entries += [f"{label} minus Vanilla is {listed}: {seen}"] if results else []
+        gains += results.values()
+    if not entries:
         return ""
-    text = (
-        f"**Adversarial training, from each start in turn.** FreeLB on the full model minus Vanilla is {listed} points "
-        f"of Aua%, in the paper {paper('FreeLB') - paper('Vanilla'):+.1f}."
+    text = f"**Adversarial training of the full model{in_turn(first)}.** {'; '.join(entries)}."
+    text += f" In the paper FreeLB gains {paper('FreeLB') - paper('Vanilla'):.1f} points."
+    if not any("p" in gain and is_gain(gain) for gain in gains):
+        text += " So this may be a setting in which no method helps."
+    (known, aua), (_, clean) = (
+        by_start(first, "ORTicket", "FreeLB", f"points of {column}", score)
+        for column, score in (("Aua%", held), ("Clean%", is_clean))
     )
-    is_known = any(gain["difference"] > 0 and is_shown(gain) for gain in gains)
-    text += "" if is_known else " This gain is not reproduced."
-    labels = dict.fromkeys(label for _, methods in first.values() for label in methods)
-    for label in [label for label in labels if label.startswith("FreeLB, ")]:
-        gains, listed = by_start(first, label, "Vanilla")
-        clean = by_start(first, label, "Vanilla", is_clean)[1]
-        text += f" With {label.removeprefix('FreeLB, ')} it is {listed}, and {clean} of Clean%." if gains else ""
-        is_known |= any(gain["difference"] > 0 and is_shown(gain) for gain in gains)
-    text += " So this setting can show a gain." if is_known else " So this may be a setting in which no method helps."
-    aua, clean = (by_start(first, "ORTicket", "FreeLB", score)[1] for score in (held, is_clean))
-    return text + (f" ORTicket minus FreeLB is {aua} points of Aua%, and {clean} of Clean%." if aua else "")
+    return text + (f" ORTicket minus FreeLB is {aua}, and {clean}." if known else "")
 
 
 def what_the_search_adds(first):
     """ORTicket beside tickets that were found without a search or without an adversary. "" without runs of them."""
     others = {"Random ticket": "a random ticket", "Vanilla ticket": "the ticket of a search without FreeLB"}
-    found = {label: by_start(first, "ORTicket", other)[1] for other, label in others.items()}
-    listed = "; ".join(f"minus {label} is {of}" for label, of in found.items() if of)
-    return f"**What the search adds, from each start in turn.** In points of Aua%, ORTicket {listed}." if listed else ""
+    found = {label: by_start(first, "ORTicket", other, "points of Aua%") for other, label in others.items()}
+    listed = "; ".join(f"minus {label} is {text}" for label, (known, text) in found.items() if known)
+    return f"**What the search adds{in_turn(first)}.** ORTicket {listed}." if listed else ""
 
 
 def advice(claims, first):
@@ -373,9 +400,10 @@ def best_random(start, cosine, n, methods):
         seeds = f"{len(others)} other seed{'s' * (len(others) > 1)}"
         text += (
             f" The best on all sentences (Aua% {best['figures'][COLUMN]:.1f}) was fine-tuned again with {seeds}: Aua% "
-            f"{cell('verdict', others, 'sst2', COLUMN)}, {with_p(result)} points from Vanilla with the same seeds."
+            f"{cell('verdict', others, 'sst2', COLUMN)}, {with_p(result)} points from Vanilla with the same seed"
+            f"{'s' * (len(others) > 1)}."
         )
-        if "p" in result and not (result["difference"] > 0 and is_shown(result)):
+        if "p" in result and not is_gain(result):
             text += " So no gain of this ticket is shown: its first result also depended on the fine-tuning."
     return text
 
@@ -428,22 +456,30 @@ def ratios_table(fits):
         )
     text = (
         "Aua% against the pruning ratios, and the slopes of a parabola per 0.1 of the ratio. Each seed has a constant "
-        "of its own; the intervals are over tickets, not over sentences. The tickets at 1/6 and at 0.2 are the same."
+        "of its own; the intervals are over tickets, not over sentences."
     )
+    if len({ratio for *_, ratio in fits}) > 1:
+        text += " The runs at 1/6 of the heads and at 0.2 of the neurons are the same: these are the defaults."
     return f"\n{wrapped(text)}\n{markdown_table(['', 'tickets', 'Aua%', 'first slope', 'last slope'], rows)}"
 
 
 def price(first):
-    runs = [run for _, methods in first.values() for method in TESTED for run in methods[method]]
-    parameters = np.mean([ratio(methods, "M parameters")[0] for _, methods in first.values()])
-    text = f"A ticket has {1 - parameters:.1%} fewer parameters"
-    if len({run["machine"] for run in runs}) == 1:  # else speeds cannot be compared
-        speeds = " and ".join(ratio_text(methods, "tokens_per_second") for _, methods in first.values())
-        memory = " and ".join(f"{ratio(methods, 'GB')[0]:.2f}" for _, methods in first.values())
-        where = f"{runs[0]['machine']}, batches of {runs[0]['settings']['batch_size']}"
-        text += f". Its speed of fine-tuning, relative to Vanilla's, is {speeds}, with {memory} times the "
-        text += f"memory ({where}; geometric means over seeds, with 95 % intervals)"
-    return f"{text}; [more](speed.md#what-a-ticket-saves)."
+    listed = []
+    for start, (_, methods) in first.items():
+        text = f"{1 - ratio(methods, 'M parameters')[0]:.1%} fewer parameters"
+        machines = {run["machine"] for method in TESTED for run in methods[method]}
+        if len(machines) == 1:  # else speeds cannot be compared
+            (speed, factor), (memory, _) = (ratio(methods, column) for column in ("tokens_per_second", "GB"))
+            interval = f" ({speed / factor:.2f} to {speed * factor:.2f})" if factor else ""
+            where = f"{machines.pop()}, batches of {methods['ORTicket'][0]['settings']['batch_size']}"
+            text += (
+                f", {speed:.2f}{interval} times the speed of fine-tuning and {memory:.2f} times the memory ({where})"
+            )
+        listed.append(f"from {name(start)}, {text}")
+    return (
+        f"A ticket has, relative to Vanilla: {'; '.join(listed)}. Speeds and memory are geometric means over seeds, "
+        "with 95 % intervals; [more](speed.md#what-a-ticket-saves)."
+    )
 
 
 def ratio(methods, column):
@@ -453,11 +489,6 @@ def ratio(methods, column):
     logs = np.log([ours[seed] / theirs[seed] for seed in sorted(ours.keys() & theirs.keys())])
     factor = np.exp(stats.t.ppf(0.975, len(logs) - 1) * stats.sem(logs)) if len(logs) > 1 else None
     return np.exp(logs.mean()), factor
-
-
-def ratio_text(methods, column):
-    mean, factor = ratio(methods, column)
-    return f"{mean:.2f}" + (f" ({mean / factor:.2f} to {mean * factor:.2f})" if factor else "")
 
 
 def only_bert_base(hours):
@@ -489,9 +520,10 @@ def table(methods):
 def small_table(first):
     """For README.md: the starts side by side. first: {start: (attack, methods)}."""
     rows = {method: [method] for method in METHODS if any(method in methods for _, methods in first.values())}
-    is_one, heads = len({attack for attack, _ in first.values()}) == 1, [""]
-    for start, ((cosine, n), methods) in first.items():
-        label = name(start) if is_one else f"{name(start)} (cosine {cosine:g}, {n} sentences)"
+    settings = {start: setting(cosine, methods["ORTicket"][0]) for start, ((cosine, _), methods) in first.items()}
+    heads = [""]
+    for start, (_, methods) in first.items():
+        label = name(start) if len(set(settings.values())) == 1 else f"{name(start)} ({settings[start]})"
         heads += [f"{label}: {head}" for head in ("Clean%", "Aua%", "Aua% minus Vanilla's")]
         for method, row in rows.items():
             row += [cell("verdict", methods.get(method, []), "sst2", column) for column in COLUMNS[:2]]

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import platform
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,11 +88,20 @@ def describe(device):
 
 def describe_machine(device):
     """The device with the name of its processor, for records of speed, which differs among processors."""
-    name = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError, StopIteration):  # Linux does not say more than "x86_64"
-        lines = Path("/proc/cpuinfo").read_text("utf8").splitlines()
-        name = next(line.split(": ", 1)[1] for line in lines if line.startswith("model name"))
-    return describe(device) if device.type == "cuda" else f"{describe(device)} ({name})"
+    return describe(device) if device.type == "cuda" else f"{describe(device)} ({processor()})"
+
+
+def processor():
+    """What the system knows of the processor: its name, and on Linux its numbers, since the name may be generic."""
+    with contextlib.suppress(OSError):
+        lines = [line.partition(":") for line in Path("/proc/cpuinfo").read_text("utf8").splitlines()]
+        found = {key.strip(): value.strip() for key, _, value in reversed(lines)}  # of the first processor
+        kinds = "model name", "cpu family", "model", "CPU implementer", "CPU part"
+        return ", ".join(f"{kind} {found[kind]}".removeprefix("model name ") for kind in kinds if kind in found)
+    with contextlib.suppress(OSError):
+        command = ["sysctl", "-n", "machdep.cpu.brand_string"]  # macOS
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    return platform.processor()
 
 
 def autocast(device, dtype):

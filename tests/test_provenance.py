@@ -31,7 +31,15 @@ from baselines import robustt
 from bert import Bert, Config
 from checkpoints import cache, provenance, runs
 from checkpoints import safetensors as our_safetensors
-from checkpoints.provenance import Checkpoint, is_up_to_date, read_made_by, read_result, software, without_paths
+from checkpoints.provenance import (
+    Checkpoint,
+    is_up_to_date,
+    note_other_code,
+    read_made_by,
+    read_result,
+    software,
+    without_paths,
+)
 from checkpoints.tickets import find_ticket, read_coefficients
 from experiments import runs as runs_of_tables
 from experiments import table2, tables
@@ -641,5 +649,13 @@ def test_an_input_that_other_code_made_is_named(again, source, tmp_path, capsys,
     edit_function(source / f"{maker}.py", "main")
     assert again(name, *more, "--overwrite") == 0
     path = tmp_path / "runs" / "tiny" / result
-    expected = f"note: {path} was made by other code ({maker}.py): {maker}.py --overwrite makes it again\n"
+    expected = f"note: {path} was made by other code ({maker}.py): repeat the command that made it, with --overwrite"
     assert capsys.readouterr().out.count(expected) == 1
+
+
+def test_code_of_a_foreign_file_is_compared_only_if_it_can_be(source, capsys):
+    for code in (None, [], "draw", {}):
+        note_other_code("ticket", {"script": "robustt.py", "code": code})
+        assert ("note: ticket was made by other code (baselines/robustt.py, " in capsys.readouterr().out) == (
+            code == {}
+        )

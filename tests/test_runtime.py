@@ -38,20 +38,23 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """  # what Windows lacks. fcntl stays: filelock needs it here
 
 
-CPU_INFO = "processor\t: 0\nmodel name\t: A CPU @ 2.00GHz: fast\nflags\t\t: fpu\n"
+X86 = "processor\t: 0\nmodel\t\t: 143\nmodel name\t: A CPU @ 2GHz: fast\nflags\t\t: fpu\n\nmodel name\t: Another\n"
 
 
 @pytest.mark.parametrize(
-    "info, name", [(CPU_INFO, r"A CPU @ 2\.00GHz: fast"), ("CPU part\t: 0xd40\n", r".+"), (None, r".+")]
+    "info, name",
+    [(X86, "A CPU @ 2GHz: fast, model 143"), ("CPU part\t: 0xd40\n", "CPU part 0xd40"), (None, "M4"), ("", "")],
 )
 def test_records_of_speed_name_the_processor(info, name, monkeypatch):
     def read_text(path, encoding):
-        if info is None:
+        if info is None:  # macOS
             raise FileNotFoundError
         return info
 
     monkeypatch.setattr(Path, "read_text", read_text)
-    assert re.fullmatch(rf"CPU with \d+ threads? \({name}\)", describe_machine(torch.device("cpu")))
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: types.SimpleNamespace(stdout="M4\n"))
+    expected = rf"CPU with \d+ threads? \({re.escape(name)}\)"
+    assert re.fullmatch(expected, describe_machine(torch.device("cpu")))
 
 
 @pytest.mark.parametrize("script", ["draw", "finetune", "attack"])
