@@ -598,23 +598,24 @@ def test_the_verdict_compares_the_ticket_with_adversarial_training(verdict_runs)
     clean = verdict.with_p(tables.difference(found[2:], freelb, "sst2", "textfooler", tables.is_clean))
     assert (
         clean.startswith("-4.0 ± ")
-        and f"ORTicket minus FreeLB is {result} points of Aua%, and {clean} points of Clean%." in text
+        and f"ORTicket minus it is {result} points of Aua%, and {clean} points of Clean%." in text
     )
     gain = verdict.with_p(tables.difference(freelb, found[:2], "sst2", "textfooler"))
-    assert f"minus Vanilla is {gain} points of Aua%: no gain is shown. In the paper FreeLB gains 13.9" in text
+    assert f"minus Vanilla is {gain} points of Aua%: no gain is shown; ORTicket minus it is" in text
+    assert "So no method is shown to be more robust than Vanilla. In the paper FreeLB gains 13.9 points." in text
     found = verdict_runs(Vanilla=(1,) * 7, ORTicket=(1,) * 7, FreeLB=(40,) * 7)
     text = " ".join(verdict.verdict(found, [], {})[0].split())
-    assert "points of Aua%: a gain is shown from MiniLM as published. In" in text and "no method helps" not in text
+    assert (
+        "points of Aua%: a gain is shown from MiniLM as published; " in text and "more robust than Vanilla" not in text
+    )
     for run in found[-7:]:  # with a stronger adversary
         run["overrides"] = run["overrides"] | {"finetune": {"adv_lr": "0.2"}}
     text = verdict.verdict(found + verdict_runs(FreeLB=(1,) * 7), [], {})[0]
     row = "| FreeLB, `--finetune adv-lr=0.2` | 7 | 90.0 ± 0.0 | 40.0 ± 0.0 |"
     assert row in text
     text = " ".join(text.split())
-    assert (
-        "FreeLB minus Vanilla is +0.0 ± 3.0 (p = 1.000) points of Aua%: no gain is shown; FreeLB, `--finetune" in text
-    )
-    assert "adv-lr=0.2` minus Vanilla is +39.0 ± " in text and "no method helps" not in text
+    assert "FreeLB minus Vanilla is +0.0 ± 3.0 (p = 1.000) points of Aua%: no gain is shown; ORTicket minus" in text
+    assert "adv-lr=0.2` minus Vanilla is +39.0 ± " in text and "more robust than Vanilla" not in text
     assert "Adversarial training" in verdict.verdict(found, [], {})[0]  # without FreeLB as it is
     for run in found:  # what all have in common distinguishes no methods
         run["overrides"] = run["overrides"] | {"finetune": {"adv_lr": "0.2"}}
@@ -731,6 +732,11 @@ def test_the_best_random_ticket_is_judged_by_its_runs_with_other_seeds(verdict_r
 
 
 def test_the_verdict_begins_with_the_larger_sample_and_takes_the_most_random_tickets(verdict_runs):
+    seven = verdict_runs(Vanilla=(10,) * 7, ORTicket=(10, 11, 12, 13, 11, 12, 13))
+    stronger = [run | {"overrides": {"attack": {"min_cosine": "0.4"}}} for run in seven]
+    result = verdict.with_p(tables.difference(seven[7:], seven[:7], "sst2", "textfooler"))
+    text = " ".join(verdict.verdict(seven + stronger, [], {})[0].split())
+    assert f"On 100 sentences at cosine 0.5, ORTicket minus Vanilla is {result}." in text
     few = verdict_runs(Vanilla=(10, 11), ORTicket=(12, 13), **{"Random ticket": (5, 7, 6)})
     many = verdict_runs(Vanilla=(20, 21), ORTicket=(30, 31), **{"Random ticket": (20,)})
     for run in many:
