@@ -212,7 +212,7 @@ def other_attacks(start, attacks):
     seeds and the number of sentences that most attacks share."""
     cosine, n = next(iter(attacks))
     text, lead = "", attacks[cosine, n]["Vanilla"][0]["overrides"].get("attack")
-    for (least, m), methods in attacks.items():
+    for (least, m), methods in sorted(attacks.items(), key=lambda item: item[0][0] != cosine):
         if m < n and methods["Vanilla"][0]["overrides"].get("attack") == lead:  # samples of one order are nested
             where = f"{m} of these sentences"
         elif least == cosine:
