@@ -302,6 +302,11 @@ def spawn(arguments, **options):
     )
 
 
+def without_progress(err):
+    """Standard error without the lines with a time, which a slow machine prints in long loops."""
+    return re.sub(r"(?m)^\d\d:\d\d:\d\d .*\n?", "", err)
+
+
 def kill_when(process, condition):
     """SIGKILL the process as soon as condition() holds. Fails if it never does."""
     while not condition():
