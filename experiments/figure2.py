@@ -8,13 +8,10 @@ from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
-from scipy import stats
 
-import attack
 from experiments.runs import overrides_text
 from experiments.tables import described, grouped, make_table
 from runtime import cli
-from runtime.cli import BadInput
 from sharing.plots import new_figure, save_figure
 
 RATIOS = {"tau_head": ("1/12", "1/6", "1/4", "1/3"), "tau_ffn": ("0.05", "0.1", "0.2", "0.3", "0.4")}
@@ -60,48 +57,6 @@ def plot(runs, path):
     shared = "" if are_several else max(others, key=len).replace("`", "")  # a random ticket has no --search
     figure.suptitle(f"{settings['model']} on {runs[0]['task']}{shared}", fontsize=9, parse_math=False)
     save_figure(figure, path)
-
-
-def fit_ratios(runs):
-    """{(start, least cosine, method, ratio): {"tickets", "seeds", "means" {value: [Aua%]}, "first", "last"}}.
-
-    A parabola with a constant for each seed is fitted to the Aua% of the tickets of which only this ratio varies.
-    "first", "last": its slopes at the smallest and at the largest value, in points per 0.1 of the ratio, with half of
-    their 95 % intervals (Student's t). Fewer than 3 values, or too few tickets for 2 degrees of freedom, are left out.
-    Raises BadInput for runs that cannot be compared.
-    """
-    points, kinds, fits = {}, {}, {}
-    for run in runs:
-        draw, aua = run["overrides"].get("draw", {}), run["figures"].get("textfooler Aua%")
-        if run["task"] != "sst2" or len(draw) != 1 or aua is None:  # no ratio or several; no attack
-            continue
-        ((ratio, value),) = draw.items()
-        key = Path(run["settings"]["model"]).name, least_cosine(run), run["method"], ratio
-        kind = run["settings"], run["resources"], run["overrides"] | {"draw": None}
-        if kinds.setdefault(key, kind) != kind:
-            raise BadInput(f"runs of {key[2]} from {key[0]} in figure2.json differ: keep one kind of runs in --results")
-        points.setdefault(key, []).append((float(Fraction(value)), value, run["seed"], aua))
-    for key, found in sorted(points.items()):
-        x, _, seeds, aua = (np.array(column) for column in zip(*sorted(found)))
-        columns = [(10 * x) ** 2, 10 * x, *(seeds == seed for seed in set(seeds))]
-        freedom = len(x) - len(columns)
-        if len(set(x)) < 3 or freedom < 2:
-            continue
-        design, aua = np.stack(columns, 1).astype(float), aua - aua[0]  # equal figures then leave no rounding errors
-        fitted, *_ = np.linalg.lstsq(design, aua, rcond=None)
-        variance = ((aua - design @ fitted) ** 2).sum() / freedom * np.linalg.inv(design.T @ design)
-        fits[key] = {"tickets": len(x), "seeds": len(set(seeds)), "means": {}}
-        for _, value, _, of_ticket in sorted(found):
-            fits[key]["means"].setdefault(value, []).append(of_ticket)
-        for name, at in (("first", x[0]), ("last", x[-1])):
-            slope = np.array([20 * at, 1, *[0] * (len(columns) - 2)])  # the derivative of the columns
-            interval = stats.t.ppf(0.975, freedom) * (slope @ variance @ slope) ** 0.5
-            fits[key][name] = {"difference": slope @ fitted, "interval": interval}
-    return fits
-
-
-def least_cosine(run):
-    return float(run["overrides"].get("attack", {}).get("min_cosine", attack.Options.min_cosine))
 
 
 if __name__ == "__main__":

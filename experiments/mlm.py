@@ -1,11 +1,12 @@
 """A starting point for which the paper's premise holds: the model, trained further on masked language modelling.
 
-    python -m experiments.mlm
-    python -m experiments.table1 --model runs/minilm-mlm ...
+    python -m experiments.mlm --epochs 2
+    python -m experiments.table1 --model runs/minilm-mlm2 ...
 
 MiniLM was published as a sentence encoder, without an MLM head. This command trains the whole model on the bundled
 text (IMDb, Rotten Tomatoes, BBC News) with `search.py` without adversary and penalty, which is ordinary MLM training.
-It writes the model to OUTPUT/MODEL-mlm, and its loss on held-out text before and after training to RESULTS/mlm.json.
+It writes the model to OUTPUT/MODEL-mlm, with the number of epochs if there are several, and its loss on held-out text
+before and after training to RESULTS, in a file of the same name.
 """
 
 from dataclasses import dataclass
@@ -42,7 +43,7 @@ class Options:
 def main():
     options = cli.parse(Options, __doc__)
     output = files.writable(files.model_folder(options.output, options.model))
-    text, adapted = output / "mlm", output.with_name(f"{output.name}-mlm")
+    text, adapted = output / "mlm", output.with_name(f"{output.name}-mlm{options.epochs if options.epochs > 1 else ''}")
     write_text(text)
     settings = {name: value for name, value in vars(options).items() if name not in ("output", "results", "overwrite")}
     # no adversary, no penalty; c stays 1, so the masks never change, which must not stop the search
@@ -52,7 +53,7 @@ def main():
     # before: with the MLM head that the search starts with
     (before, of_before), (after, of_after) = (held_out_loss(of, text) for of in (options.model, str(adapted)))
     result = {"settings": settings, "loss_before": before, "loss_after": after, "model_sha256": [of_before, of_after]}
-    write_result(Path(options.results) / "mlm.json", result)
+    write_result(Path(options.results) / f"{adapted.name}.json", result)
     print(f"MLM loss on held-out text: {before:.3f} before, {after:.3f} after; {adapted}")
 
 

@@ -538,103 +538,83 @@ def verdict_runs():
 
 
 @pytest.mark.parametrize(
-    "counts, expected",
+    "counts, shown, gain",
     [
-        ((30, 31, 29, 30, 30, 30, 31), "**the ticket is more robust**"),
-        (
-            (1, 0, 1, 0, 1, 1, 1),
-            "**the ticket is less robust**; the interval excludes any gain (the paper's, with BERT-base, is 21.7)",
-        ),
-        (
-            (9, 11, 10, 10, 9, 11, 11),
-            "**no difference is shown**; the interval excludes a gain above 3.0 (the paper's, with BERT-base, is 21.7)",
-        ),
-        # a permutation of three seeds gives no p below 0.25
-        ((30, 31, 29), "**no difference is shown** (the interval excludes 0, but p is above 0.05)"),
-        ((2, 1, 3), "**no difference is shown** (the interval excludes 0, but p is above 0.05)"),  # nor excludes a gain
-        ((90, 10, 90, 10, 90, 10, 10), "**no difference is shown**"),  # which excludes nothing
+        ((30, 31, 29, 30, 30, 30, 31), True, True),
+        ((1, 0, 1, 0, 1, 1, 1), True, False),
+        ((9, 11, 10, 10, 9, 11, 11), False, False),
+        ((30, 31, 29), False, False),  # a permutation of three seeds gives no p below 0.25
+        ((90, 10, 90, 10, 90, 10, 10), False, False),
     ],
 )
-def test_the_verdict_says_what_the_interval_and_the_test_say(verdict_runs, counts, expected):
+def test_the_verdict_marks_a_difference_that_the_interval_and_the_test_show(verdict_runs, counts, shown, gain):
     found = verdict_runs(Vanilla=(10, 10, 11, 10, 10, 10, 10), ORTicket=counts)
-    text, row, summary = verdict.verdict(found, [], {"minilm": 6.6})
-    result = verdict.with_p(tables.difference(found[7:], found[:7], "sst2", "textfooler"))
-    assert row.endswith(
-        f"{result} points of Aua% ({len(counts)} seeds): {expected}; +0.0 ± 3.0 (p = 1.000) points of Clean%"
-    )
-    line = f"| ORTicket | {len(counts)} | 90.0 ± 0.0 | {np.mean(counts):.1f} ± {np.std(counts, ddof=1):.1f} |"
-    assert line in text
-    assert f"| ORTicket | 90.0 ± 0.0 | {np.mean(counts):.1f} ± {np.std(counts, ddof=1):.1f} | {result[:5]}" in summary
-    assert "20.0% fewer parameters" in text and "is 29.7, the full" in text
+    starts = verdict.grouped(found)
+    result = tables.difference(found[7:], found[:7], "sst2", "textfooler")
+    assert verdict.is_shown(result) == shown
+    assert not verdict.is_shown({"difference": 2, "interval": 3, "p": 0.04})
+    marked = f"**{tables.with_p(result)}**" if shown else tables.with_p(result)
+    text = verdict.summary(starts, {"minilm": 6.6})
+    assert f"| Aua%: ORTicket minus Vanilla | +21.7 | {marked} |" in text
+    assert f"| seeds | - | {len(counts)} |" in text and "| MLM loss on held-out text | - | 6.60 |" in text
+    assert "| Clean%: ORTicket minus Vanilla | -0.8 | +0.0 ± 3.0 (p = 1.000) |" in text
+    assert "| parameters: ORTicket / Vanilla | - | 0.80 |" in text
+    figures = f"{np.mean(counts):.1f} ± {np.std(counts, ddof=1):.1f}"
+    assert f"| ORTicket | {len(counts)} | 90.0 ± 0.0 | {figures} |" in verdict.table(starts["minilm"][0.5, 100])
+    assert f"| ORTicket | 90.0 ± 0.0 | {figures}; {marked} |" in verdict.small_table(starts)
+    row = verdict.status(starts)
+    assert row.startswith("**A gain is shown** from MiniLM. ORTicket" if gain else "**No gain is shown.** ORTicket")
+    assert row.endswith(f"SST-2: {tables.with_p(result)} from MiniLM; the paper's, with BERT-base, is +21.7")
 
 
-def test_the_verdict_takes_runs_of_other_models_and_of_the_default_attack(verdict_runs):
-    """As `verdict.COMMAND --model bert-base-uncased` makes them, beside those from a folder."""
+def test_the_verdict_takes_runs_of_other_models_and_of_the_default_attack(verdict_runs, tmp_path, capsys):
     found = verdict_runs(Vanilla=(10, 11), ORTicket=(12, 13))
     for run in found[::2]:  # of one seed
         run["settings"] |= {"model": "bert-base-uncased", "train_rows": None}
         run["overrides"] = {}
     for run in found[1::2]:
         run["settings"] |= {"model": "runs/minilm-mlm"}
-    text, row, summary = verdict.verdict(found, [], {"minilm": 6.6, "minilm-mlm": 3.6})
-    assert "**bert-base-uncased:** 1 seed, with a search and a random ticket of its own; all training" in text
-    assert "**MiniLM trained further on MLM:** MLM loss on held-out text 3.60; 1 seed" in text
-    assert "not been trained here" not in text and "| ORTicket | 90.0 | 12.0 | +2.0 | 90.0 | 13.0 | +2.0 |" in summary
-    assert "from bert-base-uncased +2.0 points of Aua%, of one seed;<br>from MiniLM trained further on MLM +2.0" in row
+    starts = verdict.grouped(found)
+    assert [*starts] == ["bert-base-uncased", "minilm-mlm"] and [*starts["bert-base-uncased"]] == [(0.5, 100)]
+    assert "| Aua%: ORTicket minus Vanilla | +21.7 | +2.0 | +2.0 |" in verdict.summary(starts, dict.fromkeys(starts))
+    assert "all training rows, 3 epochs, TextFooler on 100 sentences" in " ".join(verdict.small_table(starts).split())
     for incomplete in ([], verdict_runs(Vanilla=(10, 11))):
-        with pytest.raises(BadInput, match="no runs of Vanilla and ORTicket on sst2: python -m experiments.table1 "):
-            verdict.verdict(incomplete, [], {})
+        write_result(tmp_path / "verdict" / "table1.json", {"runs": incomplete})
+        assert call(verdict, "--results", tmp_path) == 2
+        assert (
+            "no runs of Vanilla and ORTicket on sst2: python -m experiments.table1 makes them"
+            in capsys.readouterr().err
+        )
+
+
+def test_the_loss_of_a_start_is_that_of_its_own_training_or_of_the_model_before_it(tmp_path):
+    for name, after in (("minilm-mlm", 3.6), ("minilm-mlm2", 3.4)):
+        losses = {"settings": {"model": "minilm"}, "loss_before": 6.6, "loss_after": after}
+        write_result(tmp_path / f"{name}.json", losses)
+    found = [verdict.mlm_loss(tmp_path, start) for start in ("minilm", "minilm-mlm", "minilm-mlm2", "roberta-base")]
+    assert found == [6.6, 3.6, 3.4, None]
 
 
 def test_the_verdict_compares_the_ticket_with_adversarial_training(verdict_runs):
-    found = verdict_runs(Vanilla=(10, 11), ORTicket=(12, 13))
-    assert "FreeLB on the full" not in verdict.verdict(found, [], {})[0]
-    freelb = verdict_runs(FreeLB=(20, 21))
+    found, freelb = verdict_runs(Vanilla=(10, 11), ORTicket=(12, 13)), verdict_runs(FreeLB=(20, 21))
+    assert "FreeLB" not in verdict.summary(verdict.grouped(found), {"minilm": None})
     for run in found[2:]:  # wrong on four sentences
         run["outcomes"] = {"textfooler": runs.pack(runs.unpack(run["outcomes"]["textfooler"])[:-4] + 4 * "-")}
-    text = " ".join(verdict.verdict(found + freelb, [], {})[0].split())
-    result = verdict.with_p(tables.difference(found[2:], freelb, "sst2", "textfooler"))
-    assert result.startswith("-8.0 ± ")
-    clean = verdict.with_p(tables.difference(found[2:], freelb, "sst2", "textfooler", tables.is_clean))
-    assert (
-        clean.startswith("-4.0 ± ")
-        and f"ORTicket minus it is {result} points of Aua%, and {clean} points of Clean%." in text
-    )
-    gain = verdict.with_p(tables.difference(freelb, found[:2], "sst2", "textfooler"))
-    assert f"minus Vanilla is {gain} points of Aua%: no gain is shown; ORTicket minus it is" in text
-    assert "So no method is shown to be more robust than Vanilla. In the paper FreeLB gains 13.9 points." in text
-    found = verdict_runs(Vanilla=(1,) * 7, ORTicket=(1,) * 7, FreeLB=(40,) * 7)
-    text = " ".join(verdict.verdict(found, [], {})[0].split())
-    assert (
-        "points of Aua%: a gain is shown from MiniLM as published; " in text and "more robust than Vanilla" not in text
-    )
-    for run in found[-7:]:  # with a stronger adversary
+    text = verdict.summary(verdict.grouped(found + freelb), {"minilm": None})
+    result = tables.with_p(tables.difference(found[2:], freelb, "sst2", "textfooler"))
+    assert result.startswith("-8.0 ± ") and f"| Aua%: ORTicket minus FreeLB | +7.8 | {result} |" in text
+    gain = tables.with_p(tables.difference(freelb, found[:2], "sst2", "textfooler"))
+    assert f"| Aua%: FreeLB minus Vanilla | +13.9 | {gain} |" in text
+    assert "| Clean%: ORTicket minus Vanilla | -0.8 | -4.0 ± " in text
+    for run in freelb:  # with a stronger adversary
         run["overrides"] = run["overrides"] | {"finetune": {"adv_lr": "0.2"}}
-    text = verdict.verdict(found + verdict_runs(FreeLB=(1,) * 7), [], {})[0]
-    row = "| FreeLB, `--finetune adv-lr=0.2` | 7 | 90.0 ± 0.0 | 40.0 ± 0.0 |"
-    assert row in text
-    text = " ".join(text.split())
-    assert "FreeLB minus Vanilla is +0.0 ± 3.0 (p = 1.000) points of Aua%: no gain is shown; ORTicket minus" in text
-    assert "adv-lr=0.2` minus Vanilla is +39.0 ± " in text and "more robust than Vanilla" not in text
-    assert "Adversarial training" in verdict.verdict(found, [], {})[0]  # without FreeLB as it is
+    methods = verdict.grouped(found + freelb)["minilm"][0.5, 100]
+    assert "| FreeLB, `--finetune adv-lr=0.2` | 2 | 90.0 ± 0.0 | 20.5 ± 0.7 |" in verdict.table(methods)
+    text = verdict.summary(verdict.grouped(found + freelb), {"minilm": None})
+    assert f"| Aua%: FreeLB, `--finetune adv-lr=0.2` minus Vanilla | - | {gain} |" in text
     for run in found:  # what all have in common distinguishes no methods
         run["overrides"] = run["overrides"] | {"finetune": {"adv_lr": "0.2"}}
-    assert "| FreeLB | 7 | 90.0 ± 0.0 | 40.0 ± 0.0 |" in verdict.verdict(found, [], {})[0]
-
-
-def test_the_verdict_says_what_the_search_adds_and_names_the_starts_of_incomplete_methods(verdict_runs):
-    found = verdict_runs(Vanilla=(10, 11), ORTicket=(12, 13))
-    random, vanilla = verdict_runs(**{"Random ticket": (5, 7)}), verdict_runs(**{"Vanilla ticket": (4, 3)})
-    others = [run | {"settings": run["settings"] | {"model": "runs/minilm-mlm"}} for run in found + random]
-    of_random, of_vanilla = (
-        verdict.with_p(tables.difference(found[2:], of, "sst2", "textfooler")) for of in (random, vanilla)
-    )
-    text = " ".join(verdict.verdict(found + random + others + vanilla, [], {})[0].split())
-    assert (
-        f"**What the search adds, from each start in turn.** ORTicket minus a random ticket is {of_random} and " in text
-    )
-    assert f"without FreeLB is {of_vanilla} points of Aua% from MiniLM as published." in text
-    assert "What the search adds" not in verdict.verdict(found, [], {})[0]
+    assert "| FreeLB | 2 | 90.0 ± 0.0 | 20.5 ±" in verdict.table(verdict.grouped(found + freelb)["minilm"][0.5, 100])
 
 
 def test_starts_are_judged_together_if_their_attacks_and_seeds_are_the_same(verdict_runs):
@@ -645,14 +625,15 @@ def test_starts_are_judged_together_if_their_attacks_and_seeds_are_the_same(verd
             run["settings"] |= {"model": start}
             found.append(run | {"outcomes": {"textfooler": runs.pack("".join(outcomes))}})
     scores = np.array([tables.held(run, "textfooler") for run in found]).reshape(2, 2, 7, 100).mean(0)
-    expected = verdict.with_p(compare.compare(scores[1], scores[0]))
-    text, row, _ = verdict.verdict(found, [], {})
-    assert f"**From all starts together**, ORTicket minus Vanilla is {expected} points" in " ".join(text.split())
-    assert f"from all starts together {expected} points of Aua%: **the ticket is less robust**" in row
-    assert "together" not in verdict.verdict(found[:-1], [], {})[1]  # a seed is missing
+    expected = compare.compare(scores[1], scores[0])
+    assert verdict.all_starts(verdict.grouped(found)) == (expected, (0.5, 100))
+    line = "the mean over all starts, at cosine 0.5 on 100 sentences: **-"
+    assert line in verdict.summary(verdict.grouped(found), {"minilm": None, "minilm-mlm": None})
+    assert verdict.all_starts(verdict.grouped(found[:14])) == ({}, None)
+    assert verdict.all_starts(verdict.grouped(found[:-1])) == ({}, None)  # a seed is missing
     for run in found[14:]:
         run["overrides"] = {"attack": {"min_cosine": "0.5", "sample_seed": "1"}}
-    assert "together" not in verdict.verdict(found, [], {})[1]
+    assert verdict.all_starts(verdict.grouped(found)) == ({}, None)
 
 
 def test_the_price_is_paired_by_seed(verdict_runs):
@@ -661,12 +642,11 @@ def test_the_price_is_paired_by_seed(verdict_runs):
         run["figures"] |= {"tokens_per_second": speed, "GB": 3 if run["method"] == "ORTicket" else 2}
     logs = np.log([1.1, 1.21, 1.1])
     low, high = np.exp(stats.ttest_1samp(logs, 0).confidence_interval())
-    expected = (
-        f"parameters, {np.exp(logs.mean()):.2f} ({low:.2f} to {high:.2f}) times the speed of fine-tuning and 1.50"
-    )
-    assert expected in " ".join(verdict.verdict(found, [], {})[0].split())
+    methods = verdict.grouped(found)["minilm"][0.5, 100]
+    assert verdict.ratio(methods, "tokens_per_second") == f"{np.exp(logs.mean()):.2f} ({low:.2f} to {high:.2f})"
+    assert verdict.ratio(methods, "GB") == "1.50"
     found[0]["machine"] = "another"
-    assert "the speed of fine-tuning" not in verdict.verdict(found, [], {})[0]
+    assert verdict.ratio(methods, "GB") == "-" and verdict.ratio(methods, "M parameters") == "0.80"
 
 
 @pytest.mark.parametrize(
@@ -680,10 +660,10 @@ def test_the_price_is_paired_by_seed(verdict_runs):
 )
 def test_the_verdict_refuses_runs_that_cannot_be_compared(verdict_runs, name, value):
     found = verdict_runs(Vanilla=(10, 11), ORTicket=(12, 13))
-    verdict.verdict(found, [], {})
+    verdict.grouped(found)
     differing = next(iter(value.keys() - {"attack"}), "attack") if name == "overrides" else name
     with pytest.raises(BadInput, match=f"from minilm at cosine 0.5 on 100 sentences differ in {differing}: keep one"):
-        verdict.verdict([*found[:-1], found[-1] | {name: value}], [], {})
+        verdict.grouped([*found[:-1], found[-1] | {name: value}])
 
 
 def test_differences_leave_out_other_seeds_and_sentences_with_an_error(verdict_runs):
@@ -710,89 +690,47 @@ def test_the_best_ticket_is_chosen_on_other_sentences_than_it_is_measured_on():
     assert abs(verdict.best_of(models, np.full(2000, 0.2)).mean() - 10) < 2.5
 
 
-def test_the_verdict_takes_random_tickets_of_other_seeds_for_the_best_one_alone(verdict_runs):
-    found = verdict_runs(Vanilla=(10, 11), ORTicket=(12, 13), **{"Random ticket": (5, 7)})
-    for number in (1, 2, 3):  # of ticket 1 there is a run without --finetune ticket-seed
-        (run,) = verdict_runs(**{"Random ticket": (20 + number,)})
-        found.append(run | {"overrides": run["overrides"] | {"finetune": {"ticket_seed": str(number)}}})
-    text, _, _ = verdict.verdict(found, [], {"minilm": 6.6})
-    text = " ".join(text.split())
-    assert "the best of 4 tickets +1" in text and ", of the first 2 -" in text and ", of 2 runs of Vanilla " in text
-    assert "| Random ticket | 2 | 90.0 ± 0.0 | 6.0 ± 1.4 |" in text
-
-
 def test_the_best_random_ticket_is_judged_by_its_runs_with_other_seeds(verdict_runs):
     found = verdict_runs(Vanilla=(10, 11, 10, 11), ORTicket=(12, 13, 12, 13), **{"Random ticket": (5, 7, 6, 8)})
+    assert verdict.random_table(verdict.grouped(found[:-4])) == ""
     for run in verdict_runs(**{"Random ticket": (40, 12, 13, 14)}):
         found.append(run | {"overrides": run["overrides"] | {"finetune": {"ticket_seed": "9"}}})
-    text = " ".join(verdict.verdict(found, [], {"minilm": 6.6})[0].split())
-    assert "(Aua% 40.0) was fine-tuned again with 3 other seeds: Aua% 13.0 ± 1.0, +2.3 ± " in text
-    assert "So no gain of this ticket is shown" in text
-    assert "the best of 5 tickets +2" in text and "| Random ticket | 4 | 90.0 ± 0.0 | 6.5 ± 1.3 |" in text
-
-
-def test_the_verdict_begins_with_the_larger_sample_and_takes_the_most_random_tickets(verdict_runs):
-    seven = verdict_runs(Vanilla=(10,) * 7, ORTicket=(10, 11, 12, 13, 11, 12, 13))
-    stronger = [run | {"overrides": {"attack": {"min_cosine": "0.4"}}} for run in seven]
-    result = verdict.with_p(tables.difference(seven[7:], seven[:7], "sst2", "textfooler"))
-    text = " ".join(verdict.verdict(seven + stronger, [], {})[0].split())
-    assert f"On 100 sentences at cosine 0.5, ORTicket minus Vanilla is {result}." in text
-    few = verdict_runs(Vanilla=(10, 11), ORTicket=(12, 13), **{"Random ticket": (5, 7, 6)})
-    many = verdict_runs(Vanilla=(20, 21), ORTicket=(30, 31), **{"Random ticket": (20,)})
-    for run in many:
-        run["settings"] |= {"n": 200}
-        run["outcomes"] = {"textfooler": runs.pack(runs.unpack(run["outcomes"]["textfooler"]) + 100 * "0")}
-    text, row, _ = verdict.verdict(few + many, [], {"minilm": 6.6})
-    text = " ".join(text.split())
-    result = verdict.with_p(tables.difference(many[2:4], many[:2], "sst2", "textfooler"))
+    starts = verdict.grouped(found)
+    text = verdict.random_table(starts)
+    again = tables.with_p(tables.difference(found[-3:], found[:4], "sst2", "textfooler"))
+    assert again.startswith("+2.3 ± ") and f"with other seeds (their number), minus Vanilla | {again} (3) |" in text
+    assert "| random tickets; sentences; minimum cosine | 5; 100; 0.5 |" in text and "all sentences | 40.0 |" in text
     assert (
-        "TextFooler on 200 sentences" in text and f"minus Vanilla is {result} points" in text and f" {result} " in row
+        "| best of all tickets, minus Vanilla | +2" in text
+        and "| best of as many tickets as runs of Vanilla | -" in text
     )
-    assert result.startswith("+5.0") and "On 100 of these sentences, ORTicket minus Vanilla is +2.0" in text
-    assert "on one half of 100 sentences and measured on the other, for 200 random halves, at cosine 0.5. Its" in text
-    assert text.index("or more, 200 sentences: |") < text.index("or more, 100 sentences: |")
-    text, _, summary = verdict.verdict(few + many[:-1], [], {"minilm": 6.6})  # a method is missing
-    assert "TextFooler on 100 sentences" in " ".join(text.split()) and "| Random ticket | 90.0 ± 0.0 | 6.0" in summary
-    for run in many:
-        run["settings"] |= {"model": "bert-base-uncased"}
-    _, _, summary = verdict.verdict(few + many, [], {"minilm": 6.6})
-    of_each = "5,000 training rows, 3 epochs; TextFooler on {} sentences, with substitutes of cosine 0.5 or more"
-    assert f"| bert-base-uncased ({of_each.format(200)}): Clean% | " in summary and summary.startswith("SST-2 (")
-    assert f"| MiniLM as published ({of_each.format(100)}): Aua% | " in summary
-    many[0]["settings"] |= {"model": "minilm", "epochs": 4}
-    with pytest.raises(BadInput, match="from minilm at cosine 0.5 on 200 sentences differ in settings: keep one"):
-        verdict.verdict(few + many, [], {"minilm": 6.6})
+    found = re.findall(r"\| best .* \| ([+-][.\d]+) ", text)  # of all, of as many, of Vanilla, the difference
+    assert float(found[3]) == pytest.approx(float(found[1]) - float(found[2]), abs=0.11)
+    # they are no runs of the random tickets of the seeds
+    assert "| Random ticket | 4 | 90.0 ± 0.0 | 6.5 ± 1.3 |" in verdict.table(starts["minilm"][0.5, 100])
 
 
-def test_the_verdict_says_whether_the_order_of_the_methods_depends_on_the_attack(verdict_runs):
-    methods = {"Vanilla": (10, 11, 12), "ORTicket": (12, 13, 14), "Random ticket": (5, 6, 7)}
-    found = verdict_runs(**methods)
-    weaker = verdict_runs(**{method: [2 * count for count in counts[:2]] for method, counts in methods.items()})
-    for run in weaker:
-        run["overrides"] = {"attack": {"min_cosine": "0.7"}}
-    text = " ".join(verdict.verdict(found + weaker, [], {})[0].split())
-    what = (
-        "Aua% of Vanilla, ORTicket, Random ticket with 2 seeds and 100 sentences, by the minimum cosine of substitutes:"
-    )
-    assert (
-        f"{what} 10.5, 12.5, 5.5 at 0.5; 21.0, 25.0, 11.0 at 0.7. The order is the same at all of them, but 2" in text
-    )
-    weaker[0]["figures"]["textfooler Aua%"] = weaker[1]["figures"]["textfooler Aua%"] = 25  # as ORTicket's
-    assert "The order is the same at all" in " ".join(verdict.verdict(found + weaker, [], {})[0].split())
-    weaker[0]["figures"]["textfooler Aua%"] = weaker[1]["figures"]["textfooler Aua%"] = 40
-    assert "The order is not the same at all of them, but 2 seeds" in " ".join(
-        verdict.verdict(found + weaker, [], {})[0].split()
-    )
-    assert "minimum cosine" not in verdict.verdict(found, [], {})[0]
-
-
-def test_the_verdict_judges_a_random_ticket_by_the_run_it_was_chosen_by_and_counts_each_seed_once(verdict_runs):
+def test_a_random_ticket_is_judged_by_the_run_it_was_chosen_by_and_counts_each_seed_once(verdict_runs):
     found = verdict_runs(Vanilla=(10, 11, 12), ORTicket=(12, 13, 14), **{"Random ticket": (5, 30, 7)})
     for run in verdict_runs(**{"Random ticket": (9, 90, 10)}):  # of ticket 1, its seed 1 once more
         found.append(run | {"overrides": run["overrides"] | {"finetune": {"ticket_seed": "1"}}})
     by_ticket = verdict.random_tickets(next(iter(verdict.grouped(found)["minilm"].values())))
     counts = {number: [run["figures"]["textfooler Aua%"] for run in of] for number, of in by_ticket.items()}
     assert counts == {0: [5], 1: [30, 9, 10], 2: [7]}
+
+
+def test_the_attack_with_the_most_seeds_then_methods_then_sentences_comes_first(verdict_runs):
+    def attacked(found, n, **attack):
+        return [run | {"settings": run["settings"] | {"n": n}, "overrides": {"attack": attack}} for run in found]
+
+    two, three = verdict_runs(Vanilla=(1, 2), ORTicket=(3, 4)), verdict_runs(Vanilla=(1, 2, 3), ORTicket=(3, 4, 5))
+    random = verdict_runs(**{"Random ticket": (5, 6)})
+    found = attacked(two, 400) + attacked(two + random, 200) + attacked(two + random, 300) + attacked(three, 100)
+    found += attacked(two + random, 300, min_cosine="0.7") + attacked(two[:2], 500)  # the last without ORTicket
+    assert [*verdict.grouped(found)["minilm"]] == [(0.5, 100), (0.5, 300), (0.7, 300), (0.5, 200), (0.5, 400)]
+    rows = [row for row in verdict.attacks_table(verdict.grouped(found)).splitlines() if row.startswith("| MiniLM |")]
+    assert rows[-1].startswith("| MiniLM | 0.7 | 300 | 2 | 1.5 ± 0.7 | - | 3.5 ± 0.7 | - | 5.5 ± 0.7 | +2.0 ± ")
+    assert [row[:20] for row in rows[:2]] == ["| MiniLM | 0.5 | 100", "| MiniLM | 0.5 | 200"] and len(rows) == 5
 
 
 def figure2_runs(make, seeds, aua):
@@ -823,66 +761,6 @@ def test_figure2_has_what_its_runs_share_in_the_title(verdict_runs, monkeypatch)
     assert figures[1].get_suptitle() == "minilm on sst2"
 
 
-def test_the_verdict_fits_a_parabola_to_the_runs_of_figure2(verdict_runs):
-    generator, slopes = np.random.Generator(np.random.PCG64(0)), {"first": [], "last": []}
-    for _ in range(200):  # of seeds that differ
-        levels = generator.normal(scale=5, size=3)
-        noisy = lambda x, seed: levels[seed] + 6 * x - 2 * x**2 + generator.normal()  # noqa: E731
-        fit = figure2.fit_ratios(figure2_runs(verdict_runs, 3, noisy))["minilm", 0.5, "ORTicket", "tau_head"]
-        slopes["first"].append((fit["first"]["difference"] - (6 - 4 * 10 / 12), fit["first"]["interval"]))
-        slopes["last"].append((fit["last"]["difference"] - (6 - 4 * 10 / 3), fit["last"]["interval"]))
-    for errors, intervals in (zip(*of) for of in slopes.values()):
-        assert abs(np.mean(errors)) < 0.3 and 0.91 <= np.mean(np.abs(errors) <= intervals) <= 0.99
-    found = figure2_runs(verdict_runs, 1, noisy) + figure2_runs(verdict_runs, 1, noisy)  # twice one seed: one constant
-    (fit,) = figure2.fit_ratios(found).values()
-    x, y = zip(
-        *((10 * float(Fraction(of["overrides"]["draw"]["tau_head"])), of["figures"]["textfooler Aua%"]) for of in found)
-    )
-    coefficients, cov = np.polyfit(x, y, 2, cov=True)
-    gradient = np.array([2 * min(x), 1, 0])
-    interval = stats.t.ppf(0.975, len(x) - 3) * (gradient @ cov @ gradient) ** 0.5
-    assert fit["first"] == pytest.approx({"difference": gradient @ coefficients, "interval": interval})
-
-
-@pytest.mark.parametrize(
-    "curve, seen",
-    [
-        (lambda x, seed: 6 * x - 2 * x**2 + 0.01 * seed, "(it rises and falls)"),
-        (lambda x, seed: 20 - x**2 + 0.01 * seed, "(no rise and fall is shown)"),  # it only falls
-        (lambda x, seed: 8 * x - x**2 + 0.01 * seed, "(no rise and fall is shown)"),  # it only rises
-        (lambda x, seed: 2 * x**2 - 6 * x + 0.01 * seed, "(no rise and fall is shown)"),
-    ],
-)
-def test_the_verdict_says_whether_the_accuracy_rises_and_falls_with_the_ratio(verdict_runs, curve, seen):
-    table1, found = verdict_runs(Vanilla=(10, 11), ORTicket=(12, 13)), figure2_runs(verdict_runs, 2, curve)
-    text = " ".join(verdict.verdict(table1, found, {})[0].split())
-    assert "heads from MiniLM as published, 2 seeds, cosine 0.5: " in text and f"{seen}." in text
-    assert (
-        f"| ORTicket, heads, MiniLM as published, cosine 0.5 | 8 of 2 seeds | {curve(10 / 12, 0.5):.1f} at 1/12, "
-        in text
-    )
-
-
-def test_the_verdict_takes_only_what_it_can_fit_from_figure2(verdict_runs):
-    found = figure2_runs(verdict_runs, 2, lambda x, seed: x + seed)
-    (expected,) = figure2.fit_ratios(found).items()
-    (equal,) = figure2.fit_ratios(figure2_runs(verdict_runs, 2, lambda x, seed: 5.2)).values()
-    assert equal["first"] == equal["last"] == {"difference": 0, "interval": 0}  # without rounding errors
-    others = [run | {"task": "agnews"} for run in found]
-    others += [run | {"overrides": {"draw": {"tau_head": "1/6", "tau_ffn": "0.1"}}} for run in found]
-    others += [run | {"overrides": {}} for run in found]
-    others += [run | {"figures": {"Clean%": 90}} for run in found]
-    others += [run | {"method": "Random ticket"} for run in found[::2]]  # of one seed: too few
-    assert list(figure2.fit_ratios(found + others).items()) == [expected]
-    random = [run | {"method": "Random ticket"} for run in found]
-    assert (
-        "**The pruning ratios.**" not in verdict.verdict(verdict_runs(Vanilla=(1, 2), ORTicket=(3, 4)), random, {})[0]
-    )
-    found[0]["resources"] = {"encoder": "another"}
-    with pytest.raises(BadInput, match="runs of ORTicket from minilm in figure2.json differ: keep one kind"):
-        figure2.fit_ratios(found)
-
-
 def test_mlm_training_lowers_the_loss_on_texts_that_are_held_out(tmp_path, monkeypatch):
     saved(tmp_path / "model", max_position_embeddings=160)
     rows = [((f"{LETTERS[i % 26]} b a\nb a b {i} " * 40,), 0) for i in range(300)]
@@ -898,7 +776,7 @@ def test_mlm_training_lowers_the_loss_on_texts_that_are_held_out(tmp_path, monke
     parts = [(tmp_path / "model" / "mlm" / name / "text.txt").read_text().split("\n") for name in ("held-out", "train")]
     assert len(parts[0]) == 6  # one of 50
     assert sorted(parts[0] + parts[1]) == sorted(" ".join(text.split()) for (text,), _ in rows)
-    result = json.loads((tmp_path / "mlm.json").read_text())
+    result = json.loads((tmp_path / "model-mlm.json").read_text())
     assert not Bert.load(tmp_path / "model-mlm", mlm=True).initialized
     assert result["loss_after"] < 0.8 * result["loss_before"]
 
@@ -931,13 +809,12 @@ def test_the_verdict_is_written_into_the_documents_and_nothing_else_of_them_chan
     for path, text in zip(documents, before):
         files.write_text(tmp_path / path, text)
     results = tmp_path / "results"
-    write_result(results / "mlm.json", {"settings": {"model": "minilm"}, "loss_before": 6.6, "loss_after": 3.6})
     write_result(results / "verdict" / "table1.json", {"runs": verdict_runs(Vanilla=(1, 2, 1), ORTicket=(9, 8, 9))})
     monkeypatch.setattr(verdict, "ROOT", tmp_path)
     assert call(verdict, "--results", results) == 0
     after = [(tmp_path / path).read_text("utf8") for path in documents]
     page = set(after[1].splitlines()) - set(before[1].splitlines())
-    assert any(line.startswith("- **From MiniLM as published**, ORTicket minus Vanilla is +7.3 ± ") for line in page)
+    assert any(line.startswith("| Aua%: ORTicket minus Vanilla | +21.7 | +7.3 ± ") for line in page)
     parts = [re.split(rf"{verdict.BEGIN}\n(?s:.*){verdict.END}", text) for text in (*before, *after)]
     assert [len(part) for part in parts] == [2, 2, 2, 2] and parts[1] == parts[3]
     lines = [line for part in parts[::2] for line in set(part[0].splitlines())]
