@@ -317,8 +317,8 @@ def small_table(starts):
     of_all = [f"{start}: {text}" for start, text in settings.items()]
     of_all = of_all if len(set(settings.values())) > 1 else [*settings.values()][:1]
     legend = (
-        f"SST-2, {'; '.join(of_all)}. Aua%: accuracy under attack. ±: standard deviation over seeds; of differences, "
-        "half of the 95 % interval. Bold: a difference is shown. [More](docs/results.md)."
+        f"SST-2, {'; '.join(of_all)}. Aua%: accuracy under attack. ±: standard deviation; of differences, half of the "
+        "95 % interval. Bold: a difference is shown. [More](docs/results.md)."
     )
     return f"{markdown_table(['', *heads], list(rows.values()))}\n{textwrap.fill(legend, 120)}\n"
 
