@@ -26,16 +26,16 @@ def initial_delta(token_mask, dim, init_mag, max_norm):
     delta = torch.zeros(*token_mask.shape, dim, device=mask.device)
     if init_mag:
         tokens = mask.sum(1, keepdim=True).clamp(min=1)  # (B, 1, 1)
-        delta = project(delta.uniform_(-1, 1) * mask * init_mag / (tokens * dim).sqrt(), max_norm)
-    return delta
+        delta = delta.uniform_(-1, 1) * mask * init_mag / (tokens * dim).sqrt()
+    return torch.renorm(delta, 2, 0, max_norm or torch.inf)  # each example onto its L2 ball
 
 
 def freelb(loss_of, delta, token_mask, steps, lr, max_norm, extra_loss=None, only_last=False):
     """Add the gradient of L_adv (eq. 6) to the parameters' .grad, and return L_adv, a scalar, without extra_loss.
 
     FreeLB averages the K = `steps` passes; with only_last (PGD), only the last counts. loss_of(delta): the scalar loss
-    with delta (B, T, dim) added to the token embeddings. token_mask (B, T): 0 at padding. Between passes delta
-    moves by `lr` along each example's gradient, within the L2 ball of radius max_norm. extra_loss(gradient): InfoBERT.
+    with delta (B, T, dim) added to the token embeddings. token_mask (B, T): 0 at padding. Between passes delta moves by
+    `lr` along each example's gradient, within the L2 ball of radius max_norm (0: no bound). extra_loss: InfoBERT's.
     """
     mask, adversarial_loss = token_mask.float()[..., None], 0.0
     same_dropout = RepeatedDropout(steps, delta.device)
@@ -52,15 +52,9 @@ def freelb(loss_of, delta, token_mask, steps, lr, max_norm, extra_loss=None, onl
             gradient = torch.autograd.grad(loss, delta, retain_graph=extra_loss is not None)[0]
             if extra_loss is not None:
                 ((loss + extra_loss(gradient)) * weight).backward()
-        if not last:  # the ascent: delta + lr g / |g|, projected
+        if not last:  # the ascent: delta + lr g / |g|, projected onto the ball
             gradient = gradient * mask
             norm = gradient.flatten(1).norm(dim=1).clamp(min=1e-8)[:, None, None]  # (B, 1, 1)
-            delta = project(delta.detach() + lr * gradient / norm, max_norm)
+            delta = torch.renorm(delta.detach() + lr * gradient / norm, 2, 0, max_norm or torch.inf)
         adversarial_loss += weight * loss.detach()
     return adversarial_loss
-
-
-def project(delta, max_norm):
-    """Project each example's delta (B, T, dim) onto the L2 ball of radius max_norm; 0: no bound."""
-    norm = delta.flatten(1).norm(dim=1).clamp(min=1e-12)[:, None, None]  # (B, 1, 1)
-    return delta * (max_norm / norm).clamp(max=1) if max_norm else delta
