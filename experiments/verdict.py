@@ -305,20 +305,21 @@ def over_sentences(differences):
 
 
 def small_table(starts):
-    """For README.md: the starts side by side, under the attack with the most seeds."""
-    first = {start: next(iter(attacks.values())) for start, attacks in starts.items()}
+    """For README.md: the starts side by side, under the attack with the most seeds. Starts with another setting than
+    the first are left out."""
+    leads = {start: next(iter(attacks.items())) for start, attacks in starts.items()}
+    settings = {start: setting(*lead) for start, lead in leads.items()}
+    shared = next(iter(settings.values()))
+    first = {start: methods for start, (_, methods) in leads.items() if settings[start] == shared}
     rows = {method: [method] for method in METHODS if any(method in methods for methods in first.values())}
     for methods in first.values():
         for method, row in rows.items():
             row += [cell("verdict", methods.get(method, []), "sst2", column) for column in COLUMNS[:2]]
             row[-1] += f"; {marked(result)}" if (result := compared(methods, method, "Vanilla")) else ""
     heads = [f"{name(start)}: {column}" for start in first for column in ("Clean%", "Aua%; minus Vanilla's")]
-    settings = {name(start): setting(*next(iter(attacks.items()))) for start, attacks in starts.items()}
-    of_all = [f"{start}: {text}" for start, text in settings.items()]
-    of_all = of_all if len(set(settings.values())) > 1 else [*settings.values()][:1]
     legend = (
-        f"SST-2, {'; '.join(of_all)}. Aua%: accuracy under attack. ±: standard deviation; of differences, half of the "
-        "95 % interval. Bold: a difference is shown. [More](docs/results.md)."
+        f"SST-2, {shared}. Aua%: accuracy under attack. ±: standard deviation; of differences, half of the 95 % "
+        "interval, bold if shown. [More](docs/results.md)."
     )
     return f"{markdown_table(['', *heads], list(rows.values()))}\n{textwrap.fill(legend, 120)}\n"
 
