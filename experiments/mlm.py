@@ -43,7 +43,8 @@ class Options:
 def main():
     options = cli.parse(Options, __doc__)
     output = files.writable(files.model_folder(options.output, options.model))
-    text, adapted = output / "mlm", output.with_name(f"{output.name}-mlm{options.epochs if options.epochs > 1 else ''}")
+    adapted = output.with_name(f"{output.name}-mlm{options.epochs if options.epochs > 1 else ''}")
+    text = output / adapted.name
     write_text(text)
     settings = {name: value for name, value in vars(options).items() if name not in ("output", "results", "overwrite")}
     # no adversary, no penalty; c stays 1, so the masks never change, which must not stop the search

@@ -290,14 +290,14 @@ def compare_known(both):
     return compare(*both) if both.size else {}
 
 
-def difference(*arguments, **more):
+def difference(runs, reference, task, attack, score=held):
     """`compare` of the runs of two methods. The arguments are those of `paired`."""
-    return compare_known(paired(*arguments, **more)[1])
+    return compare_known(paired(runs, reference, task, attack, score)[1])
 
 
 def shown(result):
     """ "-1.2 ± 2.3" """
-    text = f"{result['difference']:+.1f}" if result else "-"
+    text = f"{round(result['difference'], 1) + 0:+.1f}" if result else "-"  # + 0: without a minus before 0.0
     return f"{text} ± {result['interval']:.1f}" if "interval" in result else text
 
 

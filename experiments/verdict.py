@@ -43,6 +43,12 @@ HALVINGS = 200  # random halves of the sentences, to choose a ticket on one and 
 METHODS = ("Vanilla", "FreeLB", "ORTicket", "Vanilla ticket", "Random ticket")
 COLUMN = "textfooler Aua%"
 COLUMNS = ("Clean%", COLUMN, "textfooler Suc%", "textfooler #Query")
+# label -> column of our runs, of the paper's Table 2
+RATIOS = {
+    "parameters": ("M parameters", "M parameters"),
+    "speed of fine-tuning": ("tokens_per_second", "speed"),
+    "memory of fine-tuning": ("GB", None),
+}
 NAMES = {"minilm": "MiniLM", "minilm-mlm": "MiniLM + 1 epoch of MLM", "minilm-mlm2": "MiniLM + 2 epochs of MLM"}
 
 
@@ -57,14 +63,16 @@ def main():
     starts = grouped(load_runs(path))
     if not starts:
         raise BadInput(f"{path} has no runs of Vanilla and ORTicket on sst2: python -m experiments.table1 makes them")
-    page = summary(starts, {start: mlm_loss(options.results, start) for start in starts})
-    for start, attacks in starts.items():
-        page += f"\n{name(start)}, {setting(*next(iter(attacks.items())))}:\n{table(next(iter(attacks.values())))}"
+    first = {start: next(iter(attacks.items())) for start, attacks in starts.items()}  # {start: (strength, methods)}
+    page = summary(first, {start: mlm_loss(options.results, start) for start in starts}) + all_starts(starts)[1]
+    for start, (strength, methods) in first.items():
+        page += f"\n{name(start)}, {setting(strength, methods)}:\n{table(methods)}"
     page += f"\nAua% under attacks of several strengths:\n{attacks_table(starts)}{random_table(starts)}"
     replace(ROOT / "docs" / "results.md", f"{BEGIN}\n.*?{END}\n", f"{BEGIN}{page}{END}\n")
-    replace(ROOT / "README.md", f"{BEGIN}\n.*?{END}\n", f"{BEGIN}{small_table(starts)}{END}\n")
-    replace(ROOT / "README.md", rf"\| {re.escape(ROW)} \|.*?\n", f"| {ROW} | {status(starts)} |\n")
-    print(page, end="")
+    replace(ROOT / "README.md", f"{BEGIN}\n.*?{END}\n", f"{BEGIN}{small_table(first)}{END}\n")
+    row = status(first, all_starts(starts)[0])
+    replace(ROOT / "README.md", rf"\| {re.escape(ROW)} \|.*?\n", f"| {ROW} | {row} |\n")
+    print(f"{page}\nThe text around the tables in docs/results.md is written by hand: adapt it.")
 
 
 def replace(path, pattern, text):
@@ -77,10 +85,11 @@ def replace(path, pattern, text):
 
 def mlm_loss(results, start):
     """The MLM loss of a start on held-out text, None if `experiments.mlm` did not measure it."""
-    for path in sorted(Path(results).glob("*-mlm*.json")):
-        found = read_result(path)
-        if start in (path.stem, found["settings"]["model"]):
-            return found["loss_after" if start == path.stem else "loss_before"]
+    own = Path(results, f"{start}.json")
+    if own.is_file():  # the start is what experiments.mlm trained
+        return read_result(own)["loss_after"]
+    for path in sorted(Path(results).glob(f"{start}-mlm*.json")):  # what it trained it from
+        return read_result(path)["loss_before"]
 
 
 def grouped(runs):
@@ -116,15 +125,15 @@ def grouped(runs):
         groups.setdefault(start, {}).setdefault(strength, {}).setdefault(label, []).append(run)
     starts = {}
     for start, attacks in sorted(groups.items()):
-        complete = [strength for strength, methods in attacks.items() if num_seeds(methods)]
-        complete.sort(key=lambda of: (-num_seeds(attacks[of]), -len(attacks[of].keys() & METHODS), -of[1], of[0]))
+        complete = [strength for strength, methods in attacks.items() if seeds_of(methods)]
+        complete.sort(key=lambda of: (-len(seeds_of(attacks[of])), -len(attacks[of].keys() & METHODS), -of[1], of[0]))
         starts |= {start: {strength: attacks[strength] for strength in complete}} if complete else {}
     return starts
 
 
-def num_seeds(methods):
-    """The number of seeds that ORTicket and Vanilla have in common."""
-    return len(set.intersection(*({run["seed"] for run in methods.get(method, [])} for method in TESTED)))
+def seeds_of(methods):
+    """The seeds that ORTicket and Vanilla have in common."""
+    return frozenset.intersection(*(frozenset(run["seed"] for run in methods.get(method, [])) for method in TESTED))
 
 
 def name(start):
@@ -135,68 +144,82 @@ def setting(strength, methods):
     settings = methods["ORTicket"][0]["settings"]
     rows = f"{settings['train_rows']:,}" if settings["train_rows"] else "all"
     attacked = f"TextFooler on {strength[1]} sentences, substitutes of cosine {strength[0]:g} or more"
-    return f"{rows} training rows, {settings['epochs']} epochs, {attacked}"
+    return f"{len(seeds_of(methods))} seeds, {rows} training rows, {settings['epochs']} epochs, {attacked}"
 
 
-def summary(starts, losses):
-    """A column for the paper and for each start, under the attack with the most seeds. losses: {start: MLM loss}."""
-    first = {start: next(iter(attacks.items())) for start, attacks in starts.items()}
+def summary(first, losses):
+    """A column for the paper and for each start. first: {start: (strength, methods)}, its attack with the most seeds.
+    losses: {start: MLM loss}."""
     labels = {label for _, methods in first.values() for label in methods} - {*TESTED, "more random tickets"}
-    pairs = [TESTED, *(("ORTicket", of) for of in METHODS if of in labels)]
-    pairs += [("ORTicket", of) for of in sorted(labels - {*METHODS})]
-    pairs += [(label, "Vanilla") for label in sorted(labels) if label.startswith("FreeLB")]
+    labels = sorted(labels, key=lambda label: (label not in METHODS, label))
+    pairs = [(COLUMN, held, *TESTED), *((COLUMN, held, "ORTicket", label) for label in labels)]
+    pairs += [(COLUMN, held, label, "Vanilla") for label in labels]
+    pairs += [("Clean%", is_clean, *TESTED), *(("Clean%", is_clean, "ORTicket", label) for label in labels)]
     rows = {
-        "sentences": [872, *(n for (_, n), _ in first.values())],
-        "minimum cosine of a substitute": [0.5, *(f"{cosine:g}" for (cosine, _), _ in first.values())],
-        "seeds": ["-", *(num_seeds(methods) for _, methods in first.values())],
+        "sentences": ["872", *(str(n) for (_, n), _ in first.values())],
+        "minimum cosine of a substitute": ["0.5", *(f"{cosine:g}" for (cosine, _), _ in first.values())],
+        "seeds of ORTicket and Vanilla": ["-", *(str(len(seeds_of(methods))) for _, methods in first.values())],
         "MLM loss on held-out text": ["-", *("-" if losses[of] is None else f"{losses[of]:.2f}" for of in first)],
     }
-    for column, score in ((COLUMN, held), ("Clean%", is_clean)):
-        for ours, other in pairs if score == held else pairs[:1]:
-            results = [compared(methods, ours, other, score) for _, methods in first.values()]
-            rows[f"{column.split()[-1]}: {ours} minus {other}"] = [paper(ours, other, column), *map(marked, results)]
-    columns = {"parameters": "M parameters", "speed of fine-tuning": "tokens_per_second", "memory": "GB"}
-    for label, column in columns.items():
-        found = [ratio(methods, column) for _, methods in first.values()]
-        rows[f"{label}: ORTicket / Vanilla"] = ["-", *found]
-    together, alike = all_starts(starts)
-    text = markdown_table(["", "the paper", *map(name, first)], [[row, *map(str, of)] for row, of in rows.items()])
-    if "p" in together:
-        text += (
-            f"\nAua%: ORTicket minus Vanilla, the mean over all starts, at cosine {alike[0]:g} on {alike[1]} "
-            f"sentences: {marked(together)} (not a planned comparison).\n"
-        )
-    return text
+    for column, score, ours, other in pairs:
+        results = [compared(methods, ours, other, score) for _, methods in first.values()]
+        rows[f"{column.split()[-1]}: {ours} minus {other}"] = [paper(ours, other, column), *map(marked, results)]
+    for label, columns in RATIOS.items():
+        rows[f"{label}, relative to Vanilla"] = [
+            paper_ratio(columns),
+            *(ratio(of, columns[0]) for _, of in first.values()),
+        ]
+    errors = [num_errors(methods) for _, methods in first.values()]
+    if any(errors):
+        rows["attacks that ended in an error, not counted"] = ["-", *map(str, errors)]
+    return markdown_table(["", "the paper", *map(name, first)], [[row, *of] for row, of in rows.items()])
 
 
 def all_starts(starts):
-    """(the difference of ORTicket and Vanilla, the scores of models of one seed averaged over the starts; the attack).
-    ({}, None) without an attack that all starts have with the same settings and seeds."""
-    for strength in next(iter(starts.values())):
-        runs = [attacks.get(strength, {}) for attacks in starts.values()]
-        if len(runs) < 2 or not all(runs):
-            continue
-        both = [paired(*(methods[of] for of in TESTED), "sst2", "textfooler") for methods in runs]
-        made = [methods["ORTicket"][0] for methods in runs]
-        kinds = [(run["settings"] | {"model": None}, run["overrides"], run["resources"]) for run in made]
-        if all((kind, seeds) == (kinds[0], both[0][0]) for kind, (seeds, _) in zip(kinds, both)):
-            return compare_known(np.mean([scores for _, scores in both], 0)), strength
-    return {}, None
+    """(the difference of ORTicket and Vanilla, the scores of models of one seed averaged over the starts; as a line).
+    It takes the attack that most starts have with the same settings and seeds. ({}, "") without several such starts."""
+    alike = {}
+    for start, attacks in starts.items():
+        for strength, methods in attacks.items():
+            seeds, both = paired(*(methods[of] for of in TESTED), "sst2", "textfooler")
+            run = methods["ORTicket"][0]
+            made = run["settings"] | {"model": None}, run["overrides"], run["resources"], seeds
+            alike.setdefault((strength, repr(made)), {})[start] = both
+    (strength, _), of = max(alike.items(), key=lambda item: (len(item[1]), np.size(next(iter(item[1].values())))))
+    result = compare_known(np.mean(list(of.values()), 0)) if len(of) > 1 else {}
+    if "p" not in result:
+        return {}, ""
+    where = f"at cosine {strength[0]:g} on {strength[1]} sentences"
+    which = "all starts" if len(of) == len(starts) else " and ".join(map(name, of))
+    return result, f"\nAua%: ORTicket minus Vanilla, the mean over {which}, {where}: {marked(result)}.\n"
 
 
-def is_shown(result):
+def is_significant(result):
     return "p" in result and abs(result["difference"]) > result["interval"] and result["p"] <= 0.05
 
 
 def marked(result):
-    """The difference, its interval and p, in bold if it is shown."""
-    return f"**{with_p(result)}**" if is_shown(result) else with_p(result)
+    """The difference, its interval and p, in bold if it is significant."""
+    return f"**{with_p(result)}**" if is_significant(result) else with_p(result)
 
 
 def paper(ours, other, column):
     """The paper's difference between two methods, "-" if it has none."""
     rows, number = PAPER["table1"]["rows"]["sst2"], PAPER["table1"]["columns"].index(column)
     return f"{rows[ours][number] - rows[other][number]:+.1f}" if {ours, other} <= rows.keys() else "-"
+
+
+def paper_ratio(columns):
+    rows, columns_of_paper = PAPER["table2"]["rows"]["sst2"], PAPER["table2"]["columns"]
+    if columns[1] not in columns_of_paper:
+        return "-"
+    ours, theirs = (rows[method][columns_of_paper.index(columns[1])] for method in TESTED)
+    return f"{ours / theirs:.2f}"
+
+
+def num_errors(methods):
+    """The attacks that ended in an error, in all runs."""
+    return sum(run["figures"]["textfooler errors"] for runs in methods.values() for run in runs)
 
 
 def ratio(methods, column):
@@ -230,12 +253,20 @@ def table(methods):
 
 
 def attacks_table(starts):
+    """A row for each start and attack. If the attacks on the same sentences have different seeds, those with more also
+    have a row of the seeds that all have."""
     rows = []
     for start, attacks in starts.items():
         for (cosine, n), methods in sorted(attacks.items()):
-            cells = [cell("verdict", methods.get(method, []), "sst2", COLUMN) for method in METHODS]
-            counts = name(start), f"{cosine:g}", str(n), str(num_seeds(methods))
-            rows.append([*counts, *cells, marked(compared(methods, *TESTED))])
+            own = seeds_of(methods)
+            shared = frozenset.intersection(*(seeds_of(of) for (_, m), of in attacks.items() if m == n))
+            for seeds in dict.fromkeys((own, shared)):
+                runs = {
+                    label: [run for run in of if run["seed"] in seeds or seeds == own] for label, of in methods.items()
+                }
+                cells = [cell("verdict", runs.get(method, []), "sst2", COLUMN) for method in METHODS]
+                counts = name(start), f"{cosine:g}", str(n), str(len(seeds))
+                rows.append([*counts, *cells, marked(compared(runs, *TESTED))])
     return markdown_table(["", "cosine", "sentences", "seeds", *METHODS, "ORTicket minus Vanilla"], rows)
 
 
@@ -252,36 +283,46 @@ def random_tickets(methods):
 
 
 def random_table(starts):
-    """Is one of the random tickets better than Vanilla? The best of as many runs of Vanilla is the control. The best
-    ticket's runs with other seeds show whether the ticket or its fine-tuning was good. "" without several tickets."""
+    """Is one of the random tickets better than Vanilla? "" without several tickets."""
     columns = {}
     for start, attacks in starts.items():
         strength = max(attacks, key=lambda of: (len(attacks[of]["Vanilla"]) > 1, len(random_tickets(attacks[of]))))
-        methods, by_ticket = attacks[strength], random_tickets(attacks[strength])
-        tickets = [held(first, "textfooler") for first, *_ in by_ticket.values()]
-        full = [held(run, "textfooler") for run in methods["Vanilla"]]
-        n = min(len(tickets), len(full))
-        if n < 2:
-            continue
-        known = ~np.isnan([*tickets, *full]).any(0)
-        tickets, full = (np.array(of)[:, known] for of in (tickets, full))
-        every, few, control = (best_of(of, full.mean(0)) for of in (tickets, tickets[:n], full[:n]))
-        best, *others = max(by_ticket.values(), key=lambda of: of[0]["figures"][COLUMN])
-        columns[start] = {
-            "random tickets; sentences; minimum cosine": f"{len(tickets)}; {strength[1]}; {strength[0]:g}",
-            "best of all tickets, minus Vanilla": shown(over_sentences(every)),
-            "best of as many tickets as runs of Vanilla": f"{shown(over_sentences(few))} ({n})",
-            "best run of Vanilla": shown(over_sentences(control)),
-            "best of as many tickets, minus best run of Vanilla": shown(over_sentences(few - control)),
-            "Aua% of the ticket that is best on all sentences": f"{best['figures'][COLUMN]:.1f}",
-            "the same ticket with other seeds (their number), minus Vanilla": (
-                f"{with_p(difference(others, methods['Vanilla'], 'sst2', 'textfooler'))} ({len(others)})"
-            ),
-        }
+        if found := best_random(attacks[strength]):
+            columns[start] = {
+                "sentences": str(strength[1]),
+                "minimum cosine of a substitute": f"{strength[0]:g}",
+            } | found
     if not columns:
         return ""
     rows = [[row, *(of[row] for of in columns.values())] for row in next(iter(columns.values()))]
     return f"\nThe best random ticket, Aua%:\n{markdown_table(['', *map(name, columns)], rows)}"
+
+
+def best_random(methods):
+    """{label: cell}: the best random ticket, with the best of as many runs of Vanilla as a control. The best ticket's
+    runs with other seeds show whether the ticket or its fine-tuning was good. {} without several tickets."""
+    by_ticket = random_tickets(methods)
+    tickets = [held(first, "textfooler") for first, *_ in by_ticket.values()]
+    full = [held(run, "textfooler") for run in methods["Vanilla"]]
+    n = min(len(tickets), len(full))
+    known = ~np.isnan([*tickets, *full]).any(0)
+    if n < 2 or not known.any():
+        return {}
+    tickets, full = (np.array(of)[:, known] for of in (tickets, full))
+    every, few, control = (best_of(of, full.mean(0)) for of in (tickets, tickets[:n], full[:n]))
+    best, *others = list(by_ticket.values())[tickets.mean(1).argmax()]
+    return {
+        "random tickets": str(len(tickets)),
+        "runs of Vanilla": str(len(full)),
+        "best of all tickets, minus Vanilla's mean": shown(over_sentences(every)),
+        "best of as many tickets as runs of Vanilla, minus Vanilla's mean": shown(over_sentences(few)),
+        "best run of Vanilla, minus Vanilla's mean": shown(over_sentences(control)),
+        "best of as many tickets minus best run of Vanilla": shown(over_sentences(few - control)),
+        "the ticket that is best on all sentences": f"{best['figures'][COLUMN]:.1f}",
+        "the same ticket, fine-tuned with other seeds": cell("verdict", others, "sst2", COLUMN),
+        "number of these seeds": str(len(others)),
+        "minus Vanilla with these seeds": with_p(difference(others, methods["Vanilla"], "sst2", "textfooler")),
+    }
 
 
 def best_of(models, reference):
@@ -304,33 +345,38 @@ def over_sentences(differences):
     return {"difference": differences.mean(), "interval": statistics.mean(intervals)}
 
 
-def small_table(starts):
-    """For README.md: the starts side by side, under the attack with the most seeds. Starts with another setting than
-    the first are left out."""
-    leads = {start: next(iter(attacks.items())) for start, attacks in starts.items()}
-    settings = {start: setting(*lead) for start, lead in leads.items()}
+def small_table(first):
+    """For README.md: the starts side by side. Starts with another setting than the first are left out."""
+    settings = {start: setting(*of) for start, of in first.items()}
     shared = next(iter(settings.values()))
-    first = {start: methods for start, (_, methods) in leads.items() if settings[start] == shared}
+    first = {start: methods for start, (_, methods) in first.items() if settings[start] == shared}
     rows = {method: [method] for method in METHODS if any(method in methods for methods in first.values())}
     for methods in first.values():
         for method, row in rows.items():
             row += [cell("verdict", methods.get(method, []), "sst2", column) for column in COLUMNS[:2]]
-            row[-1] += f"; {marked(result)}" if (result := compared(methods, method, "Vanilla")) else ""
-    heads = [f"{name(start)}: {column}" for start in first for column in ("Clean%", "Aua%; minus Vanilla's")]
+            row.append(marked(compared(methods, method, "Vanilla")))
+    heads = [f"{name(start)}: {column}" for start in first for column in ("Clean%", "Aua%", "Aua% minus Vanilla's")]
     legend = (
-        f"SST-2, {shared}. Aua%: accuracy under attack. ±: standard deviation; of differences, half of the 95 % "
-        "interval, bold if shown. [More](docs/results.md)."
+        f"SST-2, {shared}. Aua%: accuracy under attack. ±: standard deviation, of differences half of the "
+        "95 % interval. [More](docs/results.md)."
     )
-    return f"{markdown_table(['', *heads], list(rows.values()))}\n{textwrap.fill(legend, 120)}\n"
+    text = textwrap.fill(legend, 120, break_on_hyphens=False)
+    return f"{markdown_table(['', *heads], list(rows.values()))}\n{text}\n"
 
 
-def status(starts):
-    """For the table of README.md's status: ORTicket minus Vanilla from each start."""
-    results = {name(start): compared(next(iter(of.values())), *TESTED) for start, of in starts.items()}
-    gains = " and ".join(start for start, of in results.items() if is_shown(of) and of["difference"] > 0)
-    listed = ", ".join(f"{with_p(result)} from {start}" for start, result in results.items())
-    said = f"**A gain is shown** from {gains}." if gains else "**No gain is shown.**"
-    said += f" ORTicket minus Vanilla in points of Aua% under TextFooler on SST-2: {listed}"
+def status(first, together):
+    """For the table of README.md's status: ORTicket minus Vanilla from each start, and from several together."""
+    results = {name(start): compared(methods, *TESTED) for start, (_, methods) in first.items()}
+    significant = {start: of["difference"] > 0 for start, of in results.items() if is_significant(of)}
+    said = ""
+    for is_gain, what in ((True, "A gain"), (False, "A loss")):
+        if starts := [start for start, sign in significant.items() if sign == is_gain]:
+            said += f"**{what}** from {' and '.join(starts)}. "
+    if not significant:
+        said = "**No significant difference** from any start. " if any("p" in of for of in results.values()) else ""
+    listed = [f"{marked(result)} from {start}" for start, result in results.items()]
+    listed += [f"{marked(together)} on average over several starts"] if together else []
+    said += f"ORTicket minus Vanilla in points of Aua% under TextFooler on SST-2: {', '.join(listed)}"
     return f"{said}; the paper's, with BERT-base, is {paper(*TESTED, COLUMN)}"
 
 

@@ -525,7 +525,13 @@ def verdict_runs():
         for method, counts in held.items():
             for seed, count in enumerate(counts):
                 figures = {"Clean%": 90, "M parameters": 20 if method == "ORTicket" else 25, "textfooler Aua%": count}
-                figures |= {"textfooler Suc%": 100 - count, "textfooler #Query": 50, "GB": 1, "tokens_per_second": 9}
+                figures |= {
+                    "textfooler Suc%": 100 - count,
+                    "textfooler #Query": 50,
+                    "textfooler errors": 0,
+                    "GB": 1,
+                    "tokens_per_second": 9,
+                }
                 settings = {"model": "minilm", "train_rows": 5000, "epochs": 3, "n": 100, "batch_size": 32}
                 run = {"task": "sst2", "method": method, "seed": seed, "settings": settings, "figures": figures}
                 run["overrides"] = {"attack": {"min_cosine": "0.5"}}
@@ -538,33 +544,38 @@ def verdict_runs():
 
 
 @pytest.mark.parametrize(
-    "counts, shown, gain",
+    "counts, significant, said",
     [
-        ((30, 31, 29, 30, 30, 30, 31), True, True),
-        ((1, 0, 1, 0, 1, 1, 1), True, False),
-        ((9, 11, 10, 10, 9, 11, 11), False, False),
-        ((30, 31, 29), False, False),  # a permutation of three seeds gives no p below 0.25
-        ((90, 10, 90, 10, 90, 10, 10), False, False),
+        ((30, 31, 29, 30, 30, 30, 31), True, "**A gain** from MiniLM. "),
+        ((1, 0, 1, 0, 1, 1, 1), True, "**A loss** from MiniLM. "),
+        ((9, 11, 10, 10, 9, 11, 11), False, "**No significant difference** from any start. "),
+        ((30, 31, 29), False, "**No significant difference** from any start. "),  # three seeds give no p below 0.25
+        ((90, 10, 90, 10, 90, 10, 10), False, "**No significant difference** from any start. "),
+        ((30,), False, ""),  # one seed tests nothing
     ],
 )
-def test_the_verdict_marks_a_difference_that_the_interval_and_the_test_show(verdict_runs, counts, shown, gain):
+def test_the_verdict_marks_a_difference_that_is_significant(verdict_runs, counts, significant, said):
     found = verdict_runs(Vanilla=(10, 10, 11, 10, 10, 10, 10), ORTicket=counts)
-    starts = verdict.grouped(found)
+    first = {"minilm": ((0.5, 100), verdict.grouped(found)["minilm"][0.5, 100])}
     result = tables.difference(found[7:], found[:7], "sst2", "textfooler")
-    assert verdict.is_shown(result) == shown
-    assert not verdict.is_shown({"difference": 2, "interval": 3, "p": 0.04})
-    marked = f"**{tables.with_p(result)}**" if shown else tables.with_p(result)
-    text = verdict.summary(starts, {"minilm": 6.6})
+    assert verdict.is_significant(result) == significant
+    assert not verdict.is_significant({"difference": 2, "interval": 3, "p": 0.04})
+    marked = f"**{tables.with_p(result)}**" if significant else tables.with_p(result)
+    text = verdict.summary(first, {"minilm": 6.6})
     assert f"| Aua%: ORTicket minus Vanilla | +21.7 | {marked} |" in text
-    assert f"| seeds | - | {len(counts)} |" in text and "| MLM loss on held-out text | - | 6.60 |" in text
-    assert "| Clean%: ORTicket minus Vanilla | -0.8 | +0.0 ± 3.0 (p = 1.000) |" in text
-    assert "| parameters: ORTicket / Vanilla | - | 0.80 |" in text
-    figures = f"{np.mean(counts):.1f} ± {np.std(counts, ddof=1):.1f}"
-    assert f"| ORTicket | {len(counts)} | 90.0 ± 0.0 | {figures} |" in verdict.table(starts["minilm"][0.5, 100])
-    assert f"| ORTicket | 90.0 ± 0.0 | {figures}; {marked} |" in verdict.small_table(starts)
-    row = verdict.status(starts)
-    assert row.startswith("**A gain is shown** from MiniLM. ORTicket" if gain else "**No gain is shown.** ORTicket")
-    assert row.endswith(f"SST-2: {tables.with_p(result)} from MiniLM; the paper's, with BERT-base, is +21.7")
+    assert f"Vanilla | - | {len(counts)} |" in text and "| MLM loss on held-out text | - | 6.60 |" in text
+    assert "| Clean%: ORTicket minus Vanilla | -0.8 | +0.0" in text and "not counted" not in text
+    assert "| parameters, relative to Vanilla | 0.85 | 0.80 |" in text
+    assert "| speed of fine-tuning, relative to Vanilla | 1.24 | 1.00 |" in text
+    sd = f" ± {np.std(counts, ddof=1):.1f}" if len(counts) > 1 else ""
+    row = f"| ORTicket | {len(counts)} | 90.0{' ± 0.0' if sd else ''} | {np.mean(counts):.1f}{sd} |"
+    assert row in verdict.table(first["minilm"][1])
+    assert f"| {np.mean(counts):.1f}{sd} | {marked} |" in verdict.small_table(first)
+    row = verdict.status(first, {})
+    assert row.startswith(f"{said}ORTicket minus Vanilla in points of Aua%")
+    assert row.endswith(f"SST-2: {marked} from MiniLM; the paper's, with BERT-base, is +21.7")
+    found[0]["figures"]["textfooler errors"] = 3
+    assert "| attacks that ended in an error, not counted | - | 3 |" in verdict.summary(first, {"minilm": 6.6})
 
 
 def test_the_verdict_takes_runs_of_other_models_and_of_the_default_attack(verdict_runs, tmp_path, capsys):
@@ -576,8 +587,10 @@ def test_the_verdict_takes_runs_of_other_models_and_of_the_default_attack(verdic
         run["settings"] |= {"model": "runs/minilm-mlm"}
     starts = verdict.grouped(found)
     assert [*starts] == ["bert-base-uncased", "minilm-mlm"] and [*starts["bert-base-uncased"]] == [(0.5, 100)]
-    assert "| Aua%: ORTicket minus Vanilla | +21.7 | +2.0 | +2.0 |" in verdict.summary(starts, dict.fromkeys(starts))
-    assert "all training rows, 3 epochs, TextFooler on 100 sentences" in " ".join(verdict.small_table(starts).split())
+    first = leads(starts)
+    assert "| Aua%: ORTicket minus Vanilla | +21.7 | +2.0 | +2.0 |" in verdict.summary(first, dict.fromkeys(first))
+    text = " ".join(verdict.small_table(first).split())
+    assert "1 seeds, all training rows, 3 epochs, TextFooler on 100 sentences" in text and "MLM" not in text
     for incomplete in ([], verdict_runs(Vanilla=(10, 11))):
         write_result(tmp_path / "verdict" / "table1.json", {"runs": incomplete})
         assert call(verdict, "--results", tmp_path) == 2
@@ -585,6 +598,10 @@ def test_the_verdict_takes_runs_of_other_models_and_of_the_default_attack(verdic
             "no runs of Vanilla and ORTicket on sst2: python -m experiments.table1 makes them"
             in capsys.readouterr().err
         )
+
+
+def leads(starts):
+    return {start: next(iter(attacks.items())) for start, attacks in starts.items()}
 
 
 def test_the_loss_of_a_start_is_that_of_its_own_training_or_of_the_model_before_it(tmp_path):
@@ -597,10 +614,10 @@ def test_the_loss_of_a_start_is_that_of_its_own_training_or_of_the_model_before_
 
 def test_the_verdict_compares_the_ticket_with_adversarial_training(verdict_runs):
     found, freelb = verdict_runs(Vanilla=(10, 11), ORTicket=(12, 13)), verdict_runs(FreeLB=(20, 21))
-    assert "FreeLB" not in verdict.summary(verdict.grouped(found), {"minilm": None})
+    assert "FreeLB" not in verdict.summary(leads(verdict.grouped(found)), {"minilm": None})
     for run in found[2:]:  # wrong on four sentences
         run["outcomes"] = {"textfooler": runs.pack(runs.unpack(run["outcomes"]["textfooler"])[:-4] + 4 * "-")}
-    text = verdict.summary(verdict.grouped(found + freelb), {"minilm": None})
+    text = verdict.summary(leads(verdict.grouped(found + freelb)), {"minilm": None})
     result = tables.with_p(tables.difference(found[2:], freelb, "sst2", "textfooler"))
     assert result.startswith("-8.0 ± ") and f"| Aua%: ORTicket minus FreeLB | +7.8 | {result} |" in text
     gain = tables.with_p(tables.difference(freelb, found[:2], "sst2", "textfooler"))
@@ -610,7 +627,7 @@ def test_the_verdict_compares_the_ticket_with_adversarial_training(verdict_runs)
         run["overrides"] = run["overrides"] | {"finetune": {"adv_lr": "0.2"}}
     methods = verdict.grouped(found + freelb)["minilm"][0.5, 100]
     assert "| FreeLB, `--finetune adv-lr=0.2` | 2 | 90.0 ± 0.0 | 20.5 ± 0.7 |" in verdict.table(methods)
-    text = verdict.summary(verdict.grouped(found + freelb), {"minilm": None})
+    text = verdict.summary(leads(verdict.grouped(found + freelb)), {"minilm": None})
     assert f"| Aua%: FreeLB, `--finetune adv-lr=0.2` minus Vanilla | - | {gain} |" in text
     for run in found:  # what all have in common distinguishes no methods
         run["overrides"] = run["overrides"] | {"finetune": {"adv_lr": "0.2"}}
@@ -626,14 +643,17 @@ def test_starts_are_judged_together_if_their_attacks_and_seeds_are_the_same(verd
             found.append(run | {"outcomes": {"textfooler": runs.pack("".join(outcomes))}})
     scores = np.array([tables.held(run, "textfooler") for run in found]).reshape(2, 2, 7, 100).mean(0)
     expected = compare.compare(scores[1], scores[0])
-    assert verdict.all_starts(verdict.grouped(found)) == (expected, (0.5, 100))
-    line = "the mean over all starts, at cosine 0.5 on 100 sentences: **-"
-    assert line in verdict.summary(verdict.grouped(found), {"minilm": None, "minilm-mlm": None})
-    assert verdict.all_starts(verdict.grouped(found[:14])) == ({}, None)
-    assert verdict.all_starts(verdict.grouped(found[:-1])) == ({}, None)  # a seed is missing
+    line = f"the mean over all starts, at cosine 0.5 on 100 sentences: **{tables.with_p(expected)}**."
+    assert verdict.all_starts(verdict.grouped(found)) == (expected, f"\nAua%: ORTicket minus Vanilla, {line}\n")
+    assert "on average over several starts" in verdict.status(leads(verdict.grouped(found)), expected)
+    others = [run | {"settings": run["settings"] | {"model": "bert-base-uncased", "epochs": 10}} for run in found[:14]]
+    result, line = verdict.all_starts(verdict.grouped(found + others))
+    assert result == expected and "the mean over MiniLM and MiniLM + 1 epoch of MLM, at" in line
+    assert verdict.all_starts(verdict.grouped(found[:14])) == ({}, "")
+    assert verdict.all_starts(verdict.grouped(found[:-1])) == ({}, "")  # a seed is missing
     for run in found[14:]:
         run["overrides"] = {"attack": {"min_cosine": "0.5", "sample_seed": "1"}}
-    assert verdict.all_starts(verdict.grouped(found)) == ({}, None)
+    assert verdict.all_starts(verdict.grouped(found)) == ({}, "")
 
 
 def test_the_price_is_paired_by_seed(verdict_runs):
@@ -696,18 +716,18 @@ def test_the_best_random_ticket_is_judged_by_its_runs_with_other_seeds(verdict_r
     for run in verdict_runs(**{"Random ticket": (40, 12, 13, 14)}):
         found.append(run | {"overrides": run["overrides"] | {"finetune": {"ticket_seed": "9"}}})
     starts = verdict.grouped(found)
-    text = verdict.random_table(starts)
+    rows = dict(re.findall(r"\| ([^|]+) \| ([^|]+) \|\n", verdict.random_table(starts)))
     again = tables.with_p(tables.difference(found[-3:], found[:4], "sst2", "textfooler"))
-    assert again.startswith("+2.3 ± ") and f"with other seeds (their number), minus Vanilla | {again} (3) |" in text
-    assert "| random tickets; sentences; minimum cosine | 5; 100; 0.5 |" in text and "all sentences | 40.0 |" in text
-    assert (
-        "| best of all tickets, minus Vanilla | +2" in text
-        and "| best of as many tickets as runs of Vanilla | -" in text
-    )
-    found = re.findall(r"\| best .* \| ([+-][.\d]+) ", text)  # of all, of as many, of Vanilla, the difference
-    assert float(found[3]) == pytest.approx(float(found[1]) - float(found[2]), abs=0.11)
+    assert again.startswith("+2.3 ± ") and rows["minus Vanilla with these seeds"] == again
+    assert rows["random tickets"] == "5" and rows["the ticket that is best on all sentences"] == "40.0"
+    assert rows["the same ticket, fine-tuned with other seeds"] == "13.0 ± 1.0"
+    every, few, control, minus = (float(of.split()[0]) for label, of in rows.items() if label.startswith("best "))
+    assert every > 20 and few < 0 and minus == pytest.approx(few - control, abs=0.11)
     # they are no runs of the random tickets of the seeds
     assert "| Random ticket | 4 | 90.0 ± 0.0 | 6.5 ± 1.3 |" in verdict.table(starts["minilm"][0.5, 100])
+    for run in found:
+        run["outcomes"] = {"textfooler": runs.pack("?" * 100)}
+    assert verdict.random_table(verdict.grouped(found)) == ""
 
 
 def test_a_random_ticket_is_judged_by_the_run_it_was_chosen_by_and_counts_each_seed_once(verdict_runs):
@@ -730,7 +750,10 @@ def test_the_attack_with_the_most_seeds_then_methods_then_sentences_comes_first(
     assert [*verdict.grouped(found)["minilm"]] == [(0.5, 100), (0.5, 300), (0.7, 300), (0.5, 200), (0.5, 400)]
     rows = [row for row in verdict.attacks_table(verdict.grouped(found)).splitlines() if row.startswith("| MiniLM |")]
     assert rows[-1].startswith("| MiniLM | 0.7 | 300 | 2 | 1.5 ± 0.7 | - | 3.5 ± 0.7 | - | 5.5 ± 0.7 | +2.0 ± ")
-    assert [row[:20] for row in rows[:2]] == ["| MiniLM | 0.5 | 100", "| MiniLM | 0.5 | 200"] and len(rows) == 5
+    assert [row.split(" | ")[1:4] for row in rows if row.split(" | ")[2] == "100"] == [["0.5", "100", "3"]]
+    more = attacked(three, 300, min_cosine="0.6")  # of one more seed than the other attacks on 300 sentences
+    text = verdict.attacks_table(verdict.grouped(found + more))
+    assert "| 0.6 | 300 | 3 | 2.0 ± 1.0 |" in text and "| 0.6 | 300 | 2 | 1.5 ± 0.7 |" in text
 
 
 def figure2_runs(make, seeds, aua):
@@ -773,7 +796,9 @@ def test_mlm_training_lowers_the_loss_on_texts_that_are_held_out(tmp_path, monke
     monkeypatch.setattr(mlm, "run_script", run_script)
     flags = ["--model", tmp_path / "model", "--output", tmp_path, "--results", tmp_path, "--learning-rate", 1e-2]
     assert call(mlm, *flags) == 0
-    parts = [(tmp_path / "model" / "mlm" / name / "text.txt").read_text().split("\n") for name in ("held-out", "train")]
+    parts = [
+        (tmp_path / "model" / "model-mlm" / name / "text.txt").read_text().split("\n") for name in ("held-out", "train")
+    ]
     assert len(parts[0]) == 6  # one of 50
     assert sorted(parts[0] + parts[1]) == sorted(" ".join(text.split()) for (text,), _ in rows)
     result = json.loads((tmp_path / "model-mlm.json").read_text())
