@@ -39,6 +39,7 @@ SETTINGS = ("model", "train_rows", "epochs", "batch_size", "learning_rate")  # o
 KEY = ("task", "method", "seed", "settings", "overrides")  # what identifies a run
 QUICK = {"model": "minilm", "tasks": ("rt",), "train_rows": 2000, "epochs": 3, "n": 100, "attacks": ("textfooler",)}
 QUICK |= {"search": ("corpus=bbc-small",), "robustt": ("epochs=2",)}
+SHARED = ("code", "versions", "resources")  # of a run; the same in most runs of a table
 REFERENCES = ("Vanilla", "Random ticket")  # to which all methods are compared
 
 
@@ -146,10 +147,18 @@ def list_missing(missing, runs):
 
 def load_runs(path):
     """The runs in the .json of a table. Raises BadInput for any other .json."""
-    runs = provenance.read_result(path).get("runs") if path.is_file() else []
-    if runs is None:
-        raise BadInput(f"{path} has no runs: give another --results")
-    return runs
+    result = provenance.read_result(path) if path.is_file() else {"shared": {}, "runs": []}
+    if not {"shared", "runs"} <= result.keys():
+        raise BadInput(f"{path} has no runs, or an earlier version wrote it: give another --results")
+    shared = result["shared"]
+    return [run | {name: shared[run[name]] for name in SHARED if name in run} for run in result["runs"]]
+
+
+def write_runs(path, runs):
+    """Write the .json of a table. What many runs have in common is written once, under its digest."""
+    digests = [{name: provenance.json_sha256(run[name])[:16] for name in SHARED if name in run} for run in runs]
+    shared = {digest: run[name] for run, of in zip(runs, digests) for name, digest in of.items()}
+    provenance.write_result(path, {"shared": shared, "runs": [run | of for run, of in zip(runs, digests)]})
 
 
 def save_run(path, run):
@@ -165,7 +174,7 @@ def save_run(path, run):
             if key_of(other | {"seed": 0}) != key_of(run | {"seed": 0})
             or (other["seed"] != run["seed"] and other["code"] == run["code"])
         ]
-        provenance.write_result(path, {"runs": [*kept, run]})
+        write_runs(path, [*kept, run])
 
 
 def markdown(table, runs, columns=COLUMNS, across=False):

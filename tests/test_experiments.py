@@ -100,7 +100,7 @@ def make_table(folder, *more, table=table1):
 
 
 def recorded(folder, table="table1"):
-    return json.loads((folder / "results" / f"{table}.json").read_text())["runs"]
+    return tables.load_runs(folder / "results" / f"{table}.json")
 
 
 def test_table_has_one_run_per_method_and_repeats_none(scripts, tmp_path, capsys):
@@ -128,6 +128,11 @@ def test_table_has_one_run_per_method_and_repeats_none(scripts, tmp_path, capsys
     printed = capsys.readouterr().out
     assert printed.endswith((tmp_path / "results" / "table1.md").read_text("utf8"))
     assert make_table(tmp_path, "--methods", "PGD", "--epochs", 3) == 0 and len(scripts) == seen + 2
+    text, codes = (
+        (tmp_path / "results" / "table1.json").read_text(),
+        {json_sha256(run["code"]) for run in recorded(tmp_path)},
+    )
+    assert text.count('"finetune.py"') == len(codes) == 1  # what all runs share is written once
 
 
 def test_protocol_is_the_papers(scripts, tmp_path):
@@ -174,7 +179,7 @@ def test_dry_run_lists_missing_runs_with_their_hours_and_makes_none(scripts, tmp
     made = recorded(tmp_path)
     for run, hours in zip(made, (0.5, 2.0)):
         run["hours"] = hours
-    write_result(tmp_path / "results" / "table1.json", {"runs": made})
+    tables.write_runs(tmp_path / "results" / "table1.json", made)
     seen = len(scripts)
     capsys.readouterr()
     assert make_table(tmp_path, "--methods", "Vanilla", "PGD", "FreeLB", "--seeds", 2, "--dry-run") == 0
@@ -592,7 +597,7 @@ def test_the_verdict_takes_runs_of_other_models_and_of_the_default_attack(verdic
     text = " ".join(verdict.small_table(first).split())
     assert "1 seeds, all training rows, 3 epochs, TextFooler on 100 sentences" in text and "MLM" not in text
     for incomplete in ([], verdict_runs(Vanilla=(10, 11))):
-        write_result(tmp_path / "verdict" / "table1.json", {"runs": incomplete})
+        tables.write_runs(tmp_path / "verdict" / "table1.json", incomplete)
         assert call(verdict, "--results", tmp_path) == 2
         assert (
             "no runs of Vanilla and ORTicket on sst2: python -m experiments.table1 makes them"
@@ -834,7 +839,7 @@ def test_the_verdict_is_written_into_the_documents_and_nothing_else_of_them_chan
     for path, text in zip(documents, before):
         files.write_text(tmp_path / path, text)
     results = tmp_path / "results"
-    write_result(results / "verdict" / "table1.json", {"runs": verdict_runs(Vanilla=(1, 2, 1), ORTicket=(9, 8, 9))})
+    tables.write_runs(results / "verdict" / "table1.json", verdict_runs(Vanilla=(1, 2, 1), ORTicket=(9, 8, 9)))
     monkeypatch.setattr(verdict, "ROOT", tmp_path)
     assert call(verdict, "--results", results) == 0
     after = [(tmp_path / path).read_text("utf8") for path in documents]
