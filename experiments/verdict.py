@@ -176,22 +176,24 @@ def summary(first, losses):
 
 
 def all_starts(starts):
-    """(the difference of ORTicket and Vanilla, the scores of models of one seed averaged over the starts; as a line).
-    It takes the attack that most starts have with the same settings and seeds. ({}, "") without several such starts."""
-    alike = {}
+    """(the difference of ORTicket and Vanilla, the scores of models of one seed averaged over the starts; as lines).
+    A line for each attack that several starts have with the same settings and seeds. The difference is that of the most
+    starts, then the most sentences. ({}, "") without several such starts."""
+    alike, lines, lead = {}, "", {}
     for start, attacks in starts.items():
         for strength, methods in attacks.items():
             seeds, both = paired(*(methods[of] for of in TESTED), "sst2", "textfooler")
             run = methods["ORTicket"][0]
             made = run["settings"] | {"model": None}, run["overrides"], run["resources"], seeds
             alike.setdefault((strength, repr(made)), {})[start] = both
-    (strength, _), of = max(alike.items(), key=lambda item: (len(item[1]), np.size(next(iter(item[1].values())))))
-    result = compare_known(np.mean(list(of.values()), 0)) if len(of) > 1 else {}
-    if "p" not in result:
-        return {}, ""
-    where = f"at cosine {strength[0]:g} on {strength[1]} sentences"
-    which = "all starts" if len(of) == len(starts) else " and ".join(map(name, of))
-    return result, f"\nAua%: ORTicket minus Vanilla, the mean over {which}, {where}: {marked(result)}.\n"
+    several = [(strength, of) for (strength, _), of in alike.items() if len(of) > 1]
+    for (cosine, n), of in sorted(several, key=lambda item: (-len(item[1]), -item[0][1], item[0][0])):
+        result = compare_known(np.mean(list(of.values()), 0))
+        if "p" in result:
+            lead = lead or result
+            which = "all starts" if len(of) == len(starts) else " and ".join(map(name, of))
+            lines += f"- the mean over {which}, cosine {cosine:g}, {n} sentences: {marked(result)}\n"
+    return lead, f"\nAua%: ORTicket minus Vanilla over several starts:\n\n{lines}" if lines else ""
 
 
 def is_significant(result):

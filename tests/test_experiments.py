@@ -648,12 +648,16 @@ def test_starts_are_judged_together_if_their_attacks_and_seeds_are_the_same(verd
             found.append(run | {"outcomes": {"textfooler": runs.pack("".join(outcomes))}})
     scores = np.array([tables.held(run, "textfooler") for run in found]).reshape(2, 2, 7, 100).mean(0)
     expected = compare.compare(scores[1], scores[0])
-    line = f"the mean over all starts, at cosine 0.5 on 100 sentences: **{tables.with_p(expected)}**."
-    assert verdict.all_starts(verdict.grouped(found)) == (expected, f"\nAua%: ORTicket minus Vanilla, {line}\n")
+    lines = f"- the mean over all starts, cosine 0.5, 100 sentences: **{tables.with_p(expected)}**\n"
+    text = f"\nAua%: ORTicket minus Vanilla over several starts:\n\n{lines}"
+    assert verdict.all_starts(verdict.grouped(found)) == (expected, text)
     assert "on average over several starts" in verdict.status(leads(verdict.grouped(found)), expected)
     others = [run | {"settings": run["settings"] | {"model": "bert-base-uncased", "epochs": 10}} for run in found[:14]]
     result, line = verdict.all_starts(verdict.grouped(found + others))
-    assert result == expected and "the mean over MiniLM and MiniLM + 1 epoch of MLM, at" in line
+    assert result == expected and "the mean over MiniLM and MiniLM + 1 epoch of MLM, cosine" in line
+    weaker = [run | {"overrides": {"attack": {"min_cosine": "0.7"}}} for run in found if run["seed"] < 6]
+    both = verdict.all_starts(verdict.grouped(found + weaker))[1]
+    assert lines in both and both.count("the mean over all starts") == 2
     assert verdict.all_starts(verdict.grouped(found[:14])) == ({}, "")
     assert verdict.all_starts(verdict.grouped(found[:-1])) == ({}, "")  # a seed is missing
     for run in found[14:]:
