@@ -658,11 +658,19 @@ def test_starts_are_judged_together_if_their_attacks_and_seeds_are_the_same(verd
     weaker = [run | {"overrides": {"attack": {"min_cosine": "0.7"}}} for run in found if run["seed"] < 6]
     both = verdict.all_starts(verdict.grouped(found + weaker))[1]
     assert lines in both and both.count("the mean over all starts") == 2
+    third = [run | {"settings": run["settings"] | {"model": "another"}} for run in weaker[:12]]
+    result, both = verdict.all_starts(verdict.grouped(found + weaker + third))
+    weak = np.array([tables.held(run, "textfooler") for run in weaker + third]).reshape(3, 2, 6, 100).mean(0)
+    assert result == compare.compare(weak[1], weak[0]) and both.index("all starts") < both.index(" and MiniLM + 1")
     assert verdict.all_starts(verdict.grouped(found[:14])) == ({}, "")
     assert verdict.all_starts(verdict.grouped(found[:-1])) == ({}, "")  # a seed is missing
     for run in found[14:]:
         run["overrides"] = {"attack": {"min_cosine": "0.5", "sample_seed": "1"}}
     assert verdict.all_starts(verdict.grouped(found)) == ({}, "")
+
+
+def test_no_difference_is_written_without_a_minus():
+    assert [tables.shown({"difference": number}) for number in (-0.04, 0.0, -0.06)] == ["+0.0", "+0.0", "-0.1"]
 
 
 def test_the_price_is_paired_by_seed(verdict_runs):

@@ -91,3 +91,9 @@ def test_every_bound_in_the_table_of_adversaries_can_bind():
     """The first delta has a norm of about magnitude / sqrt(3), and K passes have K - 1 moves between them."""
     for steps, lr, init_mag, max_norm, _ in freelb.ADVERSARIES.values():
         assert max_norm == 0 or init_mag / math.sqrt(3) + (steps - 1) * lr > max_norm
+
+
+def test_the_first_delta_is_within_the_ball_of_each_example():
+    mask = torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0]])
+    free, bound = (freelb.initial_delta(mask, 16, 1.0, max_norm) for max_norm in (0, 0.3))
+    assert (free.flatten(1).norm(dim=1) > 0.3).all() and (bound.flatten(1).norm(dim=1) <= 0.3 + 1e-6).all()
